@@ -178,8 +178,8 @@ def get_config(env_file: Path | str | None = None, **overrides) -> EnvConfig:
             ("environment", os.environ.get(key)),
             (".env", file_values.get(key)),
         ):
-            # An empty value means "not set", except the one that hides all GPUs.
-            if text is None or (text == "" and key != "CUDA_VISIBLE_DEVICES"):
+            # An empty value means "not set"; CUDA_VISIBLE_DEVICES= in the environment hides all GPUs.
+            if text is None or (text == "" and (key, source) != ("CUDA_VISIBLE_DEVICES", "environment")):
                 continue
             try:
                 values[field.name] = _parse(key, str(text), source)

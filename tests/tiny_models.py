@@ -1,16 +1,18 @@
 """Seeded tiny checkpoints with the layouts of the real families. Nothing is downloaded."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 # The added tokens of Qwen3's tokenizer in their order; the first 14 and the fim/repo ones are control tokens.
-QWEN3_ADDED = (
+QWEN3_ADDED = re.findall(
+    r"\S+",
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
     "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> "
     "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|> "
-    "<tool_response> </tool_response> <think> </think>"
-).split()
+    "<tool_response> </tool_response> <think> </think>",
+)
 # Qwen2's pre-tokenizer pattern, as in its tokenizer.json.
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

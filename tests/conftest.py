@@ -1,0 +1,124 @@
+"""Shared fixtures: seeded tiny checkpoints and one real service for the whole session."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import env_utils
+
+KIT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).parent))
+
+# Variables of the developer's own shell that would change what is tested.
+SETTINGS = {*env_utils.FIELDS, "VLLM_API_KEY", "KIT_ENV_FILE"}
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch, tmp_path):
+    """No setting of this shell or of a .env beside the kit reaches a test."""
+    for key in SETTINGS:
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("KIT_ENV_FILE", str(tmp_path / "no.env"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def kit_environment(**settings) -> dict[str, str]:
+    """Environment of a kit program: this Python serves, only the given settings are set."""
+    env = {k: v for k, v in os.environ.items() if k not in SETTINGS}
+    return {
+        **env,
+        "PYTHON": sys.executable,
+        "KIT_ENV_FILE": "/nonexistent/.env",
+        **{k: str(v) for k, v in settings.items()},
+    }
+
+
+def run_kit(*args: str, shell: str = "dash", timeout_s: float = 300, cwd: Path | str = "/", **settings):
+    """Run `start_rerank.sh ARGS` under a shell; the finished process with its output as text."""
+    command = [*shell.split(), str(KIT / "start_rerank.sh"), *args]
+    env = kit_environment(**settings)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, cwd=cwd)
+
+
+def http(method: str, url: str, body: dict | None = None, headers: dict | None = None, timeout_s: float = 60):
+    """(status, parsed JSON or text) of one call without the kit's client."""
+    data = json.dumps(body).encode() if body is not None else None
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **(headers or {})}, method=method)
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout_s) as answer:
+            status, text = answer.status, answer.read().decode()
+    except urllib.error.HTTPError as exc:
+        status, text = exc.code, exc.read().decode()
+    try:
+        return status, json.loads(text)
+    except ValueError:
+        return status, text
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """Seeded tiny checkpoints of each family; the folders are named as the real ones."""
+    import tiny_models
+
+    root = tmp_path_factory.mktemp("checkpoints")
+    original = tiny_models.qwen3_reranker(root / "Qwen3-Reranker-tiny")
+    return {
+        "qwen3": original,
+        "qwen3_untied": tiny_models.qwen3_reranker(root / "Qwen3-Reranker-untied", tied=False),
+        "qwen3_seq_cls": tiny_models.qwen3_seq_cls(root / "Qwen3-Reranker-seq-cls", original),
+        "bert": tiny_models.bert_cross_encoder(root / "ms-marco-tiny"),
+    }
+
+
+@dataclass
+class Service:
+    """A real service under test."""
+
+    port: int
+    model: Path
+    settings: dict
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+@pytest.fixture(scope="session")
+def service(checkpoints, tmp_path_factory):
+    """One real `vllm serve` of the tiny Qwen3-Reranker in float32, started and stopped by the script."""
+    logs = tmp_path_factory.mktemp("logs with spaces")
+    settings = {
+        "MODEL_PATH": checkpoints["qwen3"],
+        "PORT": free_port(),
+        "LOG_DIR": logs,
+        "DTYPE": "float32",
+        "MAX_MODEL_LEN": 1024,
+        "STOP_TIMEOUT_S": 10,
+    }
+    started = run_kit("start", **settings)
+    assert started.returncode == 0, started.stdout + started.stderr
+    yield Service(settings["PORT"], checkpoints["qwen3"], settings)
+    stopped = run_kit("stop", **settings)
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+
+
+@pytest.fixture
+def shells() -> list[str]:
+    """The shells that start_rerank.sh must run under and that this machine has."""
+    found = [s for s in ("dash", "busybox sh", "bash --posix") if shutil.which(s.split()[0])]
+    assert found, "no shell to test with"
+    return found

@@ -1,0 +1,153 @@
+"""The plan: what vLLM is told, and why it is refused."""
+
+import json
+import os
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+
+import engine_args
+from engine_args import Machine, NoVllm, make_plan, serve_args
+from env_utils import ConfigError, get_config
+
+CPU = Machine("0.32.0+cpu", (), (0, 1), 16 * 2**30)
+GPU4 = Machine("0.32.0", ("NVIDIA H100, 81559",) * 4, tuple(range(16)), 2**37)
+
+
+def plan(checkpoints, machine=CPU, model="qwen3", **settings):
+    return make_plan(get_config(**settings), checkpoints[model], machine)
+
+
+def flag(args, name):
+    return args[args.index(name) + 1]
+
+
+def test_qwen3_original_gets_the_three_parts(checkpoints):
+    args = serve_args(plan(checkpoints))
+    assert flag(args, "--runner") == "pooling"
+    overrides = json.loads(flag(args, "--hf-overrides"))
+    assert overrides["architectures"] == ["Qwen3ForSequenceClassification"]
+    assert overrides["classifier_from_token"] == ["no", "yes"]
+    assert flag(args, "--chat-template").endswith("qwen3_reranker.jinja")
+    assert "--enable-prefix-caching" in args and "--disable-log-stats" not in args
+    assert flag(args, "--served-model-name") == "qwen3-reranker"
+
+
+def test_encoders_get_no_template_and_no_prefix_cache(checkpoints):
+    args = serve_args(plan(checkpoints, model="bert"))
+    assert "--chat-template" not in args and "--enable-prefix-caching" not in args
+
+
+def test_settings_reach_vllm(checkpoints):
+    args = serve_args(
+        plan(
+            checkpoints,
+            GPU4,
+            tp=2,
+            dp=2,
+            gpu_memory_utilization=0.5,
+            max_model_len=512,
+            max_num_batched_tokens=999,
+            max_num_seqs=7,
+            dtype="bfloat16",
+            quantization="fp8",
+            host="0.0.0.0",
+            port=1234,
+            served_model_name="mine",
+            api_server_count=3,
+            extra_args="--seed 5 --foo 'a b'",
+        )
+    )
+    wanted = {
+        "--tensor-parallel-size": "2",
+        "--data-parallel-size": "2",
+        "--gpu-memory-utilization": "0.5",
+        "--max-model-len": "512",
+        "--max-num-batched-tokens": "999",
+        "--max-num-seqs": "7",
+        "--dtype": "bfloat16",
+        "--quantization": "fp8",
+        "--host": "0.0.0.0",
+        "--port": "1234",
+        "--served-model-name": "mine",
+        "--api-server-count": "3",
+    }
+    assert {name: flag(args, name) for name in wanted} == wanted
+    assert args[-4:] == ["--seed", "5", "--foo", "a b"]
+
+
+def test_first_gpus_are_taken_when_none_are_named(checkpoints):
+    assert plan(checkpoints, GPU4, tp=2).env["CUDA_VISIBLE_DEVICES"] == "0,1"
+    assert "CUDA_VISIBLE_DEVICES" not in plan(checkpoints, GPU4, tp=2, cuda_visible_devices="2,3").env
+
+
+@pytest.mark.parametrize(
+    ("machine", "settings", "said"),
+    [
+        (GPU4, {"tp": 1, "cuda_visible_devices": "0,1"}, ("= 1 x 1 = 1,", "makes 2 GPUs")),
+        (GPU4, {"tp": 2, "dp": 2, "cuda_visible_devices": "0"}, ("= 2 x 2 = 4,", "makes 1 GPUs")),
+        (GPU4, {"tp": 8}, ("8 x 1 = 8", "has 4 GPUs")),
+        (Machine("0.32.0", (), (0,), 2**34), {}, ("nvidia-smi finds no GPU",)),
+        (CPU, {"cuda_visible_devices": "0"}, ("CUDA_VISIBLE_DEVICES='0' asks for a GPU", "CPU build")),
+        (CPU, {"max_model_len": 99999}, ("MAX_MODEL_LEN=99999", "2048")),
+        (CPU, {"max_num_batched_tokens": 400_000_000}, ("KV cache do not fit",)),
+        (CPU, {"instruction": "x", "model": "bert"}, ("takes none",)),
+        (CPU, {"extra_args": "'open"}, ("EXTRA_ARGS", "shell words")),
+    ],
+)
+def test_refusals_name_the_numbers(checkpoints, machine, settings, said):
+    with pytest.raises(ConfigError) as caught:
+        serve_args(plan(checkpoints, machine, **settings))
+    for part in said:
+        assert part in str(caught.value)
+
+
+def test_cpu_takes_all_cores_of_a_small_machine_and_leaves_the_users_choice(checkpoints, monkeypatch):
+    assert plan(checkpoints).env["VLLM_CPU_OMP_THREADS_BIND"] == "0,1"
+    assert plan(checkpoints).engine["kv_cache_memory_bytes"] >= 2**30
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "1")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    mine = plan(checkpoints)
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in mine.env and "kv_cache_memory_bytes" not in mine.engine
+
+
+def test_instruction_becomes_the_templates_default(checkpoints, tmp_path):
+    mine = plan(checkpoints, instruction="Find code", log_dir=str(tmp_path))
+    assert "Find code" in mine.template
+    assert flag(serve_args(mine), "--chat-template") == f"{tmp_path}/template-11438.jinja"
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [("0.25.1", "0.25.1 is too old"), (None, "not installed")],
+)
+def test_vllm_version_refuses_missing_and_old(monkeypatch, found, said):
+    def version(name):
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(engine_args, "version", version)
+    with pytest.raises(NoVllm, match=said):
+        engine_args.vllm_version()
+
+
+def test_explain_shows_the_command_and_no_secret(checkpoints):
+    text = engine_args.explain(plan(checkpoints, api_key="s3cret"))
+    assert "API_KEY=***" in text and "VLLM_API_KEY=***" in text and "s3cret" not in text
+    assert "vllm serve " in text and "PORT=11438" in text
+
+
+def test_every_flag_is_known_to_the_installed_vllm(checkpoints):
+    """`vllm serve` exits at an unknown flag; ask its help instead of a running server."""
+    args = serve_args(plan(checkpoints, GPU4, tp=2, dp=2, quantization="fp8", api_server_count=2))
+    args += serve_args(plan(checkpoints))
+    flags = sorted({a for a in args if a.startswith("--")})
+    env = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
+    help_text = subprocess.run(
+        [engine_args.vllm_command(), "serve", "--help=all"], env=env, capture_output=True, text=True, timeout=120
+    ).stdout
+    assert "--served-model-name" in help_text
+    assert [f for f in flags if not re.search(rf"(^|[\s,]){f}\b(?!-)", help_text)] == []
