@@ -1,6 +1,8 @@
 #!/bin/sh
 # The reranker service: set up, start, watch and stop one `vllm serve`.
-#   sh start_rerank.sh setup|demo|start|run|stop|restart|status|tail|cfg|help
+#   sh start_rerank.sh setup|demo|start|run|stop|restart|status|tail|cfg|python|help
+# setup installs, demo shows all of it once, run serves in the foreground, cfg explains the settings and the command,
+# python prints the Python that serves.
 # Settings: environment > .env > default, see .env.example. Values come from env_utils.py, never from here.
 # Exit codes: 0 done, 1 failed, 2 usage, 5 vllm not installed, 6 not configured;
 # status: 0 ready, 1 dead with a PID file, 3 not running, 150 alive but loading.
@@ -183,7 +185,11 @@ do_start() {
     say "already running: PID $pid, $SERVICE_URL"
     return 0
   fi
-  [ -z "$(session_pids)" ] || die 1 "processes of a dead server are left: run \"sh start_rerank.sh stop\" first"
+  if [ -n "$(session_pids)" ]; then
+    warn "killing what a dead server left: $(session_pids | tr '\n' ' ')"
+    kill_session || die 1 "processes do not end: $(session_pids | tr '\n' ' ')"
+  fi
+  rm -f "$PID_FILE"
   "$PY" "$KIT/engine_args.py" check || exit $?
   [ ! -f "$LOG_FILE" ] || mv -f "$LOG_FILE" "$LOG_FILE.1"
   (umask 077; : >"$LOG_FILE") || die 1 "$LOG_FILE cannot be written"
@@ -288,16 +294,17 @@ do_demo() {
   say "The service runs on at $SERVICE_URL. Stop it with: sh start_rerank.sh stop"
 }
 
-usage() { sed -n '2,6s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,8s/^# \{0,1\}//p' "$0"; }
 
 main() {
   [ $# -eq 1 ] || { usage >&2; exit 2; }
   case $1 in help | -h | --help) usage; exit 0 ;; esac
   case $1 in
-    setup | demo | start | stop | restart | status | tail | cfg | run) ;;
+    setup | demo | start | stop | restart | status | tail | cfg | run | python) ;;
     *) err "unknown action: $1"; usage >&2; exit 2 ;;
   esac
   find_python
+  [ "$1" != python ] || { need_vllm; say "$PY"; exit 0; }
   load_config
   case $1 in
     restart) do_stop && rm -f "$LOCK_FILE" && do_start ;;

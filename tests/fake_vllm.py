@@ -1,0 +1,64 @@
+"""Stand-in for the vllm program, for ends that the real one reaches rarely. FAKE_MODE says what it does:
+ok, die (with FAKE_LOG on stderr), slow (never ready), stubborn (ignores TERM), family (a child outlives it)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+MODE = os.environ.get("FAKE_MODE", "ok")
+
+
+class Handler(BaseHTTPRequestHandler):
+    def answer(self, status, body):
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        self.answer(200, {})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        key = os.environ.get("VLLM_API_KEY")
+        if key and self.headers.get("Authorization") != f"Bearer {key}":
+            return self.answer(401, {"error": "no key"})
+        results = [
+            {"index": i, "relevance_score": 0.5, "document": {"text": d}} for i, d in enumerate(body["documents"])
+        ]
+        self.answer(200, {"model": body["model"], "results": results, "usage": {}})
+
+    def log_message(self, *args):
+        pass
+
+
+def main():
+    args = sys.argv[1:]
+    if os.environ.get("FAKE_ARGS"):
+        with open(os.environ["FAKE_ARGS"], "w") as file:
+            json.dump({"args": args, "env": dict(os.environ)}, file)
+    if MODE == "die":
+        print(os.environ.get("FAKE_LOG", "RuntimeError: boom"), file=sys.stderr)
+        return 1
+    if MODE == "slow":
+        time.sleep(600)
+    if MODE == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    else:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    if MODE == "family":
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    host, port = args[args.index("--host") + 1], int(args[args.index("--port") + 1])
+    server = ThreadingHTTPServer((host, port), Handler)
+    print("INFO 01-01 00:00:00 [fake.py:1] Application startup complete.", flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
