@@ -102,6 +102,7 @@ def check(plan: Plan, reranker: OfflineReranker, pairs: list[Pair]) -> bool:
     worst = 0.0
     for index, (score, wanted) in enumerate(zip(scores, expected, strict=True)):
         difference = abs(score - wanted) if isinstance(score, float) else float("inf")
+        difference = float("inf") if difference != difference else difference  # NaN never agrees
         worst = max(worst, difference)
         verdict = "ok" if difference <= tolerance else "DIFFERS"
         print(f"- idx={index} | vllm={score} | reference={wanted:.6f} | difference={difference:.2e} | {verdict}")

@@ -1,0 +1,19 @@
+#!/bin/sh
+# The whole test suite from nothing: sets up .venv as a user would, adds the test tools, checks style, runs pytest.
+#   sh tests/run.sh [pytest arguments]
+set -eu
+KIT=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd -P)
+cd "$KIT"
+sh start_rerank.sh setup
+PY=$(sh start_rerank.sh python)
+"$PY" -m pip --disable-pip-version-check install --quiet -r requirements-dev.txt
+# The linter and a second shell come from the system; the tests name what is missing.
+if command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ]; then
+  for tool in shellcheck busybox; do
+    command -v "$tool" >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq "$tool"; } >/dev/null
+  done
+fi
+"$PY" -m ruff check .
+"$PY" -m ruff format --check .
+shellcheck start_rerank.sh tests/run.sh .ci/run
+exec "$PY" -m pytest -m "not gpu and not soak" "$@"

@@ -1,0 +1,220 @@
+"""Cold start: files in, files out, broken lines, resume; the real engine once."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import KIT, kit_environment
+
+import vllm_usage
+import vllm_usage_tiny
+from env_utils import ConfigError
+from vllm_usage import Pair, lines_done, parse_line, read_chunks, score_file
+
+
+class LengthReranker:
+    """Scores a pair by its document's length, so that a misplaced score is seen."""
+
+    def __init__(self):
+        self.calls = []
+
+    def score(self, pairs):
+        self.calls.append(len(pairs))
+        return [f"too long: {len(p.document)}" if len(p.document) > 90 else len(p.document) / 100 for p in pairs]
+
+
+def write_rows(path: Path, rows) -> Path:
+    path.write_text("".join(r + "\n" if isinstance(r, str) else json.dumps(r) + "\n" for r in rows), "utf-8")
+    return path
+
+
+def read_rows(path: Path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def row(n, **more):
+    return {"query": "q", "document": "d" * n, **more}
+
+
+def test_score_file_keeps_order_ids_and_reports_broken_lines(tmp_path, capsys):
+    rows = [row(10, id="a"), "{broken", row(20), '{"query": 1, "document": "x", "id": 7}', row(95), "[]", "", row(30)]
+    source, output = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    assert score_file(LengthReranker(), source, output, 0, len(rows)) == (3, 5)
+    out = read_rows(output)
+    assert [r["line"] for r in out] == list(range(1, 9))
+    assert [r.get("score") for r in out] == [0.1, None, 0.2, None, None, None, None, 0.3]
+    assert out[0]["id"] == "a" and out[3]["id"] == 7
+    assert "query" in out[3]["error"] and "too long" in out[4]["error"]
+    said = capsys.readouterr().err
+    assert "line 2: " in said and "line 5: too long: 95" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"query": "a"}', "field 'document' is missing or no text"),
+        ('{"query": "a", "document": "b", "instruction": 3}', "'instruction' is no text"),
+        ('{"query": "\\ud800", "document": "b"}', "lone surrogate"),
+        ("nope", "Expecting value"),
+        ("[" * 100_000, ""),
+    ],
+)
+def test_parse_line_says_what_is_wrong(text, said):
+    result = parse_line(text, 4)
+    assert result["line"] == 4 and said in result["error"]
+
+
+def test_parse_line_keeps_null_instruction_and_id():
+    assert parse_line('{"query":"q","document":"d","instruction":null,"id":null}', 1) == Pair(
+        "q", "d", None, 1, (("id", None),)
+    )
+
+
+def test_broken_utf8_costs_one_line(tmp_path):
+    source = tmp_path / "in.jsonl"
+    good = json.dumps(row(1)).encode()
+    source.write_bytes(b"\xef\xbb\xbf" + good + b"\n" + b'{"query": "\xff"}\n' + good)
+    chunk = next(read_chunks(source, 0))
+    assert isinstance(chunk[0], Pair) and "not UTF-8" in chunk[1]["error"] and isinstance(chunk[2], Pair)
+
+
+def test_resume_equals_a_single_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_usage, "CHUNK", 4)
+    source = write_rows(tmp_path / "in.jsonl", [row(n % 80, id=n) for n in range(23)])
+    whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
+    score_file(LengthReranker(), source, whole, 0, 23)
+
+    class Interrupted(LengthReranker):
+        def score(self, pairs):
+            if len(self.calls) == 2:
+                raise KeyboardInterrupt
+            return super().score(pairs)
+
+    with pytest.raises(KeyboardInterrupt):
+        score_file(Interrupted(), source, parts, 0, 23)
+    assert lines_done(parts) == 8
+    with parts.open("a") as file:
+        file.write('{"line": 9, "sco')  # killed in the middle of a write
+    assert lines_done(parts) == 8
+    second = LengthReranker()
+    score_file(second, source, parts, 8, 23)
+    assert sum(second.calls) == 15
+    assert parts.read_bytes() == whole.read_bytes()
+
+
+def test_lines_done_refuses_another_file(tmp_path):
+    other = write_rows(tmp_path / "notes.txt", ["something else"])
+    with pytest.raises(ConfigError, match="line 1 is no score line"):
+        lines_done(other)
+    assert other.read_text() == "something else\n"
+
+
+def test_score_group_halves_a_batch_that_vllm_refuses():
+    class Engine:
+        def score(self, queries, documents, **_):
+            if any(len(d) > 5 for d in documents):
+                raise ValueError("prompt (9 tokens) is longer\nthan the maximum")
+            return [SimpleNamespace(outputs=SimpleNamespace(score=len(d) / 10)) for d in documents]
+
+    reranker = object.__new__(vllm_usage.OfflineReranker)
+    reranker.llm = Engine()
+    reranker.plan = SimpleNamespace(template=None, profile=SimpleNamespace(instruction=True, name="x"))
+    documents = ["a", "bb", "cccccc", "dd", "eeeeeeee", "f"]
+    scores = reranker.score([Pair("q", d, "i" if d == "dd" else None) for d in documents])
+    refused = "prompt (9 tokens) is longer than the maximum"
+    assert scores == [0.1, 0.2, refused, 0.2, refused, 0.1]
+
+
+def test_score_refuses_an_instruction_where_there_is_none():
+    reranker = object.__new__(vllm_usage.OfflineReranker)
+    reranker.plan = SimpleNamespace(profile=SimpleNamespace(instruction=False, name="cross_encoder"))
+    assert reranker.score([Pair("q", "d", "do this")]) == ["profile cross_encoder takes no instruction"]
+
+
+def run_program(name, *args, timeout_s=300, **settings):
+    command = [sys.executable, str(KIT / name), *map(str, args)]
+    return subprocess.run(command, env=kit_environment(**settings), capture_output=True, text=True, timeout=timeout_s)
+
+
+@pytest.mark.parametrize(
+    ("args", "settings", "said"),
+    [
+        ([], {}, "MODEL_PATH is not set"),
+        (["--input", "/no/file", "--output", "/tmp/x"], {"use": "qwen3"}, "/no/file: No such file"),
+        (["--input", __file__], {"use": "qwen3"}, "--input needs --output"),
+        (["--output", "/tmp/x"], {"use": "qwen3"}, "--output needs --input"),
+        (["--model", "/no/model"], {}, "MODEL_PATH='/no/model' does not exist"),
+    ],
+)
+def test_bad_calls_are_refused_before_the_model_loads(checkpoints, args, settings, said):
+    if settings.pop("use", None):
+        settings["MODEL_PATH"] = checkpoints["qwen3"]
+    done = run_program("vllm_usage.py", *args, timeout_s=30, **settings)
+    assert done.returncode == 6 and said in done.stderr, done.stderr
+
+
+@pytest.mark.server
+def test_real_file_run_interrupted_and_resumed(checkpoints, tmp_path):
+    """Kill the real run with Ctrl-C, run it again: each line once, scores as the reference computes them."""
+    documents = ["The capital of China is Beijing.", "中国的首都是北京。", "Gravity attracts bodies."]
+    rows = [{"query": f"question {n}", "document": documents[n % 3], "id": n} for n in range(1024 * 6)]
+    rows[5] = {"query": "no document", "id": 5}
+    rows[7]["document"] = "far too long " * 2000
+    source, output = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    settings = {"MODEL_PATH": checkpoints["qwen3"], "DTYPE": "float32", "MAX_MODEL_LEN": 512}
+    command = [sys.executable, str(KIT / "vllm_usage.py"), "--input", str(source), "--output", str(output)]
+    first = subprocess.Popen(command, env=kit_environment(**settings), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not (output.exists() and output.stat().st_size) and time.monotonic() < deadline and first.poll() is None:
+        time.sleep(0.1)
+    first.send_signal(signal.SIGINT)
+    _, said = first.communicate(timeout=60)
+    done_before = lines_done(output)
+    assert first.returncode == 130 and "the same command goes on" in said, said[-2000:]
+    assert 0 < done_before < len(rows)
+    second = run_program("vllm_usage.py", "--input", source, "--output", output, **settings)
+    assert second.returncode == 1, "two lines have no score"
+    assert f"going on after line {done_before}" in second.stderr
+    out = read_rows(output)
+    assert [r["line"] for r in out] == list(range(1, len(rows) + 1)) and [r["id"] for r in out] == list(
+        range(len(rows))
+    )
+    assert "document" in out[5]["error"] and "512" in out[7]["error"]
+    assert sum("error" in r for r in out) == 2
+    some = [0, 1, 2, 1023, 1024, 3000, len(rows) - 1]
+    pairs = [Pair(rows[i]["query"], rows[i]["document"]) for i in some]
+    expected = vllm_usage_tiny.reference_scores(checkpoints["qwen3"], "causal_yes_no", pairs, None, 512)
+    assert [out[i]["score"] for i in some] == pytest.approx(expected, abs=1e-4)
+    third = run_program("vllm_usage.py", "--input", source, "--output", output, timeout_s=60, **settings)
+    assert third.returncode == 0 and "nothing to do" in third.stdout
+
+
+@pytest.mark.server
+def test_tiny_prints_the_example_ranked(checkpoints):
+    done = run_program("vllm_usage_tiny.py", MODEL_PATH_TINY=checkpoints["qwen3"])
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("- score=")]
+    scores = [float(line.split("=")[1].split()[0]) for line in lines]
+    assert len(lines) == 4 and scores == sorted(scores, reverse=True)
+    assert "profile: qwen3_reranker" in done.stdout
+
+
+def test_check_fails_when_scores_differ(monkeypatch, capsys):
+    plan = SimpleNamespace(
+        engine={"max_model_len": 64},
+        machine=SimpleNamespace(vllm_version="0"),
+        cfg=SimpleNamespace(instruction=None),
+        checkpoint=SimpleNamespace(path=None),
+        profile=SimpleNamespace(reference="x"),
+    )
+    config = SimpleNamespace(model_config=SimpleNamespace(dtype="torch.float32"))
+    reranker = SimpleNamespace(llm=SimpleNamespace(llm_engine=config), score=lambda pairs: [0.5, 0.7])
+    for expected, agrees in (([0.5, 0.70005], True), ([0.5, 0.7002], False), ([0.5, float("nan")], False)):
+        monkeypatch.setattr(vllm_usage_tiny, "reference_scores", lambda *_, expected=expected: expected)
+        assert vllm_usage_tiny.check(plan, reranker, [None, None]) is agrees
+        capsys.readouterr()
