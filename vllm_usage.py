@@ -5,7 +5,8 @@
 
 Model: MODEL_PATH, through the same profile as the service. Input lines: {"query": ..., "document": ...,
 "instruction": optional, "id": optional}. Output, a line for each input line in the same order:
-{"line": N, "score": float, "id": ...} or {"line": N, "error": "...", "id": ...}.
+{"line": N, "score": float, "id": ...} or {"line": N, "error": "...", "id": ...}; "cut": true when the pair was longer
+than MAX_MODEL_LEN and the model saw only its first part.
 """
 
 import argparse
@@ -40,6 +41,81 @@ class Pair:
     extra: tuple = ()
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of one pair. A long pair is cut as its family's reference cuts it, and says so."""
+
+    ids: list[int]
+    cut: bool
+    n_first: int | None = None  # BERT: tokens of the first segment
+
+
+class PairEncoder:
+    """Pairs to token ids, many at a time: the tokenizer uses every core, vLLM's own rendering one."""
+
+    def __init__(self, plan: Plan):
+        from transformers import AutoTokenizer
+
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        self.tokenizer = AutoTokenizer.from_pretrained(plan.checkpoint.path)
+        self.template, self.max_length = plan.template, plan.engine["max_model_len"]
+
+    def encode(self, pairs: list[Pair]) -> list[Prompt]:
+        """Token ids of N pairs.
+
+        Source: the profile's template, cut as on the model card of Qwen3-Reranker (the end of the document, then of
+        the query; the suffix stays); without a template the tokenizer's own pair format with longest_first.
+        """
+        if self.template is None:
+            return self._encode_segments(pairs)
+        out: list[Prompt | None] = [None] * len(pairs)
+        groups: dict[str | None, list[int]] = {}
+        for index, pair in enumerate(pairs):
+            groups.setdefault(pair.instruction, []).append(index)
+        for instruction, indices in groups.items():
+            texts = self._render([pairs[i] for i in indices], instruction)
+            for index, ids in zip(indices, self.tokenizer(texts)["input_ids"], strict=True):
+                cut = len(ids) > self.max_length
+                if cut:
+                    suffix = self._suffix(instruction)
+                    ids = ids[: self.max_length - len(suffix)] + suffix
+                out[index] = Prompt(ids, cut)
+        return out
+
+    def _render(self, pairs: list[Pair], instruction: str | None) -> list[str]:
+        chats = [[{"role": "query", "content": p.query}, {"role": "document", "content": p.document}] for p in pairs]
+        more = {"instruction": instruction} if instruction else {}
+        return self.tokenizer.apply_chat_template(chats, chat_template=self.template, tokenize=False, **more)
+
+    def _suffix(self, instruction: str | None) -> list[int]:
+        """Token ids behind the document."""
+        mark = "\ue000"  # a private character that no template holds
+        text = self._render([Pair("", mark)], instruction)[0].rpartition(mark)[2]
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) + 16 > self.max_length:
+            raise ConfigError(f"MAX_MODEL_LEN={self.max_length} leaves no room beside the template")
+        return ids
+
+    def _encode_segments(self, pairs: list[Pair]) -> list[Prompt]:
+        both = ([p.query for p in pairs], [p.document for p in pairs])
+        whole = self.tokenizer(*both, return_token_type_ids=False)["input_ids"]
+        batch = self.tokenizer(*both, truncation="longest_first", max_length=self.max_length)
+        kinds = batch.get("token_type_ids") or [None] * len(pairs)
+        return [
+            Prompt(ids, len(ids) < len(full), kind.index(1) if kind and 1 in kind else None)
+            for ids, full, kind in zip(batch["input_ids"], whole, kinds, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class Result:
+    """A pair's score, or why it has none; `cut` when the model saw only a part of the pair."""
+
+    score: float | None
+    cut: bool = False
+    error: str | None = None
+
+
 class OfflineReranker:
     """vllm.LLM with a plan's arguments. Loads the model when it is made."""
 
@@ -53,58 +129,53 @@ class OfflineReranker:
         # Copies of the model need a server in front of them; offline, one engine takes every pair.
         engine = {k: v for k, v in plan.engine.items() if k != "data_parallel_size"}
         self.plan = plan
+        self.encoder = PairEncoder(plan)
         self.llm = LLM(**engine)
 
-    def score(self, pairs: list[Pair]) -> list[float | str]:
-        """Score pairs.
+    def score(self, pairs: list[Pair]) -> list[Result]:
+        """Score N pairs; N results in the same order."""
+        profile = self.plan.profile
+        if not profile.instruction:
+            refused = Result(None, error=f"profile {profile.name} takes no instruction")
+            wanted = iter(self._score([p for p in pairs if not p.instruction]))
+            return [refused if p.instruction else next(wanted) for p in pairs]
+        return self._score(pairs)
 
-        Returns:
-            For each pair, in order, its score, or a text that says why it has none.
-        """
-        out: list[float | str] = [""] * len(pairs)
-        groups: dict[str | None, list[int]] = {}
-        for index, pair in enumerate(pairs):
-            if pair.instruction and not self.plan.profile.instruction:
-                out[index] = f"profile {self.plan.profile.name} takes no instruction"
-            else:
-                groups.setdefault(pair.instruction, []).append(index)
-        for instruction, indices in groups.items():
-            for index, score in zip(indices, self._score_group(instruction, [pairs[i] for i in indices]), strict=True):
-                out[index] = score
-        return out
-
-    def _score_group(self, instruction: str | None, pairs: list[Pair]) -> list[float | str]:
+    def _score(self, pairs: list[Pair]) -> list[Result]:
         from vllm import PoolingParams
 
-        params = PoolingParams()
-        if instruction:
-            params.extra_kwargs = {"chat_template_kwargs": {"instruction": instruction}}
-        queries, documents = [p.query for p in pairs], [p.document for p in pairs]
-        try:
-            outputs = self.llm.score(
-                queries, documents, use_tqdm=False, pooling_params=params, chat_template=self.plan.template
-            )
-            return [o.outputs.score for o in outputs]
-        except ValueError as exc:  # vLLM refuses a whole batch for one pair, e.g. one that is too long
-            if len(pairs) == 1:
-                return [" ".join(str(exc).split())[:300]]
-            half = len(pairs) // 2
-            return self._score_group(instruction, pairs[:half]) + self._score_group(instruction, pairs[half:])
+        if not pairs:
+            return []
+        if self.plan.profile.reference == "embedding":
+            return self._cosine(pairs)
+        prompts = self.encoder.encode(pairs)
+        params = [
+            PoolingParams(extra_kwargs={"compressed_token_type_ids": p.n_first} if p.n_first is not None else None)
+            for p in prompts
+        ]
+        outputs = self.llm.classify(
+            [{"prompt_token_ids": p.ids} for p in prompts], pooling_params=params, use_tqdm=False
+        )
+        return [Result(o.outputs.probs[0], p.cut) for o, p in zip(outputs, prompts, strict=True)]
 
-    def token_ids(self, pairs: list[Pair]) -> list[list[int]]:
-        """Token ids of each pair's prompt, as the engine saw them."""
-        out = []
-        for pair in pairs:
-            from vllm import PoolingParams
+    def _cosine(self, pairs: list[Pair]) -> list[Result]:
+        """Cosine of the two embeddings; every distinct text is embedded once."""
+        import torch
 
-            params = PoolingParams()
-            if pair.instruction:
-                params.extra_kwargs = {"chat_template_kwargs": {"instruction": pair.instruction}}
-            result = self.llm.score(
-                pair.query, pair.document, use_tqdm=False, pooling_params=params, chat_template=self.plan.template
+        texts = list(dict.fromkeys(t for p in pairs for t in (p.query, p.document)))
+        limit = self.encoder.max_length
+        whole = self.encoder.tokenizer(texts)["input_ids"]
+        batch = self.encoder.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+        outputs = self.llm.embed([{"prompt_token_ids": ids} for ids in batch], use_tqdm=False)
+        vectors = {t: torch.tensor(o.outputs.embedding) for t, o in zip(texts, outputs, strict=True)}
+        cut = {t for t, ids in zip(texts, whole, strict=True) if len(ids) > limit}
+        return [
+            Result(
+                torch.cosine_similarity(vectors[p.query], vectors[p.document], dim=0).item(),
+                p.query in cut or p.document in cut,
             )
-            out.append(list(result[0].prompt_token_ids))
-        return out
+            for p in pairs
+        ]
 
 
 def parse_line(text: str, number: int) -> Pair | dict:
@@ -183,12 +254,10 @@ def score_file(reranker: OfflineReranker, source: Path, output: Path, skip: int,
     ):
         for chunk in read_chunks(source, skip):
             pairs = [row for row in chunk if isinstance(row, Pair)]
-            scores = iter(reranker.score(pairs))
+            results = iter(reranker.score(pairs))
             for row in chunk:
                 if isinstance(row, Pair):
-                    score = next(scores)
-                    result = "error" if isinstance(score, str) else "score"
-                    row = {"line": row.line, result: score, **dict(row.extra)}
+                    row = _output_row(row, next(results))
                 if "error" in row:
                     failed += 1
                     tqdm.write(f"[WARN] {source} line {row['line']}: {row['error']}", file=sys.stderr)
@@ -200,15 +269,21 @@ def score_file(reranker: OfflineReranker, source: Path, output: Path, skip: int,
     return scored, failed
 
 
+def _output_row(pair: Pair, result: Result) -> dict:
+    row = {"line": pair.line}
+    row |= {"error": result.error} if result.score is None else {"score": result.score}
+    return row | ({"cut": True} if result.cut else {}) | dict(pair.extra)
+
+
 def example_pairs() -> list[Pair]:
     return [Pair(EXAMPLE_QUERY, document) for document in EXAMPLE_DOCUMENTS]
 
 
-def print_example(plan: Plan, scores: list[float | str]) -> None:
+def print_example(plan: Plan, results: list[Result]) -> None:
     """The built-in example's scores, best first."""
     print(f"model: {plan.checkpoint.path}\nprofile: {plan.profile.name}\nquery: {EXAMPLE_QUERY}")
-    for index, score in sorted(enumerate(scores), key=lambda item: -float(item[1])):
-        print(f"- score={score:.4f} | idx={index} | doc={EXAMPLE_DOCUMENTS[index]}")
+    for index, result in sorted(enumerate(results), key=lambda item: -item[1].score):
+        print(f"- score={result.score:.4f} | idx={index} | doc={EXAMPLE_DOCUMENTS[index]}")
 
 
 def arguments(description: str) -> argparse.ArgumentParser:

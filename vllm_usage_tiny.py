@@ -95,13 +95,13 @@ def check(plan: Plan, reranker: OfflineReranker, pairs: list[Pair]) -> bool:
     """Print each pair's score beside the reference; True when all agree within the precision's tolerance."""
     dtype = str(reranker.llm.llm_engine.model_config.dtype).removeprefix("torch.")
     tolerance = TOLERANCE[dtype]
-    scores = reranker.score(pairs)
+    scores = [result.score for result in reranker.score(pairs)]
     length = plan.engine["max_model_len"]
     expected = reference_scores(plan.checkpoint.path, plan.profile.reference, pairs, plan.cfg.instruction, length)
     print(f"vLLM {plan.machine.vllm_version} in {dtype} against transformers in float32, tolerance {tolerance:g}")
     worst = 0.0
     for index, (score, wanted) in enumerate(zip(scores, expected, strict=True)):
-        difference = abs(score - wanted) if isinstance(score, float) else float("inf")
+        difference = abs(score - wanted) if score is not None else float("inf")
         difference = float("inf") if difference != difference else difference  # NaN never agrees
         worst = max(worst, difference)
         verdict = "ok" if difference <= tolerance else "DIFFERS"

@@ -48,7 +48,8 @@ if __name__ == "__main__":
     result = []
     for instruction, texts in json.load(sys.stdin):
         pairs = [Pair(q, d, instruction) for q, d in texts]
-        result.append([reranker.score(pairs), reranker.token_ids(pairs)])
+        prompts = reranker.encoder.encode(pairs)
+        result.append([[r.score for r in reranker.score(pairs)], [p.ids for p in prompts]])
     json.dump(result, open(sys.argv[1], "w"))
 """
     script = out.with_name("offline.py")

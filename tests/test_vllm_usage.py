@@ -13,8 +13,10 @@ from conftest import KIT, kit_environment
 
 import vllm_usage
 import vllm_usage_tiny
-from env_utils import ConfigError
-from vllm_usage import Pair, lines_done, parse_line, read_chunks, score_file
+from engine_args import make_plan
+from env_utils import ConfigError, get_config
+from vllm_usage import Pair, Result, lines_done, parse_line, read_chunks, score_file
+from vllm_usage_tiny import qwen3_prompt_ids
 
 
 class LengthReranker:
@@ -25,7 +27,12 @@ class LengthReranker:
 
     def score(self, pairs):
         self.calls.append(len(pairs))
-        return [f"too long: {len(p.document)}" if len(p.document) > 90 else len(p.document) / 100 for p in pairs]
+        return [
+            Result(None, error="no score")
+            if len(p.document) > 90
+            else Result(len(p.document) / 100, len(p.document) > 25)
+            for p in pairs
+        ]
 
 
 def write_rows(path: Path, rows) -> Path:
@@ -49,9 +56,10 @@ def test_score_file_keeps_order_ids_and_reports_broken_lines(tmp_path, capsys):
     assert [r["line"] for r in out] == list(range(1, 9))
     assert [r.get("score") for r in out] == [0.1, None, 0.2, None, None, None, None, 0.3]
     assert out[0]["id"] == "a" and out[3]["id"] == 7
-    assert "query" in out[3]["error"] and "too long" in out[4]["error"]
+    assert [r.get("cut") for r in out] == [None] * 7 + [True]
+    assert "query" in out[3]["error"] and out[4]["error"] == "no score"
     said = capsys.readouterr().err
-    assert "line 2: " in said and "line 5: too long: 95" in said
+    assert "line 2: " in said and "line 5: no score" in said
 
 
 @pytest.mark.parametrize(
@@ -114,26 +122,42 @@ def test_lines_done_refuses_another_file(tmp_path):
     assert other.read_text() == "something else\n"
 
 
-def test_score_group_halves_a_batch_that_vllm_refuses():
-    class Engine:
-        def score(self, queries, documents, **_):
-            if any(len(d) > 5 for d in documents):
-                raise ValueError("prompt (9 tokens) is longer\nthan the maximum")
-            return [SimpleNamespace(outputs=SimpleNamespace(score=len(d) / 10)) for d in documents]
-
-    reranker = object.__new__(vllm_usage.OfflineReranker)
-    reranker.llm = Engine()
-    reranker.plan = SimpleNamespace(template=None, profile=SimpleNamespace(instruction=True, name="x"))
-    documents = ["a", "bb", "cccccc", "dd", "eeeeeeee", "f"]
-    scores = reranker.score([Pair("q", d, "i" if d == "dd" else None) for d in documents])
-    refused = "prompt (9 tokens) is longer than the maximum"
-    assert scores == [0.1, 0.2, refused, 0.2, refused, 0.1]
-
-
 def test_score_refuses_an_instruction_where_there_is_none():
     reranker = object.__new__(vllm_usage.OfflineReranker)
     reranker.plan = SimpleNamespace(profile=SimpleNamespace(instruction=False, name="cross_encoder"))
-    assert reranker.score([Pair("q", "d", "do this")]) == ["profile cross_encoder takes no instruction"]
+    reranker._score = lambda pairs: [Result(len(p.document)) for p in pairs]
+    results = reranker.score([Pair("q", "d"), Pair("q", "d", "do this"), Pair("q", "dd")])
+    assert [r.score for r in results] == [1, None, 2]
+    assert results[1].error == "profile cross_encoder takes no instruction"
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1, 2, 5000])
+def test_encoder_cuts_as_the_model_card(checkpoints, over):
+    """At every boundary around MAX_MODEL_LEN: the model card's ids, the suffix kept, and the cut reported."""
+    encoder = vllm_usage.PairEncoder(make_plan(get_config(max_model_len=256), checkpoints["qwen3"]))
+    for pair in (Pair("q", " word"), Pair("query " * 60, "x")):
+        fixed = len(encoder.encode([Pair(pair.query, "")])[0].ids)
+        unit = len(encoder.encode([Pair(pair.query, pair.document * 9)])[0].ids) - fixed
+        document = pair.document * 9 * max(1, (256 - fixed + over) // unit - 1)
+        while len(qwen3_prompt_ids(encoder.tokenizer, Pair(pair.query, document))) < 256 + over:
+            document += "7"
+        long = Pair(pair.query, document, "do" if over == 5000 else None)
+        (prompt,) = encoder.encode([long])
+        assert prompt.ids == qwen3_prompt_ids(encoder.tokenizer, long, max_length=256)
+        assert prompt.cut == (len(qwen3_prompt_ids(encoder.tokenizer, long)) > 256)
+        assert len(prompt.ids) <= 256
+
+
+def test_encoder_cuts_pairs_of_encoders_at_the_longer_side(checkpoints):
+    from transformers import AutoTokenizer
+
+    encoder = vllm_usage.PairEncoder(make_plan(get_config(max_model_len=64), checkpoints["bert"]))
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["bert"])
+    for query, document in (("q", "doc " * 500), ("query " * 500, "d"), ("query " * 500, "doc " * 500), ("q", "d")):
+        (prompt,) = encoder.encode([Pair(query, document)])
+        expected = tokenizer(query, document, truncation=True, max_length=64)
+        assert prompt.ids == expected["input_ids"] and prompt.n_first == expected["token_type_ids"].index(1)
+        assert prompt.cut == (len(query + document) > 10)
 
 
 def run_program(name, *args, timeout_s=300, **settings):
@@ -162,7 +186,7 @@ def test_bad_calls_are_refused_before_the_model_loads(checkpoints, args, setting
 def test_real_file_run_interrupted_and_resumed(checkpoints, tmp_path):
     """Kill the real run with Ctrl-C, run it again: each line once, scores as the reference computes them."""
     documents = ["The capital of China is Beijing.", "中国的首都是北京。", "Gravity attracts bodies."]
-    rows = [{"query": f"question {n}", "document": documents[n % 3], "id": n} for n in range(1024 * 6)]
+    rows = [{"query": f"question {n}", "document": documents[n % 3], "id": n} for n in range(1024 * 4)]
     rows[5] = {"query": "no document", "id": 5}
     rows[7]["document"] = "far too long " * 2000
     source, output = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
@@ -176,17 +200,17 @@ def test_real_file_run_interrupted_and_resumed(checkpoints, tmp_path):
     _, said = first.communicate(timeout=60)
     done_before = lines_done(output)
     assert first.returncode == 130 and "the same command goes on" in said, said[-2000:]
-    assert 0 < done_before < len(rows)
+    assert 0 < done_before < len(rows) and "line 6: field 'document'" in said
     second = run_program("vllm_usage.py", "--input", source, "--output", output, **settings)
-    assert second.returncode == 1, "two lines have no score"
+    assert second.returncode == 0, second.stderr[-2000:]
     assert f"going on after line {done_before}" in second.stderr
     out = read_rows(output)
     assert [r["line"] for r in out] == list(range(1, len(rows) + 1)) and [r["id"] for r in out] == list(
         range(len(rows))
     )
-    assert "document" in out[5]["error"] and "512" in out[7]["error"]
-    assert sum("error" in r for r in out) == 2
-    some = [0, 1, 2, 1023, 1024, 3000, len(rows) - 1]
+    assert "document" in out[5]["error"] and sum("error" in r for r in out) == 1
+    assert [r["line"] for r in out if r.get("cut")] == [8]
+    some = [0, 1, 2, 7, 1023, 1024, 3000, len(rows) - 1]
     pairs = [Pair(rows[i]["query"], rows[i]["document"]) for i in some]
     expected = vllm_usage_tiny.reference_scores(checkpoints["qwen3"], "causal_yes_no", pairs, None, 512)
     assert [out[i]["score"] for i in some] == pytest.approx(expected, abs=1e-4)
@@ -213,7 +237,7 @@ def test_check_fails_when_scores_differ(monkeypatch, capsys):
         profile=SimpleNamespace(reference="x"),
     )
     config = SimpleNamespace(model_config=SimpleNamespace(dtype="torch.float32"))
-    reranker = SimpleNamespace(llm=SimpleNamespace(llm_engine=config), score=lambda pairs: [0.5, 0.7])
+    reranker = SimpleNamespace(llm=SimpleNamespace(llm_engine=config), score=lambda pairs: [Result(0.5), Result(0.7)])
     for expected, agrees in (([0.5, 0.70005], True), ([0.5, 0.7002], False), ([0.5, float("nan")], False)):
         monkeypatch.setattr(vllm_usage_tiny, "reference_scores", lambda *_, expected=expected: expected)
         assert vllm_usage_tiny.check(plan, reranker, [None, None]) is agrees
