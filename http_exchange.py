@@ -1,0 +1,374 @@
+"""One HTTP exchange with requests or aiohttp: a Step in, an Answer or a Failure out, never an exception of theirs.
+
+What the two libraries do not do by themselves, and a client in production needs:
+- one timer for the whole answer, so that a server that drips bytes cannot hold a caller for ever;
+- to know how far a failed exchange got, since that decides whether it may be sent again;
+- connections that the server is about to close are not used again.
+"""
+
+import asyncio
+import http.client
+import io
+import ipaddress
+import math
+import os
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from http.cookiejar import DefaultCookiePolicy
+from urllib.parse import urlsplit
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import HTTPError
+from urllib3.util import Timeout
+
+IDLE_S = 4.0  # uvicorn closes a connection that was idle for 5 s: we drop it first
+ERROR_BYTES = 65536  # read of an error's body
+
+
+@dataclass(slots=True)
+class Step:
+    """Send this once."""
+
+    url: str
+    base_url: str
+    body: bytes
+    connect_s: float
+    answer_s: float  # from the first byte sent to the last received
+    until: float  # time.monotonic() of the deadline; inf = none
+    fresh: bool  # over a new connection
+
+    def limit(self, status: int) -> int:
+        """Most bytes of an answer that are read; /v1/rerank echoes the documents."""
+        return (1 << 20) + 4 * len(self.body) if status < 300 else ERROR_BYTES
+
+
+@dataclass(slots=True)
+class Answer:
+    """Status, headers and body; whole is False if there was more than limit bytes."""
+
+    status: int
+    headers: Mapping[str, str]
+    limit: int
+    body: bytearray = field(default_factory=bytearray)
+    whole: bool = True
+
+    def add(self, chunk: bytes) -> bool:
+        self.body += chunk
+        self.whole = len(self.body) <= self.limit
+        return self.whole
+
+
+@dataclass(slots=True)
+class Failure:
+    """No answer. connect, tls: nothing was sent; stale: the server had closed; timeout, lost: it may be at work."""
+
+    kind: str
+    exc: Exception
+    timed_out: bool
+    cause: str
+
+
+class _Wire:
+    """How far an exchange got."""
+
+    def __init__(self, step: Step):
+        self.step, self.reused, self.n_bytes, self.timer = step, True, 0, None
+        self.start()
+
+    def connecting(self) -> float:
+        """The time.monotonic() at which the connection must stand."""
+        self.reused = self.connected = False
+        return min(time.monotonic() + self.step.connect_s, self.step.until)
+
+    def start(self) -> float:
+        """The time.monotonic() at which the whole answer must be there."""
+        self.connected = True
+        self.answer_by = min(time.monotonic() + self.step.answer_s, self.step.until)
+        return self.answer_by
+
+    def left_s(self) -> float:
+        left = self.answer_by - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the time for this answer is over")
+        return left
+
+    def failure(self, answer: Answer | None, exc: Exception) -> Answer | Failure:
+        """Sort an exception: did the server see the request, and may it be sent again?"""
+        if answer and answer.status >= 300:
+            return answer  # the status says enough, its text may be cut
+        chain = [exc]
+        while (deeper := chain[-1].__cause__ or chain[-1].__context__) is not None and deeper not in chain:
+            chain.append(deeper)
+        timed_out = any(isinstance(one, TimeoutError) for one in chain)
+        cause = next((_reason(one) for one in reversed(chain) if getattr(one, "strerror", None)), None)
+        if not self.connected:
+            kind = "tls" if any(isinstance(one, ssl.SSLError) for one in chain) else "connect"
+        elif timed_out:
+            kind = "timeout"
+        else:
+            kind = "lost" if answer or self.n_bytes or not self.reused else "stale"
+        if hasattr(exc, "request_info"):  # aiohttp shows the request's headers, and so the key, in this one's repr
+            exc = http.client.HTTPException(exc.message)
+        return Failure(kind, exc, timed_out, str(cause or exc) or type(exc).__name__)
+
+
+def _reason(exc: OSError) -> str:
+    """ "Connection refused" and the like; asyncio has other words in strerror, TLS and DNS have their own numbers."""
+    own = isinstance(exc, ssl.SSLError | socket.gaierror) or not exc.errno or exc.errno < 0
+    return exc.strerror if own else os.strerror(exc.errno)
+
+
+# --- requests -------------------------------------------------------------------------------------------------
+
+_local = threading.local()  # .wire: the exchange that runs in this thread
+
+
+class _TimedReader(io.RawIOBase):
+    """A socket's bytes under the timer of the exchange, from the first byte of the head to the last of the body."""
+
+    def __init__(self, sock):
+        self._sock, self._raw = sock, sock.makefile("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int | None:
+        wire = getattr(_local, "wire", None)
+        if wire:
+            self._sock.settimeout(wire.left_s())
+        n = self._raw.readinto(buffer)
+        if wire and n:
+            wire.n_bytes += n
+        return n
+
+    def makefile(self, mode: str) -> io.BufferedReader:  # http.client asks its socket for a file
+        return io.BufferedReader(self, 65536)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock, *args, **kwargs):
+        super().__init__(_TimedReader(sock), *args, **kwargs)
+
+
+class _Tracked:
+    """What both connection classes add; plain urllib3 while no exchange of ours runs in the thread."""
+
+    response_class = _Response
+    idle_since = 0.0
+
+    def connect(self) -> None:
+        wire = getattr(_local, "wire", None)
+        if wire:
+            wire.connecting()
+        super().connect()
+        if wire:
+            wire.start()
+
+    def send(self, data) -> None:
+        if self.sock is None:
+            self.connect()
+        if wire := getattr(_local, "wire", None):
+            self.sock.settimeout(wire.left_s())
+        super().send(data)
+
+    @property
+    def is_connected(self) -> bool:
+        wire = getattr(_local, "wire", None)
+        if (wire and wire.step.fresh) or time.monotonic() - self.idle_since > IDLE_S:
+            return False  # the pool closes it and opens another
+        return super().is_connected
+
+
+class _HTTP(_Tracked, HTTPConnection):
+    pass
+
+
+class _HTTPS(_Tracked, HTTPSConnection):
+    pass
+
+
+class _Pool:
+    def _put_conn(self, conn) -> None:
+        if conn:
+            conn.idle_since = time.monotonic()
+        super()._put_conn(conn)
+
+
+class _HTTPPool(_Pool, HTTPConnectionPool):
+    ConnectionCls = _HTTP
+
+
+class _HTTPSPool(_Pool, HTTPSConnectionPool):
+    ConnectionCls = _HTTPS
+
+
+class _Adapter(HTTPAdapter):
+    def init_poolmanager(self, *args, **kwargs) -> None:
+        super().init_poolmanager(*args, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+
+    def close(self) -> None:
+        # urllib3 leaves idle connections to the garbage collector, and any stored exception keeps them from it.
+        for manager in (self.poolmanager, *self.proxy_manager.values()):
+            for key in list(manager.pools.keys()):
+                if pool := manager.pools.get(key):
+                    pool.close()
+        super().close()
+
+    def proxy_manager_for(self, *args, **kwargs):
+        manager = super().proxy_manager_for(*args, **kwargs)
+        manager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+        return manager
+
+
+class PooledSession(requests.Session):
+    """Keeps up to pool_size connections to base_url; more threads than that open new ones."""
+
+    def __init__(self, base_url: str, headers: dict[str, str], pool_size: int):
+        super().__init__()
+        self.headers.update(headers)
+        self.trust_env = False  # else .netrc would replace the key, and proxies be looked up for every call
+        self.proxies, ca = _net(base_url)
+        self.verify = ca or True
+        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # a jar that threads share, for nothing
+        adapter = _Adapter(pool_connections=1, pool_maxsize=pool_size)
+        self.mount("http://", adapter)
+        self.mount("https://", adapter)
+        self._pools: dict[str, tuple[HTTPConnectionPool, str]] = {}
+
+    def pool_of(self, url: str) -> tuple[HTTPConnectionPool, str]:
+        """The connection pool for url, and the target of the request line (all of url if a proxy forwards it)."""
+        if url not in self._pools:
+            request, adapter = self.prepare_request(requests.Request("POST", url)), self.get_adapter(url)
+            pool = adapter.get_connection_with_tls_context(request, self.verify, proxies=self.proxies)
+            adapter.cert_verify(pool, url, self.verify, None)
+            self._pools[url] = pool, adapter.request_url(request, self.proxies)
+        return self._pools[url]
+
+
+def exchange(session: PooledSession, step: Step) -> Answer | Failure:
+    """Send step, redirects not followed.
+
+    Goes straight to the session's pool: the cookies, redirects and hooks of Session.post() are not wanted here, and
+    cost more than all that the kit does itself (tests/bench_client_overhead.py).
+    """
+    wire, answer = _Wire(step), None
+    _local.wire = wire
+    times = Timeout(connect=step.connect_s, read=step.answer_s)
+    try:
+        pool, target = session.pool_of(step.url)
+        response = pool.urlopen(
+            "POST",
+            target,
+            step.body,
+            session.headers,
+            timeout=times,
+            retries=False,
+            redirect=False,
+            preload_content=False,
+            decode_content=False,
+            assert_same_host=False,
+        )
+        with response:
+            answer = Answer(response.status, response.headers, step.limit(response.status))
+            while (chunk := response.read(65536)) and answer.add(chunk):
+                pass
+        return answer
+    except (HTTPError, http.client.HTTPException, OSError) as exc:
+        return wire.failure(answer, exc)
+    finally:
+        _local.wire = None
+
+
+# --- aiohttp: imported where it is used, so that sync programs need not have it ---------------------------------
+
+
+def new_async_session(base_url: str, headers: dict[str, str], pool_size: int, *, reuse: bool = True):
+    """An aiohttp.ClientSession with at most pool_size connections; further calls wait for one."""
+    import aiohttp
+
+    trace = aiohttp.TraceConfig(trace_config_ctx_factory=lambda trace_request_ctx: trace_request_ctx)
+    trace.on_connection_create_start.append(_on_connect)
+    trace.on_connection_create_end.append(_on_connected)
+    trace.on_connection_reuseconn.append(_on_connected)
+    proxies, ca = _net(base_url)
+    https = base_url.startswith("https")
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(
+            limit=pool_size,
+            ssl=_tls_context(ca) if https else True,
+            **({"keepalive_timeout": IDLE_S} if reuse else {"force_close": True}),
+        ),
+        headers=headers,
+        proxy=proxies.get("https" if https else "http"),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(),  # aexchange has its own timer
+        auto_decompress=False,
+        trace_configs=[trace],
+    )
+
+
+async def aexchange(session, step: Step) -> Answer | Failure:
+    """The same as exchange() with aiohttp."""
+    import aiohttp
+
+    wire, answer = _Wire(step), None
+    left_s = None if step.until == math.inf else step.until - time.monotonic()
+    try:
+        # A call that waits for a free connection waits until the deadline; the trace moves the timer after that.
+        async with asyncio.timeout(left_s) as wire.timer:
+            body = step.body if len(step.body) < 1 << 20 else io.BytesIO(step.body)  # sent in pieces
+            post = session.post(step.url, data=body, allow_redirects=False, trace_request_ctx=wire)
+            async with post as response:
+                answer = Answer(response.status, response.headers, step.limit(response.status))
+                async for chunk in response.content.iter_any():
+                    if not answer.add(chunk):
+                        break
+        return answer
+    except (aiohttp.ClientError, OSError) as exc:  # TimeoutError is an OSError
+        if not isinstance(getattr(exc, "message", ""), str):
+            wire.n_bytes = 1  # ServerDisconnectedError holds the part of the head that had arrived
+        return wire.failure(answer, exc)
+
+
+async def _on_connect(session, wire, params) -> None:
+    if wire:  # None: somebody uses the session for a request of his own
+        wire.timer.reschedule(asyncio.get_running_loop().time() + wire.connecting() - time.monotonic())
+
+
+async def _on_connected(session, wire, params) -> None:
+    if wire:
+        wire.timer.reschedule(asyncio.get_running_loop().time() + wire.start() - time.monotonic())
+
+
+# --- both -----------------------------------------------------------------------------------------------------
+
+
+def _net(base_url: str) -> tuple[dict[str, str], str | None]:
+    """(proxies by scheme, CA file or folder) that the environment asks for; no proxy for loopback."""
+    host = urlsplit(base_url).hostname
+    try:
+        address = ipaddress.ip_address(host)
+        loopback = address.is_loopback or address.is_unspecified
+    except ValueError:
+        loopback = host == "localhost" or host.endswith(".localhost")
+    proxies = {} if loopback else requests.utils.get_environ_proxies(base_url)
+    return proxies, os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
+
+
+@lru_cache
+def _tls_context(ca: str | None) -> ssl.SSLContext:
+    ca = ca or requests.certs.where()  # what requests trusts
+    return ssl.create_default_context(**({"capath": ca} if os.path.isdir(ca) else {"cafile": ca}))

@@ -1,0 +1,430 @@
+"""The way to the reranker: shared sessions, retries, fail-over and the error types.
+
+SharedResources keeps the sessions; post() and apost() send one JSON object. Both are driven by _attempts(), which
+decides everything (where to, how long, again or not) and does no IO: sync and async cannot differ.
+"""
+
+import asyncio
+import json
+import math
+import os
+import random
+import re
+import threading
+import time
+import traceback
+from collections.abc import Generator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar
+from urllib.parse import urlsplit
+
+import env_utils
+from http_exchange import ERROR_BYTES, Answer, Failure, PooledSession, Step, aexchange, exchange, new_async_session
+
+if TYPE_CHECKING:
+    import aiohttp
+
+BACKOFF_S, BACKOFF_MAX_S = 0.5, 8.0  # retry n waits a random part of BACKOFF_S * 2**n ("full jitter")
+DOWN_S = 10.0  # so long is an address that failed asked last
+RETRY_SHARE, RETRY_FLOOR, RETRY_CEIL = 0.1, 10.0, 100.0  # retry budget: share of calls, always free, most saved up
+UNAVAILABLE = {502, 503, 504}  # another server may do better
+RETRY_STATUS = {429, *UNAVAILABLE}
+MAX_SECONDS = 1e6  # 11 days: a socket cannot count to 25
+MAX_BODY_CHARS = 2000  # of an error's body, kept in the exception
+
+
+class RerankError(RuntimeError):
+    """Any failure of a call."""
+
+
+class RerankConnectionError(RerankError):
+    """No connection, or it broke before the answer was complete."""
+
+
+class RerankTimeout(RerankConnectionError):
+    """No connection or no complete answer in time."""
+
+
+class RerankHTTPError(RerankError):
+    """The server answered with another status than 2xx.
+
+    Attributes:
+        status_code: the HTTP status.
+        body: the answer's text, at most MAX_BODY_CHARS characters.
+    """
+
+    def __init__(self, message: str, status_code: int = 0, body: str = ""):
+        super().__init__(message, status_code, body)  # all of it in args: the error survives pickling
+        self.status_code, self.body = status_code, body
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
+class RerankResponseError(RerankError, ValueError):
+    """A 2xx answer that is not what was asked for."""
+
+
+def excerpt(body: bytes | str, limit: int = 200) -> str:
+    """The beginning of an answer on one line, for a message: printable, and without our API key."""
+    text = body if isinstance(body, str) else body[:ERROR_BYTES].decode("utf-8", "replace")
+    if env_utils.CFG.api_key:  # a server may echo the request's headers
+        text = text.replace(env_utils.CFG.api_key, "***")
+    text = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * limit]).split())
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def _server_text(body: bytes) -> str:
+    """The server's own words: {"error": {"message"}} of vLLM, {"detail"} of FastAPI, else the body."""
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError):
+        data = None
+    for key in ("error", "detail", "message") if isinstance(data, dict) else ():
+        value = data.get(key)
+        if isinstance(value, dict):
+            value = value.get("message")
+        if isinstance(value, list):  # FastAPI: one entry for every field it refused
+            value = json.dumps(value, ensure_ascii=False)
+        if isinstance(value, str) and value.strip():
+            return excerpt(value, 500)
+    return excerpt(body, 500) or "(empty body)"
+
+
+@lru_cache
+def _base_urls(text: str) -> tuple[str, ...]:
+    """ "http://a:1, http://b:2/v1/" -> ("http://a:1/v1", "http://b:2/v1"); ValueError names the bad one."""
+    urls = []
+    for url in (part.strip() for part in text.split(",") if part.strip()):
+        try:
+            parts = urlsplit(url)
+            (parts.hostname or "").encode("idna")
+            ok = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # also a bad port and UnicodeError
+            ok = False
+        if "@" in url:  # may hold a password: never shown
+            raise ValueError("base_url holds a user name or password: put the key into API_KEY")
+        if not ok or parts.query or parts.fragment or re.search(r"\s", url):
+            raise ValueError(f"base_url={url!r} is not like http://127.0.0.1:11438/v1")
+        urls.append(url.rstrip("/").removesuffix("/v1").rstrip("/") + "/v1")
+    if not urls:
+        raise ValueError(f"base_url={text!r} holds no address")
+    return tuple(dict.fromkeys(urls))
+
+
+def base_urls(base_url: str | None = None) -> tuple[str, ...]:
+    """Addresses of the service in order of preference, each ending in /v1; None = BASE_URL of the config."""
+    if base_url is not None and not isinstance(base_url, str):
+        raise ValueError(f"base_url={base_url!r} is not a str")
+    return _base_urls(env_utils.CFG.local_base_url if base_url is None else base_url)
+
+
+def _headers() -> dict[str, str]:
+    # identity: answers are small, and what is not compressed cannot be a bomb.
+    headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
+    key = env_utils.CFG.api_key
+    if key and not (key.isascii() and key.isprintable()):
+        raise env_utils.ConfigError("API_KEY=*** holds characters that no HTTP header can carry")
+    return headers | {"Authorization": f"Bearer {key}"} if key else headers
+
+
+@dataclass
+class _Endpoint:
+    """One address: its sessions, whether it was down, how many retries it may still cost."""
+
+    url: str
+    session: PooledSession | None = None
+    loops: dict = field(default_factory=dict)  # event loop -> (aiohttp session, the generator that closes it)
+    down_until: float = 0.0
+    tokens: float = RETRY_FLOOR
+    seen: float = field(default_factory=time.monotonic)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def earn(self) -> None:
+        """A call pays for a share of a retry; below the floor, time does too: 1 a second."""
+        with self.lock:
+            now = time.monotonic()
+            if self.tokens < RETRY_FLOOR:
+                self.tokens = min(RETRY_FLOOR, self.tokens + now - self.seen)
+            self.tokens, self.seen = min(RETRY_CEIL, self.tokens + RETRY_SHARE), now
+
+    def spend(self) -> bool:
+        """Take one retry from the budget, so that retries cannot multiply an overload; False = none left."""
+        with self.lock:
+            paid = self.tokens >= 1
+            self.tokens -= paid
+            return paid
+
+
+class SharedResources:
+    """Sessions that all calls of this process share: one per base_url, and for asyncio one per event loop too.
+
+    Safe with threads, with several event loops (also closed ones) and after a fork: a child opens its own
+    connections. A session keeps POOL_SIZE connections; more threads than that work, but open new ones.
+    """
+
+    _lock = threading.RLock()
+    _endpoints: ClassVar[dict[str, _Endpoint]] = {}
+    _inherited: ClassVar[list] = []
+    _fork_hook = False
+
+    @classmethod
+    def _after_fork(cls) -> None:
+        # Kept, not closed: closing would change the parent's selector, which an event loop shares with its child.
+        cls._inherited.append(cls._endpoints)
+        cls._endpoints, cls._lock = {}, threading.RLock()
+
+    @classmethod
+    def _endpoint(cls, url: str) -> _Endpoint:
+        endpoint = cls._endpoints.get(url)
+        if endpoint is None:
+            with cls._lock:
+                if not cls._fork_hook and hasattr(os, "register_at_fork"):
+                    os.register_at_fork(after_in_child=cls._after_fork)
+                    cls._fork_hook = True
+                endpoint = cls._endpoints.setdefault(url, _Endpoint(url))
+        return endpoint
+
+    @classmethod
+    def get_local_rerank_client(cls, base_url: str | None = None) -> PooledSession:
+        """The requests.Session for base_url (the first, if it lists several; None = config), with the API key.
+
+        Raises:
+            ValueError: base_url is no address, or the key fits in no header.
+        """
+        endpoint = cls._endpoint(base_urls(base_url)[0])
+        if endpoint.session is None:
+            with cls._lock:
+                if endpoint.session is None:
+                    endpoint.session = PooledSession(endpoint.url, _headers(), env_utils.CFG.pool_size)
+        return endpoint.session
+
+    @classmethod
+    async def get_async_rerank_client(cls, base_url: str | None = None) -> "aiohttp.ClientSession":
+        """The same with aiohttp for the running event loop; it closes when that loop ends."""
+        endpoint = cls._endpoint(base_urls(base_url)[0])
+        loop = asyncio.get_running_loop()
+        session, _ = endpoint.loops.get(loop, (None, None))
+        if session is None or session.closed:
+            for other in [known for known in list(endpoint.loops) if known.is_closed()]:
+                with suppress(KeyError, StopIteration):  # closed by loop.close() alone: nothing is left to wait for
+                    endpoint.loops.pop(other)[0].close().send(None)
+            session = new_async_session(endpoint.url, _headers(), env_utils.CFG.pool_size)
+            owner = cls._close_with_loop(session, endpoint.loops, loop)
+            await anext(owner)
+            endpoint.loops[loop] = session, owner
+        return session
+
+    @staticmethod
+    async def _close_with_loop(session, loops: dict, loop):
+        """asyncio.run() finishes the async generators that are still open: there the session is closed."""
+        try:
+            yield
+        finally:
+            loops.pop(loop, None)
+            await session.close()
+
+    @classmethod
+    def close_local_rerank_client(cls) -> None:
+        """Close all sync sessions; the next call opens new ones. Event loops close theirs when they end."""
+        with cls._lock:
+            sessions = [endpoint.session for endpoint in cls._endpoints.values() if endpoint.session]
+            for endpoint in cls._endpoints.values():
+                endpoint.session = None
+        for session in sessions:
+            session.close()
+
+    @classmethod
+    async def aclose_local_rerank_client(cls) -> None:
+        """Close the sessions of the running event loop."""
+        loop = asyncio.get_running_loop()
+        for endpoint in list(cls._endpoints.values()):
+            if loop in endpoint.loops:
+                await endpoint.loops[loop][1].aclose()
+
+
+@dataclass(slots=True)
+class Reply:
+    """A 2xx answer: its JSON object, the URL it came from, its bytes."""
+
+    data: dict
+    url: str
+    body: bytes
+
+    def error(self, what: str) -> RerankResponseError:
+        return RerankResponseError(f"{self.url} answered {excerpt(what)}: {excerpt(self.body)}")
+
+
+def _reply(step: Step, answer: Answer) -> Reply:
+    reply = Reply({}, step.url, bytes(answer.body))
+    kind = answer.headers.get("Content-Type", "application/json").partition(";")[0].strip().lower()
+    if not answer.whole:
+        raise reply.error(f"more than {answer.limit} bytes")
+    if kind != "application/json":
+        raise reply.error(f"{excerpt(kind)!r}, not application/json")
+    try:
+        reply.data = json.loads(reply.body)
+    except (ValueError, RecursionError):
+        raise reply.error("what is not JSON") from None
+    if not isinstance(reply.data, dict):
+        raise reply.error("no JSON object")
+    return reply
+
+
+def _error(step: Step, outcome: Answer | Failure) -> RerankError:
+    """The exception that tells a caller what happened, where, and what to do."""
+    if isinstance(outcome, Answer):
+        text = _server_text(bytes(outcome.body))
+        if 300 <= outcome.status < 400:
+            target = excerpt(outcome.headers.get("Location", "nowhere"))
+            text = f"redirects to {target}, which is not followed: set BASE_URL to the final address"
+        elif outcome.status in (401, 403):
+            text += " (check API_KEY)"
+        message = f"HTTP {outcome.status} from {step.url}: {text}"
+        return RerankHTTPError(message, outcome.status, excerpt(bytes(outcome.body), MAX_BODY_CHARS))
+    status, cause = 'run "sh start_rerank.sh status"', excerpt(outcome.cause)
+    if outcome.kind == "timeout":
+        advice = "raise TIMEOUT_S or send fewer documents at a time"
+        return RerankTimeout(f"no complete answer from {step.url} within {step.answer_s:.3g} s: {advice}")
+    if outcome.kind == "tls":
+        advice = "check the certificate; REQUESTS_CA_BUNDLE names a CA file"
+        return RerankConnectionError(f"no TLS connection to {step.base_url} ({cause}): {advice}")
+    if outcome.kind == "connect" and outcome.timed_out:
+        return RerankTimeout(f"no connection to {step.base_url} within {step.connect_s:.3g} s: {status}")
+    if outcome.kind == "connect":
+        return RerankConnectionError(f"no server at {step.base_url} ({cause}): {status}")
+    return RerankConnectionError(f"{step.url} broke off before its answer was complete ({cause}): {status}")
+
+
+def _shareable(exc: Exception | None) -> Exception | None:
+    """The exception behind ours, unless it shows the API key: a library quotes what it could not parse."""
+    key = env_utils.CFG.api_key
+    return None if exc and key and key in "".join(traceback.format_exception(exc)) else exc
+
+
+def _retry_after_s(headers: Mapping[str, str]) -> float:
+    """Retry-After in seconds, given as a number or as an HTTP date; 0.0 if absent or senseless."""
+    text = headers.get("Retry-After", "")
+    try:
+        seconds = float(text)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(text).timestamp() - time.time()
+        except (ValueError, TypeError, OverflowError):
+            return 0.0
+    return seconds if 0 < seconds < math.inf else 0.0
+
+
+def _choose(endpoints: list[_Endpoint]) -> _Endpoint:
+    """The first that is not known to be down; after DOWN_S one call, not all, finds out whether it is up again."""
+    now = time.monotonic()
+    endpoint = next((e for e in endpoints if e.down_until <= now), None) or min(endpoints, key=lambda e: e.down_until)
+    if endpoint.down_until:
+        endpoint.down_until = now + DOWN_S
+    return endpoint
+
+
+def _attempts(
+    path: str, payload: dict, base_url: str | None, timeout_s: float | None, until: float
+) -> Generator[Step | float, Answer | Failure | None, Reply]:
+    """One call: yields a Step to send (wants its outcome) or seconds to sleep; returns the Reply.
+
+    Sent again are failed connects and 429, 502, 503, 504, and at once a request that met a connection which the
+    server had closed. Not after a read timeout: the GPU is still busy with the first copy.
+    """
+    cfg = env_utils.CFG
+    timeout_s = min(cfg.timeout_s if timeout_s is None else timeout_s, MAX_SECONDS)
+    body = json.dumps(payload, ensure_ascii=False).encode()
+    endpoints = [SharedResources._endpoint(url) for url in base_urls(base_url)]
+    untried, n_retries, fresh, endpoint, error, budget = list(endpoints), 0, False, None, None, endpoints[0]
+    budget.earn()
+    while True:
+        endpoint = endpoint if fresh else _choose(untried)
+        left_s = until - time.monotonic()
+        if left_s <= 0:
+            raise RerankTimeout(f"deadline_s was over before {endpoint.url + path} was asked") from error
+        connect_s, answer_s = min(cfg.connect_timeout_s, timeout_s, left_s), min(timeout_s, left_s)
+        step = Step(endpoint.url + path, endpoint.url, body, connect_s, answer_s, until, fresh)
+        outcome = yield step
+        what = outcome.status if isinstance(outcome, Answer) else outcome.kind
+        if isinstance(what, int) and what not in UNAVAILABLE:
+            endpoint.down_until = 0.0
+            if 200 <= what < 300:
+                return _reply(step, outcome)
+        fresh = what == "stale"
+        if fresh:
+            continue
+        error = _error(step, outcome)
+        unsent = what in ("connect", "tls")
+        if unsent or what in UNAVAILABLE:
+            endpoint.down_until = time.monotonic() + DOWN_S
+            untried.remove(endpoint)
+            if untried and (unsent or budget.spend()):
+                continue
+        if what == "connect" or what in RETRY_STATUS:
+            asked_s = _retry_after_s(outcome.headers) if isinstance(outcome, Answer) else 0.0
+            wait_s = asked_s + random.uniform(0, min(BACKOFF_MAX_S, BACKOFF_S * 2**n_retries))
+            n_retries += 1
+            in_time = asked_s <= timeout_s and time.monotonic() + wait_s < until
+            if n_retries <= cfg.retries and in_time and budget.spend():
+                untried = list(endpoints)
+                yield wait_s
+                continue
+        raise error from _shareable(getattr(outcome, "exc", None))
+
+
+def post(
+    path: str, payload: dict, base_url: str | None = None, timeout_s: float | None = None, until: float = math.inf
+) -> Reply:
+    """POST a JSON object to base_url + path.
+
+    Args:
+        path: e.g. "/rerank".
+        base_url: one address or several, separated by commas; None = config.
+        timeout_s: seconds for one answer, from the first byte sent to the last received; None = config.
+        until: time.monotonic() at which the call with all its retries must be over.
+
+    Raises:
+        RerankError: one of its subclasses; no exception of requests or aiohttp leaves.
+    """
+    steps, outcome = _attempts(path, payload, base_url, timeout_s, until), None
+    while True:
+        try:
+            step = steps.send(outcome)
+        except StopIteration as done:
+            return done.value
+        if isinstance(step, Step):
+            outcome = exchange(SharedResources.get_local_rerank_client(step.base_url), step)
+        else:
+            outcome = time.sleep(step)
+
+
+async def apost(
+    path: str, payload: dict, base_url: str | None = None, timeout_s: float | None = None, until: float = math.inf
+) -> Reply:
+    """The same as post() on the running event loop."""
+    steps, outcome = _attempts(path, payload, base_url, timeout_s, until), None
+    while True:
+        try:
+            step = steps.send(outcome)
+        except StopIteration as done:
+            return done.value
+        if not isinstance(step, Step):
+            outcome = await asyncio.sleep(step)
+        elif step.fresh:  # aiohttp offers no other way to a new connection
+            async with new_async_session(step.base_url, _headers(), 1, reuse=False) as session:
+                outcome = await aexchange(session, step)
+        else:
+            outcome = await aexchange(await SharedResources.get_async_rerank_client(step.base_url), step)
+
+
+def __getattr__(name: str):
+    """PORT and LOCAL_BASE_URL are read on first use: importing this module does nothing."""
+    if name == "PORT":
+        return env_utils.CFG.port
+    if name == "LOCAL_BASE_URL":
+        return base_urls()[0]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
