@@ -1,0 +1,744 @@
+"""bench_rerank.py against servers whose behaviour is known."""
+
+import asyncio
+import contextlib
+import csv
+import functools
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+import bench_rerank
+from bench_rerank import COLUMNS, Bench, Call, Level, Texts, percentile
+
+KIT = Path(bench_rerank.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def own_settings(monkeypatch, tmp_path):
+    """No .env and no environment of the developer's."""
+    monkeypatch.setenv("KIT_ENV_FILE", str(tmp_path / "no.env"))
+    for key in ("API_KEY", "API_KEY_FILE", "BASE_URL", "HOST", "PORT", "SERVED_MODEL_NAME", "TIMEOUT_S"):
+        monkeypatch.delenv(key, raising=False)
+
+
+def good(endpoint, n):
+    """A right answer for n documents, as vLLM writes it."""
+    usage = {"prompt_tokens": 7 * n, "total_tokens": 7 * n}
+    if endpoint == "rerank":
+        results = [{"index": i, "document": {"text": "x"}, "relevance_score": 1 - i / n} for i in range(n)]
+        return {"id": "a", "model": "m", "usage": usage, "results": results}
+    return {"id": "a", "model": "m", "usage": usage, "data": [{"index": i, "score": 0.5} for i in range(n)]}
+
+
+class Service:
+    """Answers POSTs by `behave(service, endpoint, body)`; None from it = a good answer. Remembers every call."""
+
+    def __init__(self, behave=None):
+        self.behave, self.bodies, self.headers, self.in_flight, self.most_in_flight = behave, [], [], 0, 0
+
+    async def answer(self, request):
+        endpoint, body = request.path.rsplit("/", 1)[-1], await request.json()
+        self.bodies.append((endpoint, body))
+        self.headers.append(request.headers)
+        self.request = request
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            said = await self.behave(self, endpoint, body) if self.behave else None
+        finally:
+            self.in_flight -= 1
+        documents = body["documents" if endpoint == "rerank" else "text_2"]
+        return web.json_response(good(endpoint, len(documents))) if said is None else said
+
+    @property
+    def documents(self):
+        return [d for _, body in self.bodies for d in body.get("documents") or body["text_2"]]
+
+    @property
+    def queries(self):
+        return [body.get("query") or body["text_1"] for _, body in self.bodies]
+
+
+def says(value):
+    async def answer(request):
+        return web.json_response(value)
+
+    return answer
+
+
+@contextlib.contextmanager
+def serving(behave=None):
+    """A Service in a thread of its own; .url is its base URL."""
+    service, loop, ready = Service(behave), asyncio.new_event_loop(), threading.Event()
+
+    async def start():
+        app = web.Application()
+        app.router.add_post("/v1/{endpoint}", service.answer)
+        cards = [{"id": "other"}, {"id": "qwen3-reranker", "root": "some-checkpoint", "max_model_len": 4096}]
+        app.router.add_get("/version", says({"version": "9.9.9"}))
+        app.router.add_get("/v1/models", says({"data": cards}))
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        service.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+        service.runner = runner
+        ready.set()
+
+    def run():
+        loop.run_until_complete(start())
+        loop.run_forever()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert ready.wait(10)
+        yield service
+    finally:
+        asyncio.run_coroutine_threadsafe(service.runner.cleanup(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(10)
+        loop.close()
+
+
+def slow(seconds):
+    async def behave(service, endpoint, body):
+        await asyncio.sleep(seconds)
+
+    return behave
+
+
+def after_check(behave):
+    """Good for the first call (the check), then as `behave` says."""
+
+    async def wrapped(service, endpoint, body):
+        return None if len(service.bodies) == 1 else await behave(service, endpoint, body)
+
+    return wrapped
+
+
+def status(code, text="no", headers=None):
+    async def behave(service, endpoint, body):
+        return web.Response(status=code, text=text, headers=headers)
+
+    return behave
+
+
+def bench(service, tmp_path, *argv):
+    """Run the program in this process. Returns (exit code, JSON of --json)."""
+    out = tmp_path / "out.json"
+    code = bench_rerank.main(["--base-url", service.url, "--docs", "4", "--json", str(out), *argv])
+    return code, json.loads(out.read_text() or "{}")
+
+
+def one_level(url, coro, n_docs=4, seed=1, timeout_s=5):
+    """Run coro(bench) with a session, as run() makes one."""
+
+    async def main():
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=2)
+        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+            return await coro(Bench(session, url, "m", Texts(seed, n_docs)))
+
+    return asyncio.run(main())
+
+
+# --- numbers ---
+
+
+@pytest.mark.parametrize(
+    ("values", "p", "expected"),
+    [
+        ([15, 20, 35, 40, 50], 50, 35),  # ceil(2.5) = 3rd
+        ([1, 2, 3, 4], 50, 2),  # nearest-rank takes the lower of the two in the middle
+        ([3, 6, 7, 8, 8, 10, 13, 15, 16, 20], 90, 16),  # 9th of 10
+        (list(range(1, 12)), 90, 10),  # ceil(9.9) = 10th of 11
+        (list(range(1, 21)), 95, 19),
+        (list(range(1, 101)), 99, 99),
+        (list(range(1, 151)), 99, 149),  # ceil(148.5)
+        (list(range(1, 100)), 99, None),  # 99 samples cannot tell one in 100
+        (list(range(1, 20)), 95, None),
+        (list(range(1, 10)), 90, None),
+        ([1], 50, None),
+        ([], 50, None),
+    ],
+)
+def test_percentile_is_nearest_rank(values, p, expected):
+    assert percentile(values, p) == expected
+
+
+def test_summarise_counts_by_hand():
+    level = Level("rerank", "open", 2.0, 1, 4, None, opened=10.0, closed=12.0)
+    level.calls = [
+        Call(9.0, 9.0, 10.5, None, 40, False),  # of the warm-up, answered inside the window
+        Call(9.5, 9.5, 9.9, None, 40, False),  # of the warm-up, answered before
+        Call(10.0, 10.1, 10.4, None, 40, True),  # 400 ms from due, 300 from sending
+        Call(10.5, 10.5, 12.0, None, 60, True),  # 1500 ms, at the very end of the window
+        Call(11.0, 11.0, 13.0, None, 40, True),  # 2000 ms, answered too late for throughput
+        Call(11.5, 11.5, 11.6, "http_429", 0, True),
+    ]
+    row = bench_rerank.summarise(level, n_docs=10)
+    assert (row["ok"], row["err"], row["errors"]) == (3, 1, {"http_429": 1})
+    assert row["ok_in_window"] == 3 and row["window_s"] == 2.0
+    assert (row["req/s"], row["pairs/s"]) == (1.5, 15.0)
+    assert (row["p50_ms"], row["p90_ms"], row["max_ms"]) == (1500.0, None, 2000.0)
+    assert row["tokens_per_pair"] == pytest.approx(140 / 30, abs=1e-3)
+    assert not row["client_limited"]
+
+
+@pytest.mark.parametrize(
+    ("cpu", "lag_ms", "limited"),
+    [(0.5, 1, False), (0.95, 1, True), (0.5, 60, True), (0.5, 40, False)],
+)
+def test_summarise_says_when_the_client_was_the_limit(cpu, lag_ms, limited):
+    level = Level("rerank", "closed", 1, 0, 2, None, opened=0.0, closed=1.0, cpu=cpu, lags_s=[lag_ms / 1000] * 20)
+    level.calls = [Call(t, t, t + 0.5, None, 0, True) for t in (0.0, 0.5)]
+    assert bench_rerank.summarise(level, 1)["client_limited"] is limited  # a tenth of p50 = 50 ms
+
+
+def test_levels_of_rounds_closed_loop_up_to_whole_rounds():
+    args, *_ = bench_rerank.parse_args(["--endpoint", "rerank", "--requests", "100"])
+    levels = bench_rerank.levels_of(args)
+    assert [(v.level, v.requests, v.warmup) for v in levels] == [
+        (1, 100, 5), (16, 112, 16), (50, 100, 50), (100, 100, 100), (150, 150, 150),
+    ]  # fmt: skip
+    args, *_ = bench_rerank.parse_args(["--endpoint", "score", "--rate", "2,30"])
+    assert [(v.mode, v.requests, v.warmup) for v in bench_rerank.levels_of(args)] == [
+        ("open", 100, 5),
+        ("open", 300, 30),
+    ]
+
+
+# --- texts ---
+
+
+def test_texts_never_share_a_query_or_document():
+    texts = Texts(3, 32, doc_words=20, query_words=6)
+    calls = [texts.of_call(k) for k in range(300)]
+    queries = [q for q, _ in calls]
+    documents = [d for _, docs in calls for d in docs]
+    assert len(set(queries)) == 300 and len(set(documents)) == 300 * 32
+    assert {len(q.split()) for q in queries} == {6} and {len(d.split()) for d in documents} == {20}
+    # No cached block (16 tokens) can serve two texts: they differ within the first words.
+    assert len({tuple(d.split()[:5]) for d in documents}) == 300 * 32
+
+
+def test_texts_come_again_with_the_seed_only():
+    same = [Texts(5, 8).body("rerank", "m", k) for k in range(20)]
+    assert same == [Texts(5, 8).body("rerank", "m", k) for k in range(20)]
+    one, two = ({d for k in range(20) for d in Texts(seed, 8).of_call(k)[1]} for seed in (5, 6))
+    assert not one & two
+
+
+def test_texts_repeat():
+    texts = Texts(5, 8, repeat="all")
+    assert texts.of_call(0) == texts.of_call(7)
+    texts = Texts(5, 8, repeat="query")
+    (q0, d0), (q7, d7) = texts.of_call(0), texts.of_call(7)
+    assert q0 == q7 and not set(d0) & set(d7)
+
+
+def test_run_sends_new_texts_over_levels_and_endpoints(tmp_path):
+    with serving() as service:
+        assert bench(service, tmp_path, "--concurrency", "1,3", "--requests", "9", "--seed", "1")[0] == 0
+    assert len(service.bodies) == 2 + 2 * (5 + 9) + 2 * (5 + 9)
+    assert len(set(service.queries)) == len(service.bodies)
+    assert len(set(service.documents)) == 4 * len(service.bodies)
+    assert {body["model"] for _, body in service.bodies} == {"qwen3-reranker"}
+    assert {frozenset(b) for e, b in service.bodies if e == "rerank"} == {frozenset(("model", "query", "documents"))}
+    assert {frozenset(b) for e, b in service.bodies if e == "score"} == {frozenset(("model", "text_1", "text_2"))}
+
+
+def test_run_repeats_texts_and_seeds_on_request(tmp_path):
+    sent = []
+    for argv in (["--repeat"], ["--repeat", "query"], ["--seed", "7"], ["--seed", "7"], [], []):
+        with serving() as service:
+            bench(service, tmp_path, "--endpoint", "rerank", "--concurrency", "2", "--requests", "4", *argv)
+        sent.append(service)
+    everything, query, one, again, fresh, other = sent
+    assert len(set(everything.queries)) == 1 and len(set(everything.documents)) == 4
+    assert len(set(query.queries)) == 1 and len(set(query.documents)) == 4 * len(query.bodies)
+    assert sorted(one.documents) == sorted(again.documents)
+    # A run without --seed meets no cache of another.
+    assert not set(one.documents) & set(other.documents) and not set(fresh.documents) & set(other.documents)
+
+
+# --- load models ---
+
+
+def test_closed_loop_on_fixed_latency(tmp_path, capsys):
+    with serving(slow(0.1)) as service:
+        code, out = bench(service, tmp_path, "--endpoint", "rerank", "--concurrency", "8", "--requests", "80")
+    row = out["rows"][0]
+    assert code == 0 and row["ok"] == 80 and row["err"] == 0
+    assert 100 <= row["p50_ms"] < 150
+    # N in flight at latency T give N / T, whatever T came out as on a busy machine.
+    assert row["req/s"] == pytest.approx(8 / (row["p50_ms"] / 1000), rel=0.15)
+    assert row["pairs/s"] == pytest.approx(4 * row["req/s"], rel=1e-3)
+    assert service.most_in_flight == 8
+    assert len(service.bodies) == 1 + 8 + 80  # the check, the warm-up, the calls; no retries
+    assert row["tokens_per_pair"] == 7
+
+
+def test_closed_loop_has_a_connection_for_each_caller(tmp_path, capsys):
+    with serving(slow(0.5)) as service:
+        bench(service, tmp_path, "--endpoint", "rerank", "--concurrency", "130", "--requests", "130")
+    assert service.most_in_flight == 130  # aiohttp's own limit is 100
+
+
+def test_seconds_bound_a_level(tmp_path, capsys):
+    with serving(slow(0.05)) as service:
+        out = bench(service, tmp_path, "--endpoint", "score", "--concurrency", "4", "--seconds", "1")[1]
+        assert 1.0 <= out["rows"][0]["window_s"] < 1.5
+        # The warm-up too: 100 calls at 50 ms would be 5 s.
+        begun = time.perf_counter()
+        argv = ("--endpoint", "score", "--concurrency", "1", "--seconds", "0.5", "--warmup", "100")
+        assert bench(service, tmp_path, *argv)[1]["rows"][0]["ok"] > 3
+        assert time.perf_counter() - begun < 3
+        out = bench(service, tmp_path, "--endpoint", "score", "--rate", "40", "--seconds", "1", "--constant")[1]
+        assert out["rows"][0]["window_s"] == pytest.approx(1.0)
+        assert 39 <= out["rows"][0]["ok"] <= 41
+
+
+def test_warmup_is_excluded(tmp_path, capsys):
+    async def slow_start(service, endpoint, body):
+        await asyncio.sleep(0.6 if 1 < len(service.bodies) <= 5 else 0.01)
+
+    argv = ("--endpoint", "rerank", "--concurrency", "4", "--requests", "40")
+    with serving(slow_start) as service:
+        row = bench(service, tmp_path, *argv)[1]["rows"][0]
+    assert row["ok"] == 40 and row["max_ms"] < 500
+    with serving(slow_start) as service:
+        row = bench(service, tmp_path, *argv, "--warmup", "0")[1]["rows"][0]
+    assert row["max_ms"] >= 600
+
+
+class Stalls:
+    """Answers in 2 ms; once, `at_s` after the first call, the whole server stands still for `for_s`."""
+
+    def __init__(self, at_s, for_s):
+        self.at_s, self.for_s, self.first = at_s, for_s, None
+
+    async def __call__(self, service, endpoint, body):
+        now = time.perf_counter()
+        self.first = self.first or now
+        until = self.first + self.at_s + self.for_s
+        await asyncio.sleep(until - now if until - self.for_s <= now < until else 0.002)
+
+
+def test_open_loop_shows_a_stall_that_closed_loop_hides(tmp_path, capsys):
+    with serving(Stalls(1.0, 1.0)) as service:
+        argv = ("--endpoint", "rerank", "--rate", "50", "--constant", "--seconds", "3", "--warmup", "5")
+        row = bench(service, tmp_path, *argv)[1]["rows"][0]
+    # A third of the 150 calls were due in the stalled second: they waited 0 to 1 s, so p90 is near 0.7 s.
+    assert 149 <= row["ok"] <= 151
+    assert 500 < row["p90_ms"] < 950 and 900 < row["max_ms"] < 1300 and row["p50_ms"] < 100
+    with serving(Stalls(1.0, 1.0)) as service:
+        row = bench(service, tmp_path, "--endpoint", "rerank", "--concurrency", "1", "--seconds", "3")[1]["rows"][0]
+    # One caller that waits meets the stall once.
+    assert row["ok"] > 100 and row["p90_ms"] < 100 and row["max_ms"] > 800
+
+
+def test_open_loop_latency_runs_from_due_not_from_sending(monkeypatch):
+    """A client that cannot send for a second must not lose that second (coordinated omission)."""
+    real = Texts.body
+
+    def body(self, endpoint, model, k):
+        if k == 50:
+            time.sleep(1)
+        return real(self, endpoint, model, k)
+
+    monkeypatch.setattr(Texts, "body", body)
+    level = Level("rerank", "open", 50.0, 5, 145, None)
+    with serving() as service:
+        row = one_level(service.url, lambda b: bench_rerank.run_level(b, level, constant=True))
+    from_sending = sorted((c.end - c.sent) * 1000 for c in level.calls if c.measured)
+    assert row["ok"] == 145
+    assert 400 < row["p90_ms"] < 950 and row["max_ms"] > 900
+    assert percentile(from_sending, 90) < 300
+    assert row["client_limited"]  # and the client says that it was late
+
+
+def test_open_loop_arrivals():
+    def dues(constant, seed):
+        async def drive(bench):
+            async def call(endpoint, body, due=None, measured=True):
+                return Call(due, due, due, None, 0, measured)
+
+            bench.call = call
+            level = Level("rerank", "open", 2000.0, 0, 1000, None)
+            await bench_rerank.drive_open(bench, level, constant)
+            return [c.due for c in sorted(level.calls, key=lambda c: c.due)]
+
+        found = one_level("http://127.0.0.1:1/v1", drive, n_docs=1, seed=seed)
+        assert len(found) == 1000
+        return [b - a for a, b in itertools.pairwise(found)]
+
+    assert dues(True, 1) == pytest.approx([1 / 2000] * 999)
+    gaps = dues(False, 1)
+    mean = sum(gaps) / len(gaps)
+    deviation = (sum((g - mean) ** 2 for g in gaps) / len(gaps)) ** 0.5
+    # Exponential gaps: mean 1/rate, deviation equal to the mean (both within 4 standard errors here).
+    assert mean == pytest.approx(1 / 2000, rel=0.13) and deviation == pytest.approx(mean, rel=0.25)
+    assert gaps == pytest.approx(dues(False, 1)) and gaps != pytest.approx(dues(False, 2))
+
+
+def test_open_loop_does_not_wait_for_answers(tmp_path, capsys):
+    with serving(slow(0.5)) as service:
+        argv = ("--endpoint", "rerank", "--rate", "40", "--constant", "--requests", "60", "--warmup", "20")
+        row = bench(service, tmp_path, *argv)[1]["rows"][0]
+    assert service.most_in_flight > 12  # 40/s for 0.5 s: 20
+    assert row["req/s"] == pytest.approx(40, rel=0.15) and row["window_s"] == pytest.approx(60 / 40)
+
+
+# --- errors ---
+
+
+async def _disconnect(service, endpoint, body):
+    raise asyncio.CancelledError  # aiohttp then drops the connection
+
+
+def _json(change):
+    async def behave(service, endpoint, body):
+        answer = good("rerank", 4)
+        change(answer["results"])
+        return web.Response(text=json.dumps(answer))
+
+    return behave
+
+
+BAD = {
+    "http_400": status(400),
+    "http_401": status(401),
+    "http_429": status(429),
+    "http_503": status(503),
+    "http_302": status(302, headers={"Location": "/v1/score"}),
+    "timeout": slow(5),
+    "disconnect": _disconnect,
+    "bad_answer no json": status(200, "<html>"),
+    "bad_answer no results": status(200, "{}"),
+    "bad_answer a list": status(200, "[1]"),
+    "bad_answer null": status(200, "null"),
+    "bad_answer one short": _json(lambda r: r.pop()),
+    "bad_answer duplicate": _json(lambda r: r[1].update(index=0)),
+    "bad_answer outside": _json(lambda r: r[3].update(index=4)),
+    "bad_answer negative": _json(lambda r: r[3].update(index=-1)),
+    "bad_answer index text": _json(lambda r: r[0].update(index="0")),
+    "bad_answer no score": _json(lambda r: r[2].pop("relevance_score")),
+    "bad_answer nan": _json(lambda r: r[2].update(relevance_score=float("nan"))),
+    "bad_answer infinite": _json(lambda r: r[2].update(relevance_score=float("inf"))),
+    "bad_answer null score": _json(lambda r: r[2].update(relevance_score=None)),
+    "bad_answer bool": _json(lambda r: r[2].update(relevance_score=True)),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_call_names_each_error(name):
+    with serving(BAD[name]) as service:
+        call = one_level(service.url, lambda b: b.call("rerank", b.next_body("rerank")), timeout_s=0.5)
+    assert call.error == name.split()[0]
+
+
+def test_call_accepts_a_good_answer():
+    for endpoint in ("rerank", "score"):
+        with serving() as service:
+            call = one_level(service.url, lambda b, e=endpoint: b.call(e, b.next_body(e)))
+        assert call.error is None and call.tokens == 28 and call.end > call.sent
+
+
+def test_call_names_a_refused_connection(closed_port):
+    call = one_level(f"http://127.0.0.1:{closed_port}/v1", lambda b: b.call("rerank", b.next_body("rerank")))
+    assert call.error == "connect"
+
+
+@pytest.fixture
+def closed_port():
+    with serving() as service:
+        port = int(service.url.split(":")[2].split("/")[0])
+    return port
+
+
+def test_errors_are_counted_by_type_and_give_no_throughput(tmp_path, capsys):
+    async def mixed(service, endpoint, body):
+        kind = len(service.bodies) % 4
+        await asyncio.sleep(0.02)
+        if kind == 0:
+            return web.Response(status=429, text="too many, come later")
+        if kind == 1:
+            return web.Response(status=503, text="down")
+        return web.Response(text="{}") if kind == 2 else None
+
+    with serving(after_check(mixed)) as service:
+        code, out = bench(service, tmp_path, "--endpoint", "rerank", "--concurrency", "4", "--requests", "80")
+    row, shown = out["rows"][0], capsys.readouterr()
+    assert code == 0
+    assert row["ok"] + row["err"] == 80 and row["err"] == sum(row["errors"].values())
+    assert set(row["errors"]) == {"http_429", "http_503", "bad_answer"}
+    assert 15 <= row["ok"] <= 25 and all(15 <= n <= 25 for n in row["errors"].values())
+    # Only a quarter of what 4 callers at about 25 ms get done is throughput.
+    everything = 80 / row["window_s"]
+    assert row["req/s"] == pytest.approx(everything / 4, rel=0.15)
+    assert shown.err.count("first http_429: too many, come later") == 1 and "first http_503: down" in shown.err
+    assert out["error_texts"]["http_503"] == "down"
+    assert f"http_429:{row['errors']['http_429']}" in shown.out.splitlines()[-1]
+
+
+def test_only_429_is_no_throughput_and_exits_1(tmp_path, capsys):
+    with serving(after_check(status(429))) as service:
+        code, out = bench(service, tmp_path, "--endpoint", "rerank", "--concurrency", "2", "--requests", "20")
+    row = out["rows"][0]
+    assert code == 1
+    assert (row["ok"], row["err"], row["req/s"], row["pairs/s"], row["p50_ms"], row["max_ms"]) == (
+        0,
+        20,
+        0,
+        0,
+        None,
+        None,
+    )
+    shown = capsys.readouterr()
+    cells = shown.out.splitlines()[-1].split()
+    assert cells[3:] == ["0", "20", "0.00", "0.00", *"-----", "http_429:20"]
+    assert row["warmup_err"] == 5 and "5 calls of the warm-up failed" in shown.err
+
+
+def test_check_says_no_server_in_one_line(closed_port, capsys):
+    assert bench_rerank.main(["--base-url", f"http://127.0.0.1:{closed_port}/v1"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert f"no server at http://127.0.0.1:{closed_port}/v1: run sh start_rerank.sh status" in err
+
+
+@pytest.mark.parametrize("name", ["http_401", "bad_answer nan", "disconnect"])
+def test_check_stops_at_a_bad_answer(name, tmp_path, capsys):
+    with serving(BAD[name]) as service:
+        code, out = bench(service, tmp_path, "--endpoint", "rerank")
+    assert code == 1 and out == {} and len(service.bodies) == 1
+    assert f"{name.split()[0]} for rerank at {service.url}" in capsys.readouterr().err
+
+
+# --- output ---
+
+
+def test_json_csv_and_table_have_the_same_names_and_values(tmp_path, capsys):
+    table = tmp_path / "out.csv"
+    with serving(slow(0.01)) as service:
+        argv = ("--concurrency", "1,5", "--requests", "25", "--csv", str(table), "--seed", "11")
+        code, out = bench(service, tmp_path, *argv)
+    lines = capsys.readouterr().out.splitlines()
+    head, *body = [line.split() for line in lines if not line.startswith("#")]
+    assert code == 0 and head == list(COLUMNS) and len(body) == 4
+    assert [cells[:3] for cells in body] == [["rerank", "closed", n] for n in "15"] + [
+        ["score", "closed", n] for n in "15"
+    ]
+    with table.open() as file:
+        from_csv = list(csv.DictReader(file))
+    for cells, row, flat in zip(body, out["rows"], from_csv, strict=True):
+        assert list(row)[: len(head)] == head and list(flat) == list(row)
+        for name, cell in zip(head, cells, strict=True):
+            value = row[name]
+            if isinstance(value, float):
+                assert float(cell) == pytest.approx(
+                    value, abs=0.5 if value >= 1000 else 0.0501 if value >= 10 else 0.00501
+                )
+                assert float(flat[name]) == value
+            else:
+                assert cell == ("-" if value is None or value == {} else str(value))
+                assert flat[name] == ("" if value is None else "-" if value == {} else str(value))
+        assert row["p99_ms"] is None and flat["p99_ms"] == "" and row["p95_ms"] > 0
+    about = dict(line[2:].split(": ", 1) for line in lines if line.startswith("#"))
+    assert about["vllm"] == out["vllm"] == "9.9.9"
+    assert about["model_root"] == "some-checkpoint" and about["max_model_len"] == "4096"
+    assert about["command"].startswith("python bench_rerank.py --base-url http://127.0.0.1:")
+    assert set(about) == set(out) - {"rows", "error_texts"}
+    assert out["seed"] == 11 and about["tokens_per_pair"] == "7.0"
+
+
+def test_a_seed_that_was_not_given_is_in_the_command(tmp_path, capsys):
+    with serving() as service:
+        out = bench(service, tmp_path, "--endpoint", "score", "--concurrency", "1", "--requests", "2")[1]
+    assert out["command"].endswith(f"--seed {out['seed']}")
+
+
+def test_api_key_is_sent_and_never_shown(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("API_KEY", "verysecretkey")
+    out = tmp_path / "o.json"
+
+    async def no_http(service, endpoint, body):
+        service.request.transport.write(b"this is not HTTP\r\n\r\n")
+        return web.Response(text="x")
+
+    for behave in (None, after_check(no_http)):
+        with serving(behave) as service:
+            url = service.url.replace("//", "//user:urlpassword@")
+            argv = ["--endpoint", "rerank", "--concurrency", "1", "--requests", "2", "--docs", "4", "--json", str(out)]
+            bench_rerank.main(["--base-url", service.url, *argv])
+            assert service.headers[-1]["Authorization"] == "Bearer verysecretkey"
+            monkeypatch.delenv("API_KEY")
+            bench_rerank.main(["--base-url", url, *argv])
+            monkeypatch.setenv("API_KEY", "verysecretkey")
+        shown = "".join(capsys.readouterr()) + out.read_text()
+        assert "verysecretkey" not in shown and "urlpassword" not in shown
+        assert ("bad_answer" in shown) == (behave is not None)  # the path that could have shown headers was taken
+
+
+def test_without_secrets():
+    words = [
+        "m",
+        "--api-key",
+        "k1",
+        "k 2",
+        "--port",
+        "8",
+        "--api-key=k3",
+        "--hf-token",
+        "k4",
+        "--max-num-batched-tokens",
+        "9",
+    ]
+    assert (
+        bench_rerank.without_secrets(words)
+        == "m --api-key *** --port 8 --api-key *** --hf-token *** --max-num-batched-tokens 9"
+    )
+
+
+def test_server_flags_finds_the_server_by_port(closed_port):
+    url = f"http://127.0.0.1:{closed_port}/v1"
+    assert bench_rerank.server_flags(url) is None
+    words = ["vllm", "serve", "m", "--port", str(closed_port), "--api-key", "k1", "--max-num-seqs", "8"]
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", *words]) as process:
+        deadline = time.monotonic() + 5
+        while not (found := bench_rerank.server_flags(url)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        other = bench_rerank.server_flags(f"http://10.1.2.3:{closed_port}/v1")
+        process.kill()
+    assert found == f"m --port {closed_port} --api-key *** --max-num-seqs 8"
+    assert other is None  # another host's port says nothing about this one
+
+
+def test_client_bottleneck_is_reported(tmp_path, capsys, monkeypatch):
+    real = Texts.body
+    argv = ("--endpoint", "rerank", "--concurrency", "4", "--requests", "12")
+    with serving(slow(0.3)) as service:
+        row = bench(service, tmp_path, *argv)[1]["rows"][0]
+        assert not row["client_limited"] and row["client_cpu"] < 0.6
+        assert "[WARN]" not in capsys.readouterr().err
+
+        def busy(self, endpoint, model, k):
+            until = time.process_time() + 0.1
+            while time.process_time() < until:
+                pass
+            return real(self, endpoint, model, k)
+
+        monkeypatch.setattr(Texts, "body", busy)
+        row = bench(service, tmp_path, *argv)[1]["rows"][0]
+    assert row["client_limited"]
+    assert "rerank closed 4: the client was the bottleneck" in capsys.readouterr().err
+
+
+# --- the program ---
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--concurrency", "1,x"], "1,x"),
+        (["--concurrency", "0"], "'0'"),
+        (["--rate", "-1"], "'-1'"),
+        (["--rate", "nan"], "'nan'"),
+        (["--rate", "5", "--concurrency", "5"], "--concurrency"),
+        (["--requests", "5", "--seconds", "5"], "--seconds"),
+        (["--constant"], "--constant"),
+        (["--endpoint", "embed"], "'embed'"),
+        (["--docs", "0"], "'0'"),
+        (["--doc-words", "4"], "'4'"),
+        (["--repeat", "often"], "'often'"),
+        (["--timeout-s", "soon"], "'soon'"),
+        (["--timeout-s", "0"], "'0'"),
+        (["--base-url", "localhost:1"], "localhost:1"),
+        (["--base-url", "http://h:port/v1"], "http://h:port/v1"),
+        (["--json", "/no/such/folder/o.json"], "/no/such/folder/o.json"),
+        (["--csv", "/"], "'/'"),
+        (["--what"], "--what"),
+    ],
+)
+def test_bad_usage_exits_2_and_names_the_value(argv, named, capsys):
+    with pytest.raises(SystemExit) as info:
+        bench_rerank.main(argv)
+    assert info.value.code == 2
+    assert named in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_bad_setting_exits_2(capsys, monkeypatch):
+    monkeypatch.setenv("PORT", "many")
+    with pytest.raises(SystemExit) as info:
+        bench_rerank.main([])
+    assert info.value.code == 2 and "PORT='many' (environment)" in capsys.readouterr().err
+
+
+def test_defaults_come_from_the_configuration(monkeypatch):
+    monkeypatch.setenv("PORT", "1234")
+    monkeypatch.setenv("SERVED_MODEL_NAME", "mine")
+    monkeypatch.setenv("TIMEOUT_S", "7")
+    args, *_ = bench_rerank.parse_args([])
+    assert (args.base_url, args.model, args.timeout_s) == ("http://127.0.0.1:1234/v1", "mine", 7.0)
+    args, *_ = bench_rerank.parse_args(["--base-url", "http://h:1/v1/", "--model", "m", "--timeout-s", "3"])
+    assert (args.base_url, args.model, args.timeout_s) == ("http://h:1/v1", "m", 3.0)
+
+
+def test_import_does_nothing(tmp_path):
+    bad = tmp_path / "bad.env"
+    bad.write_text("PORT=many\n")
+    code = "import sys, threading, bench_rerank; assert threading.active_count() == 1; print('requests' in sys.modules)"
+    env = os.environ | {"KIT_ENV_FILE": str(bad)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=KIT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
+
+
+@pytest.mark.parametrize("load", [["--concurrency", "2,4"], ["--rate", "40,50", "--warmup", "5"]])
+def test_ctrl_c_prints_what_was_measured_and_exits_130(load, tmp_path):
+    out = tmp_path / "o.json"
+    argv = ["--endpoint", "rerank", "--docs", "4", "--seconds", "1.5", *load, "--json", str(out)]
+    with serving(slow(0.05)) as service:
+        command = [sys.executable, "bench_rerank.py", "--base-url", service.url, *argv]
+        # A shell ignores SIGINT for what it runs in the background, and children inherit that: undo it.
+        default_int = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, cwd=KIT, preexec_fn=default_int, **pipes) as process:
+            lines = []
+            while not (lines and lines[-1].startswith("rerank")):
+                lines.append(process.stdout.readline())
+                assert lines[-1], process.stderr.read()
+            time.sleep(1.0)
+            process.send_signal(signal.SIGINT)
+            rest, err = process.communicate(timeout=10)
+    assert process.returncode == 130 and "Traceback" not in err
+    level = load[1].split(",")[1]
+    cells = rest.split()
+    assert cells[:3] == ["rerank", load[0].replace("--concurrency", "closed").replace("--rate", "open"), level]
+    assert cells[-1] == "interrupted" and int(cells[3]) > 3
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["interrupted"] for row in rows] == [False, True]
+    assert rows[1]["req/s"] == pytest.approx(float(cells[5]), abs=0.06) and 0 < rows[1]["window_s"] < 1.4
+
+
+def test_null_server_answers_both_endpoints(tmp_path, capsys):
+    command = [sys.executable, "tests/null_server.py", "--docs", "4"]
+    with subprocess.Popen(command, cwd=KIT, stdout=subprocess.PIPE, text=True) as process:
+        service = Service()
+        service.url = f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
+        code, out = bench(service, tmp_path, "--concurrency", "1,20", "--requests", str(random.randint(100, 120)))
+        process.kill()
+    assert code == 0 and out["vllm"] == "null"
+    assert all(row["ok"] >= 100 and row["err"] == 0 and row["p99_ms"] > 0 for row in out["rows"])
