@@ -140,10 +140,19 @@ def make_plan(cfg: EnvConfig, model: str | Path | None = None, machine: Machine 
         engine["enable_prefix_caching"] = True
     (_plan_cpu if machine.is_cpu else _plan_gpu)(plan)
     plan.env |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    if cfg.guard:
+        plan.env |= _guard_env(cfg)
     for key in list(plan.env):
         if key in os.environ or key in passed_on_env():
             plan.env.pop(key)  # the user's own value wins
     return plan
+
+
+def _guard_env(cfg: EnvConfig) -> dict[str, str]:
+    """Settings of server_guard.py, which reads nothing but the environment."""
+    values = {k: getattr(cfg, f.name) for k, f in FIELDS.items() if f.metadata["group"] == "guard" and k != "GUARD"}
+    env = {f"GUARD_{k}": str(v) for k, v in values.items() if v not in (None, "")}
+    return env | {"GUARD_API_SERVERS": str(cfg.api_server_count or 1)}
 
 
 def _check_gpus(cfg: EnvConfig, machine: Machine) -> None:
@@ -256,6 +265,8 @@ def serve_args(plan: Plan) -> list[str]:
         args += ["--chat-template", str(_template_file(plan))]
     if cfg.api_server_count:
         args += ["--api-server-count", str(cfg.api_server_count)]
+    if cfg.guard:
+        args += ["--middleware", "server_guard.Guard"]
     args += ["--shutdown-timeout", str(cfg.stop_timeout_s), "--disable-uvicorn-access-log"]
     try:
         return args + shlex.split(cfg.extra_args)

@@ -49,6 +49,7 @@ class EnvConfig:
     log_dir: str = _key("log", "folder of logs and PID files; relative to the kit", "service")
     start_timeout_s: int = _key(900, "seconds that start waits for a scored probe", "service", low=1)
     stop_timeout_s: int = _key(30, "seconds that calls in flight get to finish on stop", "service", low=0)
+    startup_check: int = _key(1, "1: start checks prompt, head and known answers before it says ready; 0: a scored probe only", "service", low=0, high=1)
     cuda_visible_devices: str | None = _key(None, "GPUs to use, e.g. 0,1; unset: the first TP x DP", "gpu")
     tp: int = _key(1, "tensor parallel size: one model over several GPUs", "gpu", low=1)
     dp: int = _key(1, "data parallel size: copies of the model", "gpu", low=1)

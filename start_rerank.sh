@@ -1,8 +1,8 @@
 #!/bin/sh
 # The reranker service: set up, start, watch and stop one `vllm serve`.
-#   sh start_rerank.sh setup|demo|start|run|stop|restart|status|tail|cfg|python|help
-# setup installs, demo shows all of it once, run serves in the foreground, cfg explains the settings and the command,
-# python prints the Python that serves.
+#   sh start_rerank.sh setup|demo|start|run|stop|restart|status|check|tail|cfg|python|help
+# setup installs, demo shows all of it once, run serves in the foreground, check proves the scores (--reference: against
+# transformers), cfg explains the settings and the command, python prints the Python that serves.
 # Settings: environment > .env > default, see .env.example. Values come from env_utils.py, never from here.
 # Exit codes: 0 done, 1 failed, 2 usage, 5 vllm not installed, 6 not configured;
 # status: 0 ready, 1 dead with a PID file, 3 not running, 150 alive but loading.
@@ -199,7 +199,15 @@ do_start() {
   say "starting: PID $pid, log $LOG_FILE"
   "$PY" "$KIT/service_health.py" wait "$pid" "$LOG_FILE"
   case $? in
-    0) say "ready: $SERVICE_URL (model name $SERVED_MODEL_NAME)" ;;
+    0)
+      if [ "$STARTUP_CHECK" = 1 ] && ! "$PY" "$KIT/check_rerank.py" --quiet >&2; then
+        err "the service answers, but its scores cannot be right: stopped (STARTUP_CHECK=0 starts it all the same)"
+        kill_session
+        rm -f "$PID_FILE"
+        return 1
+      fi
+      say "ready: $SERVICE_URL (model name $SERVED_MODEL_NAME)"
+      ;;
     4) warn "not ready yet; \"sh start_rerank.sh status\" tells when it is, \"stop\" ends it"; return 1 ;;
     130) warn "interrupted; the server goes on loading, \"stop\" ends it"; return 130 ;;
     *)
@@ -262,6 +270,8 @@ do_tail() {
   exec tail -n 50 -F "$LOG_FILE"
 }
 
+do_check() { "$PY" "$KIT/check_rerank.py" "$@"; }
+
 do_cfg() { "$PY" "$KIT/engine_args.py" cfg; }
 
 # In the foreground, for systemd and containers: this process becomes the server.
@@ -297,10 +307,13 @@ do_demo() {
 usage() { sed -n '2,8s/^# \{0,1\}//p' "$0"; }
 
 main() {
-  [ $# -eq 1 ] || { usage >&2; exit 2; }
+  case "$#:$*" in
+    1:* | "2:check --reference") ;;
+    *) usage >&2; exit 2 ;;
+  esac
   case $1 in help | -h | --help) usage; exit 0 ;; esac
   case $1 in
-    setup | demo | start | stop | restart | status | tail | cfg | run | python) ;;
+    setup | demo | start | stop | restart | status | check | tail | cfg | run | python) ;;
     *) err "unknown action: $1"; usage >&2; exit 2 ;;
   esac
   find_python
@@ -308,6 +321,7 @@ main() {
   load_config
   case $1 in
     restart) do_stop && rm -f "$LOCK_FILE" && do_start ;;
+    check) shift; do_check "$@" ;;
     *) "do_$1" ;;
   esac
 }

@@ -59,6 +59,7 @@ class FakeKit:
             "MODEL_PATH": model,
             "PORT": free_port(),
             "LOG_DIR": self.logs,
+            "STARTUP_CHECK": 0,
             "START_TIMEOUT_S": 30,
             "STOP_TIMEOUT_S": 2,
         }

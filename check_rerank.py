@@ -1,0 +1,155 @@
+"""Does the running service score as its checkpoint's family should? `sh start_rerank.sh check [--reference]`.
+
+The faults that give silently wrong scores on vLLM: no template or a broken one (one token is enough), a head that was
+not loaded (every score the same), another model than the configured one. One line a check, exit code 0 or 1.
+"""
+
+import http.client
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine_args import vllm_version
+from env_utils import ConfigError, EnvConfig, get_config
+from model_files import Checkpoint, Profile, find_profile, read_checkpoint
+from service_health import request
+
+# (query, relevant document, irrelevant document)
+KNOWN = (
+    ("What is the capital of China?", "The capital of China is Beijing.", "Gravity attracts bodies to each other."),
+    ("如何在 Python 中读取文件？", "用 open() 打开文件，再调用 read() 读取。", "今天天气晴朗，适合去公园散步。"),
+)
+PAIRS = [(query, document) for query, *documents in KNOWN for document in documents]
+PAIRS += [("code", "if (a <| b) { x |> f }\n\n<think> edge "), ("", "")]
+# Below this hidden size a checkpoint is a test model, which knows no answers. all-MiniLM-L6-v2 has 384.
+REAL_MODEL = 256
+# Largest difference to the float32 reference that bf16 explains; docs/scores.md has the measurements.
+TOLERANCE = 0.02
+
+
+class Failed(Exception):
+    """A check that failed, with its reason."""
+
+
+def served(cfg: EnvConfig) -> tuple[Checkpoint, Profile]:
+    """Checkpoint and profile of what the service says it serves."""
+    status, data = request(cfg, "GET", "/v1/models")
+    if status != 200:
+        raise Failed(f"/v1/models answers {status}")
+    models = {m["id"]: m.get("root") for m in json.loads(data)["data"]}
+    if cfg.served_model_name not in models:
+        raise Failed(f"the service has {sorted(models)}, not SERVED_MODEL_NAME={cfg.served_model_name}")
+    checkpoint = read_checkpoint(Path(models[cfg.served_model_name]))
+    return checkpoint, find_profile(checkpoint, cfg.model_profile)
+
+
+def score(cfg: EnvConfig, query: str, document: str) -> tuple[float, int]:
+    """(score, prompt tokens) of one pair."""
+    body = {"model": cfg.served_model_name, "text_1": query, "text_2": document}
+    status, data = request(cfg, "POST", "/v1/score", body, timeout_s=60)
+    if status != 200:
+        raise Failed(f"/v1/score answers {status}: {data[:300].decode('utf-8', 'replace')}")
+    answer = json.loads(data)
+    return answer["data"][0]["score"], answer["usage"]["prompt_tokens"]
+
+
+def prompt_tokens(cfg: EnvConfig, checkpoint: Checkpoint, profile: Profile, query: str, document: str) -> int:
+    """Tokens that the profile's prompt has, counted from the checkpoint's own tokenizer.
+
+    By `tokenizers` and `jinja2` alone: importing transformers would cost every start some seconds.
+    """
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    text = profile.template_text(cfg.instruction)
+    if text is not None:
+        # The same settings as transformers' apply_chat_template.
+        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(text)
+        chat = [{"role": "query", "content": query}, {"role": "document", "content": document}]
+        return len(tokenizer.encode(template.render(messages=chat)).ids)
+    if profile.reference == "embedding":
+        return len(tokenizer.encode(query).ids) + len(tokenizer.encode(document).ids)
+    return len(tokenizer.encode(query, document).ids)
+
+
+def run_checks(cfg: EnvConfig, reference: bool = False) -> Iterator[tuple[str, str | None, str]]:
+    """Yield (check, fault or None, what was seen), cheap checks first."""
+    try:
+        checkpoint, profile = served(cfg)
+    except (Failed, ConfigError) as exc:
+        yield "model", str(exc), ""
+        return
+    yield "model", None, f"{checkpoint.path}, profile {profile.name}"
+
+    answers = [score(cfg, *pair) for pair in PAIRS]
+    scores = [answer[0] for answer in answers]
+    if (checkpoint.path / "tokenizer.json").exists():
+        wanted = [prompt_tokens(cfg, checkpoint, profile, *pair) for pair in PAIRS]
+        got = [answer[1] for answer in answers]
+        fault = None
+        if got != wanted:
+            fault = f"prompts have {got} tokens, the profile's have {wanted}: another template is served"
+        yield "prompt", fault, f"{len(PAIRS)} prompts have the profile's {min(wanted)} to {max(wanted)} tokens"
+    else:
+        yield "prompt", None, "skipped: the checkpoint has no tokenizer.json"
+
+    low = -1.0 if profile.reference == "embedding" else 0.0
+    fault = None
+    if not all(isinstance(s, float) and math.isfinite(s) and low - 1e-3 <= s <= 1 + 1e-3 for s in scores):
+        fault = f"scores {scores} are not all within {low:g} to 1"
+    elif max(scores) - min(scores) < 1e-6:
+        fault = f"every score is {scores[0]}: the head was not loaded (an untied lm_head, as in the 8B model?)"
+    yield "head", fault, f"scores differ and lie within {low:g} to 1 ({min(scores):.4f} to {max(scores):.4f})"
+
+    if checkpoint.config.get("hidden_size", 0) < REAL_MODEL:
+        yield "answers", None, "skipped: a test model knows no answers"
+    else:
+        # An English model is not asked in Chinese: its tokenizer knows hardly a Chinese character.
+        known = KNOWN if checkpoint.config.get("vocab_size", 0) > 50_000 else KNOWN[:1]
+        wrong = [k[0] for i, k in enumerate(known) if not scores[2 * i] > scores[2 * i + 1]]
+        fault = f"the irrelevant document ranks first for: {'; '.join(wrong)}" if wrong else None
+        yield "answers", fault, f"{len(known)} known answers rank first"
+
+    if reference:
+        from vllm_usage import Pair
+        from vllm_usage_tiny import reference_scores
+
+        pairs = [Pair(*pair) for pair in PAIRS]
+        length = checkpoint.config.get("max_position_embeddings") or 4096
+        expected = reference_scores(checkpoint.path, profile.reference, pairs, cfg.instruction, min(length, 8192))
+        worst = max(abs(a - b) for a, b in zip(scores, expected, strict=True))
+        fault = None if worst <= TOLERANCE else f"a score differs by {worst:.4f} from transformers in float32"
+        yield "reference", fault, f"transformers in float32 agrees within {worst:.1e} (bf16 explains {TOLERANCE})"
+
+
+def main(argv: list[str]) -> int:
+    if argv not in ([], ["--reference"], ["--quiet"]):
+        print("usage: check_rerank.py [--reference | --quiet]", file=sys.stderr)
+        return 2
+    failed = 0
+    try:
+        cfg = get_config()
+        vllm_version()
+        for name, fault, seen in run_checks(cfg, "--reference" in argv):
+            failed += fault is not None
+            if fault or "--quiet" not in argv:
+                print(f"{'FAILED' if fault else 'ok':<6}  {name:<9}  {fault or seen}")
+    except ConfigError as exc:
+        print(f"ConfigError: {exc}", file=sys.stderr)
+        return 6
+    except (OSError, http.client.HTTPException, Failed) as exc:
+        print(f'FAILED  no answer to check: {exc}; see "sh start_rerank.sh status"')
+        return 1
+    except (ValueError, LookupError, TypeError) as exc:
+        print(f"FAILED  an answer is not what vLLM gives: {type(exc).__name__}: {exc}")
+        return 1
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
