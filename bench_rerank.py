@@ -296,7 +296,9 @@ def summarise(level: Level, n_docs: int) -> dict:
     window_s = level.closed - level.opened
     in_window = sum(c.error is None and level.opened < c.end <= level.closed for c in level.calls)
     req_s = in_window / window_s if window_s > 0 else 0.0
-    lag_ms = percentile(sorted(s * 1000 for s in level.lags_s), 95)
+    lags_ms = sorted(s * 1000 for s in level.lags_s)
+    # A loop that is very late wakes up too seldom for a percentile: its worst then.
+    lag_ms = percentile(lags_ms, 95) or max(lags_ms, default=None)
     tokens = sum(c.tokens for c in good)
     row = {"endpoint": level.endpoint, "mode": level.mode, "level": level.level, "ok": len(good)}
     row |= {"err": errors.total(), "req/s": req_s, "pairs/s": req_s * n_docs}
@@ -310,6 +312,19 @@ def summarise(level: Level, n_docs: int) -> dict:
     late = lag_ms is not None and row["p50_ms"] is not None and lag_ms > max(2.0, 0.1 * row["p50_ms"])
     row["client_limited"] = level.cpu > 0.9 or late
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+
+
+def doubts(row: dict) -> list[str]:
+    """Why not to trust a row; empty = nothing known."""
+    out = []
+    if row["warmup_err"]:
+        out.append(f"{row['warmup_err']} calls of the warm-up failed")
+    if (row["p50_ms"] or 0) > 1000 * row["window_s"]:
+        out.append(f"p50 is longer than the window of {row['window_s']:.1f} s: give it more --seconds or --requests")
+    if row["client_limited"]:
+        late = f"{row['client_cpu']:.0%} of one core, {row['client_lag_ms'] or 0:.1f} ms late"
+        out.append(f"the client was the bottleneck ({late}); the service may be faster")
+    return out
 
 
 def error_cell(row: dict) -> str:
@@ -472,11 +487,8 @@ async def run(args: argparse.Namespace, api_key: str | None, connect_timeout_s: 
                 rows.append(row)
                 print(table_line(row | {"errors": error_cell(row)}), flush=True)
                 write_files(args, about, rows)
-                if row["warmup_err"]:
-                    say(f"[WARN] {level}: {row['warmup_err']} calls of the warm-up failed")
-                if row["client_limited"]:
-                    late = f"{row['client_cpu']:.0%} of one core, {row['client_lag_ms'] or 0:.1f} ms late"
-                    say(f"[WARN] {level}: the client was the bottleneck ({late}); the service may be faster")
+                for text in doubts(row):
+                    say(f"[WARN] {level}: {text}")
             if level.interrupted:
                 return 130
     return 0 if any(row["ok"] for row in rows) else 1

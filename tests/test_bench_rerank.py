@@ -197,13 +197,29 @@ def test_summarise_counts_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("cpu", "lag_ms", "limited"),
-    [(0.5, 1, False), (0.95, 1, True), (0.5, 60, True), (0.5, 40, False)],
+    ("cpu", "lags_ms", "limited"),
+    [
+        (0.5, [1] * 20, False),
+        (0.95, [1] * 20, True),
+        (0.5, [60] * 20, True),
+        (0.5, [40] * 20, False),
+        (0.5, [60], True),
+    ],
 )
-def test_summarise_says_when_the_client_was_the_limit(cpu, lag_ms, limited):
-    level = Level("rerank", "closed", 1, 0, 2, None, opened=0.0, closed=1.0, cpu=cpu, lags_s=[lag_ms / 1000] * 20)
+def test_summarise_says_when_the_client_was_the_limit(cpu, lags_ms, limited):
+    level = Level(
+        "rerank", "closed", 1, 0, 2, None, opened=0.0, closed=1.0, cpu=cpu, lags_s=[ms / 1000 for ms in lags_ms]
+    )
     level.calls = [Call(t, t, t + 0.5, None, 0, True) for t in (0.0, 0.5)]
-    assert bench_rerank.summarise(level, 1)["client_limited"] is limited  # a tenth of p50 = 50 ms
+    row = bench_rerank.summarise(level, 1)
+    assert row["client_limited"] is limited  # a tenth of p50 = 50 ms
+    assert bool(bench_rerank.doubts(row)) is limited
+
+
+def test_doubts_name_a_window_shorter_than_a_call():
+    level = Level("rerank", "closed", 1, 0, 2, None, opened=0.0, closed=1.0)
+    level.calls = [Call(0.0, 0.0, 1.1, None, 0, True)] * 2
+    assert "p50 is longer than the window of 1.0 s" in bench_rerank.doubts(bench_rerank.summarise(level, 1))[0]
 
 
 def test_levels_of_rounds_closed_loop_up_to_whole_rounds():
