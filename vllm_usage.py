@@ -13,7 +13,9 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +29,7 @@ EXAMPLE_DOCUMENTS = (
     "Shanghai is a large city in China.",
     "中国的首都是北京。",
 )
-CHUNK = 1024  # pairs between two writes: what an interrupt can cost
+CHUNK = 4096  # pairs between two writes: what an interrupt can cost
 
 
 @dataclass(frozen=True)
@@ -134,21 +136,36 @@ class OfflineReranker:
 
     def score(self, pairs: list[Pair]) -> list[Result]:
         """Score N pairs; N results in the same order."""
-        profile = self.plan.profile
-        if not profile.instruction:
-            refused = Result(None, error=f"profile {profile.name} takes no instruction")
-            wanted = iter(self._score([p for p in pairs if not p.instruction]))
-            return [refused if p.instruction else next(wanted) for p in pairs]
-        return self._score(pairs)
+        return self.run(self.prepare(pairs))
 
-    def _score(self, pairs: list[Pair]) -> list[Result]:
+    def prepare(self, pairs: list[Pair]) -> tuple[list[Pair], list[Prompt]]:
+        """The part that needs no engine, so that a thread can do it while the engine runs."""
+        embedding = self.plan.profile.reference == "embedding"
+        return pairs, [] if embedding else self.encoder.encode([p for p in pairs if self._takes(p)])
+
+    def run(self, prepared: tuple[list[Pair], list[Prompt]]) -> list[Result]:
+        """Results of prepare()'s pairs, in their order."""
+        pairs, prompts = prepared
+        taken = [p for p in pairs if self._takes(p)]
+        if self.plan.profile.reference == "embedding":
+            results = iter(self._cosine(taken))
+        else:
+            results = iter(self._classify(prompts))
+        refused = Result(None, error=f"profile {self.plan.profile.name} takes no instruction")
+        return [next(results) if self._takes(p) else refused for p in pairs]
+
+    def close(self) -> None:
+        """End the engine's processes; an engine left to the interpreter's exit may abort it (vLLM 0.26)."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def _takes(self, pair: Pair) -> bool:
+        return self.plan.profile.instruction or not pair.instruction
+
+    def _classify(self, prompts: list[Prompt]) -> list[Result]:
         from vllm import PoolingParams
 
-        if not pairs:
+        if not prompts:
             return []
-        if self.plan.profile.reference == "embedding":
-            return self._cosine(pairs)
-        prompts = self.encoder.encode(pairs)
         params = [
             PoolingParams(extra_kwargs={"compressed_token_type_ids": p.n_first} if p.n_first is not None else None)
             for p in prompts
@@ -163,6 +180,8 @@ class OfflineReranker:
         import torch
 
         texts = list(dict.fromkeys(t for p in pairs for t in (p.query, p.document)))
+        if not texts:
+            return []
         limit = self.encoder.max_length
         whole = self.encoder.tokenizer(texts)["input_ids"]
         batch = self.encoder.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
@@ -252,9 +271,8 @@ def score_file(reranker: OfflineReranker, source: Path, output: Path, skip: int,
         output.open("a", encoding="utf-8") as out,
         tqdm(total=total, initial=skip, unit="pair", file=sys.stderr, dynamic_ncols=True) as bar,
     ):
-        for chunk in read_chunks(source, skip):
-            pairs = [row for row in chunk if isinstance(row, Pair)]
-            results = iter(reranker.score(pairs))
+        for chunk, prepared in _ahead(reranker, read_chunks(source, skip)):
+            results = iter(reranker.run(prepared))
             for row in chunk:
                 if isinstance(row, Pair):
                     row = _output_row(row, next(results))
@@ -267,6 +285,21 @@ def score_file(reranker: OfflineReranker, source: Path, output: Path, skip: int,
             out.flush()
             bar.update(len(chunk))
     return scored, failed
+
+
+def _ahead(reranker: OfflineReranker, chunks: Iterator[list]) -> Iterator[tuple[list, tuple]]:
+    """Chunks with their prepared pairs; the next chunk is tokenized while the engine scores the present one."""
+
+    def prepare_next():
+        chunk = next(chunks, None)
+        return chunk and (chunk, reranker.prepare([row for row in chunk if isinstance(row, Pair)]))
+
+    with ThreadPoolExecutor(1) as pool:
+        ready = pool.submit(prepare_next).result()
+        while ready:
+            coming = pool.submit(prepare_next)
+            yield ready
+            ready = coming.result()
 
 
 def _output_row(pair: Pair, result: Result) -> dict:
@@ -318,20 +351,26 @@ def run_file(args: argparse.Namespace, plan: Plan) -> int:
         return 0
     if skip:
         print(f"going on after line {skip} of {total}", file=sys.stderr)
-    scored, failed = score_file(OfflineReranker(plan), args.input, args.output, skip, total)
-    print(f"{scored} scored, {failed} without a score, {skip} done before -> {args.output}")
+    reranker = OfflineReranker(plan)
+    began = time.perf_counter()
+    scored, failed = score_file(reranker, args.input, args.output, skip, total)
+    speed = f"{scored / (time.perf_counter() - began):.0f} pairs/s"
+    reranker.close()
+    print(f"{scored} scored ({speed}), {failed} without a score, {skip} done before -> {args.output}")
     return 1 if failed else 0
 
 
 def main() -> int:
     args = arguments(__doc__).parse_args()
     try:
-        plan = make_plan(get_config(), args.model)
+        plan = make_plan(get_config(), args.model, offline=True)
         if args.input or args.output:
             if not args.input:
                 raise ConfigError("--output needs --input")
             return run_file(args, plan)
-        print_example(plan, OfflineReranker(plan).score(example_pairs()))
+        reranker = OfflineReranker(plan)
+        print_example(plan, reranker.score(example_pairs()))
+        reranker.close()
     except ConfigError as exc:
         print(f"ConfigError: {exc}", file=sys.stderr)
         return 6

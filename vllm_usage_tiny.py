@@ -11,6 +11,7 @@ from pathlib import Path
 import env_utils
 from engine_args import Plan, make_plan
 from env_utils import ConfigError, get_config
+from model_files import read_checkpoint
 from vllm_usage import OfflineReranker, Pair, arguments, example_pairs, print_example, run_file
 
 # Largest difference to the float32 reference that rounding explains, by the engine's precision.
@@ -24,6 +25,20 @@ PREFIX = (
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 
+# MxbaiRerankV2 of package mxbai-rerank 0.1.6.
+MXBAI_SYSTEM = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+MXBAI_TASK = (
+    "You are a search relevance expert who evaluates how well documents match search queries. For each query-document "
+    "pair, carefully analyze the semantic relationship between them, then provide your binary relevance judgment "
+    "(0 for not relevant, 1 for relevant).\nRelevance:"
+)
+# Model card of BAAI/bge-reranker-v2-gemma.
+BGE_TASK = (
+    "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing a "
+    "prediction of either 'Yes' or 'No'."
+)
+ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
+
 
 def qwen3_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, max_length: int = 8192) -> list[int]:
     """Token ids of one prompt as the model card builds it; the document's end is cut, the suffix is kept."""
@@ -35,6 +50,56 @@ def qwen3_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, max_
     return prefix + middle[: max_length - len(prefix) - len(suffix)] + suffix
 
 
+def mxbai_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, max_length: int = 8192) -> list[int]:
+    """Token ids of mxbai-rerank-v2's prompt, tokenized as one text.
+
+    The mxbai-rerank package joins the ids of the parts instead, so its ids differ where the query or the document ends
+    in punctuation (".\\n" is one token). A server that fills a template cannot do that.
+    """
+    instruct = pair.instruction or instruction
+    text = MXBAI_SYSTEM + "<|im_start|>user\n" + (f"instruction: {instruct}\n" if instruct else "")
+    return _joint_ids(
+        tokenizer, f"{text}query: {pair.query}\ndocument: {pair.document}", f"\n{MXBAI_TASK}{ASSISTANT}", max_length
+    )
+
+
+def zerank_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, max_length: int = 8192) -> list[int]:
+    """Token ids of zerank-2's prompt: the query as system message, the document as user message."""
+    instruct = pair.instruction or instruction
+    query = f"<query>{pair.query}</query>\n<instruction>{instruct}</instruction>" if instruct else pair.query
+    text = f"<|im_start|>system\n{query}<|im_end|>\n<|im_start|>user\n{pair.document}"
+    return _joint_ids(tokenizer, text, ASSISTANT, max_length)
+
+
+def _joint_ids(tokenizer, text: str, suffix: str, max_length: int) -> list[int]:
+    """One tokenization of the whole; of a long one the document's end is cut and the suffix kept."""
+    ids = tokenizer.encode(text + suffix, add_special_tokens=False)
+    if len(ids) <= max_length:
+        return ids
+    last = tokenizer.encode(suffix, add_special_tokens=False)
+    return ids[: max_length - len(last)] + last
+
+
+def bge_gemma_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, max_length: int = 8192) -> list[int]:
+    """Token ids of bge-reranker-v2-gemma's prompt, part by part as its model card; it takes no instruction."""
+    query, passage, newline, task = (
+        tokenizer.encode(text, add_special_tokens=False)
+        for text in (f"A: {pair.query}", f"B: {pair.document}", "\n", BGE_TASK)
+    )
+    suffix = newline + task
+    return [tokenizer.bos_token_id, *query, *newline, *passage][: max_length - len(suffix)] + suffix
+
+
+# Causal rerankers: the prompt; the tokens for relevant and not relevant (None: the logit of the first alone counts);
+# what the logit is divided by before the sigmoid. The sigmoid of the difference of two logits is their softmax.
+CAUSAL = {
+    "causal_yes_no": (qwen3_prompt_ids, "yes", "no", 1),
+    "mxbai_rerank_v2": (mxbai_prompt_ids, "1", "0", 1),
+    "bge_reranker_v2_gemma": (bge_gemma_prompt_ids, "Yes", None, 1),
+    "zerank2": (zerank_prompt_ids, "Yes", None, 5),
+}
+
+
 def reference_scores(
     model: Path, kind: str, pairs: list[Pair], instruction: str | None, max_length: int
 ) -> list[float]:
@@ -42,8 +107,9 @@ def reference_scores(
 
     Args:
         model: checkpoint folder.
-        kind: Profile.reference: causal_yes_no (model card of Qwen3-Reranker), sequence_classification (the converted
-            Qwen3-Reranker and cross-encoders with a head) or embedding (cosine, model card of all-MiniLM-L6-v2).
+        kind: Profile.reference: a key of CAUSAL (causal_yes_no is the model card of Qwen3-Reranker),
+            sequence_classification (the converted Qwen3-Reranker and cross-encoders with a head) or embedding (cosine,
+            pooled as the checkpoint's Pooling module says).
         pairs: N pairs.
         instruction: default instruction; None = the model card's.
         max_length: tokens of the longest prompt.
@@ -55,30 +121,34 @@ def reference_scores(
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    loader = {"causal_yes_no": AutoModelForCausalLM, "embedding": AutoModel}.get(
-        kind, AutoModelForSequenceClassification
-    )
+    loader = AutoModelForSequenceClassification
+    if kind in CAUSAL or kind == "embedding":
+        loader = AutoModelForCausalLM if kind in CAUSAL else AutoModel
     network = loader.from_pretrained(model, dtype=torch.float32).eval()
     scores = []
     with torch.inference_mode():
         for pair in pairs:
-            if kind == "causal_yes_no":
-                ids = torch.tensor([qwen3_prompt_ids(tokenizer, pair, instruction, max_length)])
+            if kind in CAUSAL:
+                prompt_ids, yes, no, divisor = CAUSAL[kind]
+                ids = torch.tensor([prompt_ids(tokenizer, pair, instruction, max_length)])
                 logits = network(ids).logits[0, -1]
-                two = logits[[tokenizer.convert_tokens_to_ids("no"), tokenizer.convert_tokens_to_ids("yes")]]
-                scores.append(torch.softmax(two, 0)[1].item())
+                logit = logits[tokenizer.convert_tokens_to_ids(yes)]
+                if no is not None:
+                    logit = logit - logits[tokenizer.convert_tokens_to_ids(no)]
+                scores.append(torch.sigmoid(logit / divisor).item())
             elif kind == "sequence_classification":
                 if "Qwen" in type(network).__name__:
                     ids = torch.tensor([qwen3_prompt_ids(tokenizer, pair, instruction, max_length)])
-                    logits = network(ids).logits
+                    scores.append(torch.sigmoid(network(ids).logits[0, 0]).item())
                 else:
-                    both = (pair.query, pair.document)
+                    # Lists, as sentence-transformers: for two strings transformers takes an empty second one for none.
+                    both = ([pair.query], [pair.document])
                     batch = tokenizer(*both, truncation=True, max_length=max_length, return_tensors="pt")
-                    logits = network(**batch).logits
-                scores.append(torch.sigmoid(logits[0, 0]).item())
+                    scores.append(_activation(network.config)(network(**batch).logits[0, 0]).item())
             elif kind == "embedding":
+                modes = read_checkpoint(model).pooling
                 first, second = (
-                    _mean_embedding(tokenizer, network, t, max_length) for t in (pair.query, pair.document)
+                    _embedding(tokenizer, network, t, max_length, modes) for t in (pair.query, pair.document)
                 )
                 scores.append(torch.cosine_similarity(first, second, dim=0).item())
             else:
@@ -86,9 +156,22 @@ def reference_scores(
     return scores
 
 
-def _mean_embedding(tokenizer, network, text: str, max_length: int):
+def _activation(config):
+    """What sentence-transformers' CrossEncoder puts behind one logit: what config.json names, else the sigmoid."""
+    from torch import nn
+
+    named = (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
+    named = named or getattr(config, "sbert_ce_default_activation_function", None)
+    return getattr(nn, named.rpartition(".")[2])() if named else nn.Sigmoid()
+
+
+def _embedding(tokenizer, network, text: str, max_length: int, modes: tuple[str, ...] | None):
+    """One text's embedding [hidden_size], pooled as sentence-transformers does."""
     batch = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
-    return network(**batch).last_hidden_state[0].mean(0)  # one text, no padding: every position counts
+    hidden = network(**batch).last_hidden_state[0]  # one text, no padding: every position counts
+    if modes not in (("mean",), ("cls",), ("lasttoken",)):
+        raise ValueError(f"no reference for pooling {modes}")
+    return hidden.mean(0) if modes == ("mean",) else hidden[0 if modes == ("cls",) else -1]
 
 
 def check(plan: Plan, reranker: OfflineReranker, pairs: list[Pair]) -> bool:
@@ -115,15 +198,19 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with transformers in float32")
     args = parser.parse_args()
     try:
-        plan = make_plan(get_config(), args.model or env_utils.MODEL_PATH_TINY)
+        plan = make_plan(get_config(), args.model or env_utils.MODEL_PATH_TINY, offline=True)
         if args.input or args.output:
             if args.check or not args.input:
                 raise ConfigError("--output needs --input, and --check takes neither")
             return run_file(args, plan)
         reranker = OfflineReranker(plan)
+        agrees = True
         if args.check:
-            return 0 if check(plan, reranker, example_pairs()) else 1
-        print_example(plan, reranker.score(example_pairs()))
+            agrees = check(plan, reranker, example_pairs())
+        else:
+            print_example(plan, reranker.score(example_pairs()))
+        reranker.close()
+        return 0 if agrees else 1
     except ConfigError as exc:
         print(f"ConfigError: {exc}", file=sys.stderr)
         return 6

@@ -25,7 +25,10 @@ class LengthReranker:
     def __init__(self):
         self.calls = []
 
-    def score(self, pairs):
+    def prepare(self, pairs):
+        return pairs
+
+    def run(self, pairs):
         self.calls.append(len(pairs))
         return [
             Result(None, error="no score")
@@ -98,10 +101,10 @@ def test_resume_equals_a_single_run(tmp_path, monkeypatch):
     score_file(LengthReranker(), source, whole, 0, 23)
 
     class Interrupted(LengthReranker):
-        def score(self, pairs):
+        def run(self, pairs):
             if len(self.calls) == 2:
                 raise KeyboardInterrupt
-            return super().score(pairs)
+            return super().run(pairs)
 
     with pytest.raises(KeyboardInterrupt):
         score_file(Interrupted(), source, parts, 0, 23)
@@ -124,8 +127,10 @@ def test_lines_done_refuses_another_file(tmp_path):
 
 def test_score_refuses_an_instruction_where_there_is_none():
     reranker = object.__new__(vllm_usage.OfflineReranker)
-    reranker.plan = SimpleNamespace(profile=SimpleNamespace(instruction=False, name="cross_encoder"))
-    reranker._score = lambda pairs: [Result(len(p.document)) for p in pairs]
+    profile = SimpleNamespace(instruction=False, name="cross_encoder", reference="sequence_classification")
+    reranker.plan = SimpleNamespace(profile=profile)
+    reranker.encoder = SimpleNamespace(encode=lambda pairs: pairs)
+    reranker._classify = lambda pairs: [Result(len(p.document)) for p in pairs]
     results = reranker.score([Pair("q", "d"), Pair("q", "d", "do this"), Pair("q", "dd")])
     assert [r.score for r in results] == [1, None, 2]
     assert results[1].error == "profile cross_encoder takes no instruction"
@@ -186,7 +191,7 @@ def test_bad_calls_are_refused_before_the_model_loads(checkpoints, args, setting
 def test_real_file_run_interrupted_and_resumed(checkpoints, tmp_path):
     """Kill the real run with Ctrl-C, run it again: each line once, scores as the reference computes them."""
     documents = ["The capital of China is Beijing.", "中国的首都是北京。", "Gravity attracts bodies."]
-    rows = [{"query": f"question {n}", "document": documents[n % 3], "id": n} for n in range(1024 * 4)]
+    rows = [{"query": f"question {n}", "document": documents[n % 3], "id": n} for n in range(4096 * 3)]
     rows[5] = {"query": "no document", "id": 5}
     rows[7]["document"] = "far too long " * 2000
     source, output = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
@@ -210,7 +215,7 @@ def test_real_file_run_interrupted_and_resumed(checkpoints, tmp_path):
     )
     assert "document" in out[5]["error"] and sum("error" in r for r in out) == 1
     assert [r["line"] for r in out if r.get("cut")] == [8]
-    some = [0, 1, 2, 7, 1023, 1024, 3000, len(rows) - 1]
+    some = [0, 1, 2, 7, 4095, 4096, 9000, len(rows) - 1]
     pairs = [Pair(rows[i]["query"], rows[i]["document"]) for i in some]
     expected = vllm_usage_tiny.reference_scores(checkpoints["qwen3"], "causal_yes_no", pairs, None, 512)
     assert [out[i]["score"] for i in some] == pytest.approx(expected, abs=1e-4)

@@ -1,0 +1,484 @@
+"""What the service enforces on every request: key, paths, limits, defaults, admission, metrics.
+
+`vllm serve --middleware server_guard.Guard` loads this plain ASGI class (the kit's folder on PYTHONPATH). Each API
+process has its own Guard. Settings come from the environment, GUARD_<KEY> for the keys of group "guard" in
+env_utils.py, and VLLM_API_KEY; what is unset, empty or 0 is off. docs/guard.md describes every limit and error.
+
+Source: vllm/entrypoints/serve/middleware and vllm/entrypoints/pooling/scoring of vLLM 0.32.0.
+"""
+
+import asyncio
+import functools
+import hashlib
+import hmac
+import json
+import logging
+import math
+import os
+import re
+import threading
+import time
+import types
+import uuid
+
+RERANK_FIELDS = ("documents",)
+# The four spellings that vLLM's score routes take. All are counted: a body may hold several.
+SCORE_FIELDS = ("queries", "documents", "items", "text_1", "text_2", "data_1", "data_2")
+SCORING = {
+    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), RERANK_FIELDS),
+    **dict.fromkeys(("/score", "/v1/score"), SCORE_FIELDS),
+}
+NO_KEY_PATHS = frozenset(("/health", "/live", "/ready"))
+PATHS = NO_KEY_PATHS | {"/ping", "/version", "/metrics", "/load", "/v1/models", *SCORING}
+MEDIA_FIELDS = frozenset(("image_url", "image_embeds", "video_url", "audio_url"))  # base64, not text
+
+MAX_DEPTH = 32  # JSON levels; a rerank body needs 5
+FIRST_PAIRS = 1024  # pairs taken before the first speed is known, where only MAX_WAIT_S limits (GUARD_FIRST_PAIRS)
+SAMPLE_S = 1.0  # busy seconds behind one sample of the speed
+EWMA_WEIGHT = 0.3  # weight of a new sample
+DRAIN_RETRY_S = 5
+
+ERROR_TYPES = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 413: "ContentTooLargeError"}
+ERROR_TYPES |= {422: "UnprocessableEntityError", 429: "TooManyRequestsError", 503: "ServiceUnavailableError"}
+
+logger = logging.getLogger("vllm.server_guard")  # below "vllm": its handler and level
+
+
+class Refusal(Exception):
+    """A request that is not passed on. reason labels the metric, param names the field at fault."""
+
+    def __init__(self, status: int, reason: str, message: str, *, param: str | None = None, retry_s: float = 0):
+        super().__init__(message)
+        self.status, self.reason, self.param, self.retry_s = status, reason, param, retry_s
+
+
+class Load:
+    """Pairs in flight and the speed at which they are served. No locks: all calls come from one event loop.
+
+    The speed is an average over busy time, so idle time does not lower it. A slower sample counts only where calls
+    waited (MAX_WAIT_S / 4 or more): a few small calls say nothing about what the engine can do.
+    """
+
+    def __init__(self, max_pairs: int, max_wait_s: float, first_pairs: int = FIRST_PAIRS, clock=time.monotonic):
+        self.max_pairs, self.max_wait_s, self.first_pairs = max_pairs, max_wait_s, first_pairs
+        self.in_flight = 0
+        self.pairs_per_s = 0.0  # 0 = not known yet
+        self._clock, self._last = clock, clock()
+        self._busy_s = self._pair_seconds = 0.0
+        self._served = 0
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds until a pair that comes now would start, by what is in flight; 0 while the speed is unknown."""
+        return self.in_flight / self.pairs_per_s if self.pairs_per_s else 0.0
+
+    def check(self, n_pairs: int) -> None:
+        """Raise Refusal (429) if a call of n_pairs does not fit now. Into an idle process every call fits."""
+        if not self.in_flight:
+            return
+        limit = self.max_pairs or (self.first_pairs if self.max_wait_s and not self.pairs_per_s else 0)
+        work = f"{self.in_flight} pairs are in flight, about {self.wait_s:.1f} s of work"
+        advice = "send the call again after Retry-After seconds, or send fewer documents at a time"
+        if limit and self.in_flight + n_pairs > limit:
+            over_s = (self.in_flight + n_pairs - limit) / self.pairs_per_s if self.pairs_per_s else 1
+            message = f"the server is busy: {work}, and {n_pairs} more exceed the limit of {limit} pairs: {advice}"
+            raise Refusal(429, "pairs", message, retry_s=over_s)
+        if self.max_wait_s and self.wait_s > self.max_wait_s:
+            message = f"the server is busy: {work}, and calls wait {self.max_wait_s:g} s at most: {advice}"
+            raise Refusal(429, "wait", message, retry_s=self.wait_s - self.max_wait_s)
+
+    def take(self, n_pairs: int) -> None:
+        """Count a whole call in, or raise Refusal."""
+        self.check(n_pairs)
+        self._advance()
+        self.in_flight += n_pairs
+
+    def release(self, n_pairs: int, served: bool) -> None:
+        """Count a whole call out; served = it was answered with scores."""
+        self._advance()
+        self.in_flight -= n_pairs
+        self._served += n_pairs * served
+        if self._served and self._busy_s >= SAMPLE_S:
+            sample = self._served / self._busy_s
+            waited_s = self._pair_seconds / self._served  # Little's law
+            if not self.pairs_per_s:
+                self.pairs_per_s = sample
+            elif sample > self.pairs_per_s or waited_s >= self.max_wait_s / 4:
+                self.pairs_per_s += EWMA_WEIGHT * (sample - self.pairs_per_s)
+            self._busy_s = self._pair_seconds = 0.0
+            self._served = 0
+
+    def _advance(self) -> None:
+        now = self._clock()
+        if self.in_flight:
+            self._busy_s += now - self._last
+            self._pair_seconds += self.in_flight * (now - self._last)
+        self._last = now
+
+
+class Call:
+    """State of one HTTP request."""
+
+    def __init__(self, scope: dict):
+        # The first of a repeated header counts, as in vLLM's own key check.
+        self.headers = dict(reversed(scope["headers"]))
+        self.path = scope["path"].removeprefix(scope.get("root_path", ""))
+        self.scoring = scope["method"] == "POST" and self.path in SCORING
+        given = self.headers.get(b"x-request-id", b"")
+        self.request_id = given if re.fullmatch(rb"[!-~]{1,128}", given) else uuid.uuid4().hex.encode()
+        self.start_s = time.perf_counter()
+        self.status = 0  # 0 = no answer yet
+        self.pairs = self.n_bytes = 0
+        self.in_flight = self.aborted = self.has_own_id = False
+
+
+class Guard:
+    """ASGI middleware around vLLM's app. Raises ValueError for a setting that cannot be used: the server stops."""
+
+    def __init__(self, app):
+        import msgspec  # vLLM requires it; 8 times faster than json.dumps
+
+        self.app = app
+        self.encode = msgspec.json.encode
+        self.max_docs = _setting("MAX_DOCS_PER_CALL")
+        self.max_bytes = _setting("MAX_BODY_BYTES")
+        self.max_chars = _setting("MAX_CHARS_PER_FIELD")
+        self.slow_ms = _setting("SLOW_CALL_MS", float)
+        self.defaults = {f"max_tokens_per_{x}": _setting(f"MAX_TOKENS_PER_{x.upper()}") for x in ("doc", "query")}
+        extra = {path.strip() for path in os.environ.get("GUARD_ALLOW_PATHS", "").split(",") if path.strip()}
+        if wrong := sorted(path for path in extra if not path.startswith("/")):
+            raise ValueError(f"GUARD_ALLOW_PATHS: {wrong[0]!r} is not a path: write /{wrong[0]}")
+        self.paths = PATHS | extra
+        key = os.environ.get("VLLM_API_KEY")
+        self.key_hash = hashlib.sha256(key.encode()).digest() if key else None
+        # Each API process admits its share; vLLM spreads connections evenly over the processes.
+        share = _setting("API_SERVERS") or 1
+        max_pairs = math.ceil(_setting("MAX_PAIRS_IN_FLIGHT") / share)
+        first_pairs = math.ceil((_setting("FIRST_PAIRS") or FIRST_PAIRS) / share)
+        self.load = Load(max_pairs, _setting("MAX_WAIT_S", float), first_pairs)
+        self.metrics = _metrics()
+        self.draining = False
+        self.tasks = set()  # of the calls in flight
+        limits = {k: v for k, v in vars(self).items() if k.startswith("max_")}
+        logger.info(
+            "guard: %s, %s, pairs in flight %s (1/%d of the service), wait %s s, key %s (0 = off)",
+            limits, self.defaults, max_pairs, share, self.load.max_wait_s, "on" if key else "off",
+        )  # fmt: skip
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "websocket":  # no scoring route is one
+            await receive()
+            return await send({"type": "websocket.close", "code": 1008})
+        if scope["type"] != "http":
+            self._watch_stop(scope)
+            return await self.app(scope, receive, send)
+        call = Call(scope)
+
+        async def answer(message):
+            if message["type"] == "http.response.start":
+                call.status = message["status"]
+                # The scores exist now: a client that reads slowly holds no pairs.
+                self._release(call)
+                headers = [pair for pair in message.get("headers", ()) if pair[0].lower() != b"x-request-id"]
+                message = {**message, "headers": [*headers, (b"x-request-id", call.request_id)]}
+            await send(message)
+
+        async def watched_receive():
+            message = await receive()
+            if message["type"] == "http.disconnect" and not call.status:
+                call.aborted = True  # vLLM cancels the call and answers into the void
+            return message
+
+        try:
+            self._check_access(call)
+            if call.path == "/live":
+                return await _send_json(answer, 200, {"status": "live"})
+            if call.path == "/ready":
+                return await self._ready(scope, watched_receive, answer)
+            if call.scoring:
+                body = await self._admit(call, watched_receive)
+                if body is None:  # the client left while it sent
+                    return None
+                scope = {**scope, "headers": _inner_headers(scope["headers"], call, len(body))}
+                return await self.app(scope, _replay(body, watched_receive), answer)
+            return await self.app(scope, watched_receive, answer)
+        except Refusal as exc:
+            self.metrics.refusals.labels(exc.reason).inc()
+            await _send_refusal(answer, exc)
+        except BaseException as exc:
+            if isinstance(exc, asyncio.CancelledError) and self.draining and call.in_flight:
+                return await _send_refusal(answer, self._stopping())
+            call.status = call.status or 500
+            raise
+        finally:
+            self._release(call)
+            self._record(call)
+
+    def _check_access(self, call: Call) -> None:
+        """Key first, so that a stranger does not learn which paths exist."""
+        if self.key_hash and call.path not in NO_KEY_PATHS:
+            scheme, _, key = call.headers.get(b"authorization", b"").partition(b" ")
+            right = hmac.compare_digest(hashlib.sha256(key).digest(), self.key_hash)
+            if scheme.lower() != b"bearer" or not right:
+                raise Refusal(401, "key", "wrong or missing API key: send the header 'Authorization: Bearer <key>'")
+        if call.path not in self.paths:
+            shown = ascii(call.path[:100])
+            raise Refusal(404, "path", f"{shown} is closed here: this server scores ({', '.join(sorted(SCORING))})")
+
+    async def _admit(self, call: Call, receive) -> bytes | None:
+        """Read, check and complete one scoring call and take its pairs. None = the client left; or Refusal."""
+        if self.draining:
+            raise self._stopping()
+        length = call.headers.get(b"content-length", b"0")
+        if self.max_bytes and length.isdigit() and (len(length) > 15 or int(length) > self.max_bytes):
+            raise self._too_large(length.decode()[:20])
+        self.load.check(1)  # full for any call: no need to read it; uvicorn throws its body away
+        body = await self._read(receive)
+        if body is None:
+            return None
+        call.n_bytes = len(body)
+        payload = parse(body)
+        for name, value in payload.items():
+            self._check_size(name, value, MAX_DEPTH)
+        changed = self._complete(payload)
+        if changed or b"\\u" in body:
+            try:
+                encoded = self.encode(payload)
+            except UnicodeEncodeError as exc:
+                raise Refusal(400, "json", "the body holds half of a surrogate pair (\\ud800-\\udfff)") from exc
+            body = encoded if changed else body
+        call.has_own_id = "request_id" in payload  # in vLLM the header would win over it
+        fields = [payload[name] for name in SCORING[call.path] if name in payload]
+        pairs = max([1, *(len(field) for field in fields if isinstance(field, list))])
+        if self.draining:  # since the body began
+            raise self._stopping()
+        self.load.take(pairs)  # no await between check and count
+        call.pairs, call.in_flight = pairs, True
+        call.task = asyncio.current_task()
+        self.tasks.add(call.task)
+        self._show_load()
+        return body
+
+    async def _read(self, receive) -> bytes | None:
+        chunks, size = [], 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            if self.max_bytes and size > self.max_bytes:
+                raise self._too_large(f"more than {self.max_bytes}")
+            if not message.get("more_body"):
+                return b"".join(chunks)
+
+    def _stopping(self) -> Refusal:
+        return Refusal(503, "draining", "the server is stopping: send the call again later", retry_s=DRAIN_RETRY_S)
+
+    def _too_large(self, size: str) -> Refusal:
+        text = f"the body has {size} bytes, the limit is {self.max_bytes} (MAX_BODY_BYTES): send fewer documents a call"
+        return Refusal(413, "bytes", text)
+
+    def _check_size(self, name: str, value, levels: int, media: bool = False) -> None:
+        """Cap list lengths, text lengths and nesting of one field; media = base64, not text."""
+        if isinstance(value, str):
+            if self.max_chars and len(value) > self.max_chars and not media:
+                limit = f"the limit is {self.max_chars} a text (MAX_CHARS_PER_FIELD)"
+                text = f"{ascii(name)[:40]} holds a text of {len(value)} characters, {limit}: shorten or split it"
+                raise Refusal(422, "chars", text, param=name[:40])
+        elif isinstance(value, (list, dict)):
+            if not levels:
+                raise Refusal(400, "json", f"the body is nested deeper than {MAX_DEPTH} levels")
+            if isinstance(value, list) and self.max_docs and len(value) > self.max_docs:
+                limit = f"the limit is {self.max_docs} (MAX_DOCS_PER_CALL)"
+                text = f"{ascii(name)[:40]} holds {len(value)} items, {limit}: send several calls"
+                raise Refusal(413, "docs", text, param=name[:40])
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                self._check_size(name, item, levels - 1, media or key in MEDIA_FIELDS)
+
+    def _complete(self, payload: dict) -> bool:
+        """Drop nulls, fill in defaults; True = payload has changed."""
+        nulls = [name for name, value in payload.items() if value is None]
+        for name in nulls:  # vLLM takes null for some fields only; langchain-cohere sends max_tokens_per_doc: null
+            del payload[name]
+        if "truncate_prompt_tokens" in payload:
+            text = (
+                "truncate_prompt_tokens cuts the end of the prompt, where the model is asked for its answer, and makes "
+                "the scores wrong: send max_tokens_per_doc instead"
+            )
+            raise Refusal(422, "truncate", text, param="truncate_prompt_tokens")
+        added = {name: value for name, value in self.defaults.items() if value and name not in payload}
+        payload |= added
+        return bool(nulls or added)
+
+    async def _ready(self, scope, receive, answer) -> None:
+        """200 while the engine is healthy (vLLM's /health) and no stop is under way."""
+        status = 503
+
+        async def note_status(message):
+            nonlocal status
+            status = message.get("status", status)
+
+        if not self.draining:
+            inner = {**scope, "method": "GET", "path": "/health", "raw_path": b"/health"}
+            await self.app(inner, receive, note_status)
+        if status != 200:
+            text = "the server is stopping" if self.draining else "the engine is not healthy: see the server's log"
+            raise Refusal(503, "not_ready", text, retry_s=DRAIN_RETRY_S)
+        await _send_json(answer, 200, {"status": "ready"})
+
+    def _release(self, call: Call) -> None:
+        if call.in_flight:
+            call.in_flight = False
+            self.tasks.discard(call.task)
+            self.load.release(call.pairs, call.status == 200 and not call.aborted)
+            self._show_load()
+
+    def _show_load(self) -> None:
+        self.metrics.in_flight.set(self.load.in_flight)
+        self.metrics.wait.set(self.load.wait_s)
+        self.metrics.speed.set(self.load.pairs_per_s)
+
+    def _record(self, call: Call) -> None:
+        taken_s = time.perf_counter() - call.start_s
+        route = call.path if call.path in self.paths else "closed"
+        status = "aborted" if call.aborted or not call.status else f"{call.status // 100}xx"
+        self.metrics.calls.labels(route, status).inc()
+        if call.pairs and status == "2xx":
+            self.metrics.pairs.inc(call.pairs)
+            self.metrics.call_pairs.observe(call.pairs)
+            self.metrics.call_bytes.observe(call.n_bytes)
+            self.metrics.call_s.observe(taken_s)
+        if call.pairs and self.slow_ms and taken_s * 1000 > self.slow_ms:
+            logger.warning(
+                "slow call: %s %s, %d pairs, %d bytes, %.0f ms, %d pairs in flight now, request id %s",
+                route, status, call.pairs, call.n_bytes, taken_s * 1000, self.load.in_flight, call.request_id.decode(),
+            )  # fmt: skip
+
+    def _watch_stop(self, scope) -> None:
+        """Let calls in flight finish before vLLM stops its engine; from then on new calls get 503.
+
+        vLLM 0.32 keeps HTTP open while it stops the engine in a thread (handle_shutdown in launcher.py), but a pooling
+        pair that reaches the stopping engine fails all calls in flight (AssertionError in output_processor.py). So the
+        engine is told to stop when no pair is left, or after --shutdown-timeout; what is left then ends with 503.
+        """
+        engine = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
+        if engine is None:
+            return
+        stop, loop = engine.shutdown, asyncio.get_running_loop()
+
+        def drain_then_stop(*args, timeout=None, **kwargs):
+            self.draining = True
+            if threading.current_thread() is threading.main_thread():  # the event loop's own: it must not wait
+                return stop(*args, timeout=timeout, **kwargs)
+            end_s = time.monotonic() + (timeout or 0)
+            while self.load.in_flight and time.monotonic() < end_s:
+                time.sleep(0.05)
+            try:
+                return stop(*args, timeout=timeout and max(1.0, end_s - time.monotonic()), **kwargs)
+            finally:
+                for task in tuple(self.tasks):  # else vLLM waits for them without end
+                    loop.call_soon_threadsafe(task.cancel)
+
+        engine.shutdown = drain_then_stop
+
+
+def parse(body: bytes) -> dict:
+    """Strict JSON: one UTF-8 object, no repeated key, no NaN or infinity. Raises Refusal (400)."""
+    try:
+        payload = _DECODER.decode(body.decode("utf-8"))
+    except UnicodeDecodeError as exc:
+        raise Refusal(400, "json", f"the body is not UTF-8 text: {exc.reason} at byte {exc.start}") from exc
+    except RecursionError as exc:
+        raise Refusal(400, "json", f"the body is nested deeper than {MAX_DEPTH} levels") from exc
+    except ValueError as exc:
+        raise Refusal(400, "json", f"the body is not valid JSON: {exc}") from exc
+    if not isinstance(payload, dict):
+        raise Refusal(400, "json", 'the body is not a JSON object: send {"query": ..., "documents": [...]}')
+    return payload
+
+
+def _unique(pairs: list) -> dict:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):  # parsers differ in which of two equal keys they take
+        raise ValueError(f"a key stands there twice: {ascii([name for name, _ in pairs])[:200]}")
+    return fields
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):  # NaN, Infinity, 1e999
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
+
+
+def _setting(name: str, kind=int):
+    """GUARD_<name> as a number; unset or empty = 0 = off."""
+    text = os.environ.get(f"GUARD_{name}", "").strip()
+    try:
+        value = kind(text or 0)
+    except ValueError:
+        value = -1
+    if not 0 <= value < math.inf:
+        raise ValueError(f"GUARD_{name}={text!r} is not {'an integer' if kind is int else 'a number'} of 0 or more")
+    return value
+
+
+def _inner_headers(headers, call: Call, length: int) -> list:
+    """Headers for vLLM: the length of the new body, and our request id, which vLLM takes for its own."""
+    dropped = (b"content-length", b"transfer-encoding", b"x-request-id")
+    kept = [pair for pair in headers if pair[0] not in dropped]
+    kept.append((b"content-length", str(length).encode()))
+    return kept if call.has_own_id else [*kept, (b"x-request-id", call.request_id)]
+
+
+def _replay(body: bytes, receive):
+    """An ASGI receive() that gives the body, then what the client does (vLLM waits for a disconnect)."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay():
+        return messages.pop() if messages else await receive()
+
+    return replay
+
+
+async def _send_json(send, status: int, content: dict, headers=()) -> None:
+    body = json.dumps(content).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _send_refusal(send, exc: Refusal) -> None:
+    """Answer in vLLM's error format (ErrorResponse in vllm/entrypoints/serve/engine/protocol.py)."""
+    headers = []
+    if exc.retry_s:
+        headers.append((b"retry-after", str(min(math.ceil(exc.retry_s), 60)).encode()))
+    if exc.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    error = {"message": str(exc), "type": ERROR_TYPES[exc.status], "param": exc.param, "code": exc.status}
+    await _send_json(send, exc.status, {"error": error}, headers)
+
+
+@functools.cache  # a metric's name can be registered once in a process
+def _metrics():
+    """Metrics in prometheus_client's default registry, which vLLM's /metrics shows; multi-process mode included."""
+    from prometheus_client import Counter, Gauge, Histogram
+
+    seconds = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120)
+    pairs = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
+    n_bytes = tuple(4**i for i in range(4, 14))  # 256 B ... 64 MiB
+    p = "rerank_guard_"
+    return types.SimpleNamespace(
+        calls=Counter(f"{p}calls", "Calls by route and status class", ["route", "status"]),
+        pairs=Counter(f"{p}pairs", "Pairs answered with scores"),
+        refusals=Counter(f"{p}refusals", "Requests refused by the guard", ["reason"]),
+        in_flight=Gauge(f"{p}pairs_in_flight", "Pairs taken and not yet scored", multiprocess_mode="livesum"),
+        wait=Gauge(f"{p}estimated_wait_seconds", "Seconds before a new pair starts", multiprocess_mode="livemax"),
+        speed=Gauge(f"{p}pairs_per_second", "Pairs served a second while busy", multiprocess_mode="livesum"),
+        call_s=Histogram(f"{p}call_seconds", "Seconds from request to scores", buckets=seconds),
+        call_pairs=Histogram(f"{p}call_pairs", "Pairs of a scored call", buckets=pairs),
+        call_bytes=Histogram(f"{p}call_bytes", "Body bytes of a scored call", buckets=n_bytes),
+    )

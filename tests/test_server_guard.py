@@ -1,0 +1,1228 @@
+"""server_guard.py: driven as an ASGI app around a small inner app; some cases over real sockets with uvicorn."""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import logging
+import os
+import random
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import server_guard
+from server_guard import Guard, Load, Refusal
+
+pytest.importorskip("msgspec")  # both come with vLLM
+pytest.importorskip("prometheus_client")
+
+RERANK = "/v1/rerank"
+KIT = Path(server_guard.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    for name in [*os.environ]:
+        if name.startswith("GUARD_") or name == "VLLM_API_KEY":
+            monkeypatch.delenv(name)
+
+
+class Inner:
+    """Stands for vLLM: notes what arrives, answers 200 or as told."""
+
+    def __init__(self, status=200, gate=None, error=None, headers=()):
+        self.status, self.gate, self.error, self.headers = status, gate, error, list(headers)
+        self.calls = []  # (path, headers, body)
+
+    async def __call__(self, scope, receive, send):
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        self.calls.append((scope["path"], dict(scope["headers"]), body))
+        if self.gate:
+            await self.gate.wait()
+        if self.error:
+            raise self.error
+        await send({"type": "http.response.start", "status": self.status, "headers": self.headers})
+        await send({"type": "http.response.body", "body": b"{}"})
+
+
+class Answer:
+    def __init__(self, messages):
+        assert messages, "no answer"
+        self.status = messages[0]["status"]
+        self.headers = {k.decode(): v.decode() for k, v in messages[0]["headers"]}
+        self.n_request_ids = sum(k == b"x-request-id" for k, _ in messages[0]["headers"])
+        self.body = b"".join(m.get("body", b"") for m in messages[1:])
+
+    @property
+    def message(self):
+        """Text of an error in vLLM's format."""
+        error = json.loads(self.body)["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["code"] == self.status
+        return error["message"]
+
+
+async def ask(
+    app, path=RERANK, body=b"", *, method="POST", headers=None, chunks=None, length=True, root_path="", leaves=False
+):
+    """One request; chunks = the body in pieces (or functions that give one); None, or leaves = the client leaves."""
+    if isinstance(body, (dict, list)):
+        body = json.dumps(body).encode()
+    pieces = [body] if chunks is None else list(chunks)
+    lines = [(k.lower().encode(), v.encode()) for k, v in (headers or {}).items()]
+    if length and chunks is None:
+        lines.append((b"content-length", str(len(body)).encode()))
+    scope = {"type": "http", "method": method, "path": path, "root_path": root_path, "headers": lines}
+    sent = []
+
+    async def receive():
+        if not pieces:
+            if leaves:
+                return {"type": "http.disconnect"}
+            await asyncio.Event().wait()  # a client that waits
+        piece = pieces.pop(0)
+        if callable(piece):
+            piece = piece()
+        if piece is None:
+            return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": piece, "more_body": bool(pieces)}
+
+    async def send(message):
+        sent.append(message)
+
+    await app(scope, receive, send)
+    return Answer(sent) if sent else None
+
+
+def one(app, *args, **kwargs):
+    return asyncio.run(ask(app, *args, **kwargs))
+
+
+def documents(n=2, **more):
+    return {"query": "q", "documents": [f"d{i}" for i in range(n)], **more}
+
+
+def metric(name, **labels):
+    from prometheus_client import REGISTRY
+
+    return REGISTRY.get_sample_value(f"rerank_guard_{name}", labels) or 0.0
+
+
+# ---- access ----
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/rerank", "/score", "/metrics", "/ping", "/v1/models", "/docs", "/"])
+@pytest.mark.parametrize(
+    "sent", [None, "Bearer wrong", "Basic sesame", "sesame", "Bearer", "Bearer sesame2", "Bearer \xff"]
+)
+def test_guard_wants_key(monkeypatch, path, sent):
+    monkeypatch.setenv("VLLM_API_KEY", "sesame")
+    inner = Inner()
+    answer = one(Guard(inner), path, documents(), headers={"Authorization": sent} if sent else {})
+    assert answer.status == 401 and "Authorization: Bearer" in answer.message
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert not inner.calls
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer"])
+def test_guard_takes_key(monkeypatch, scheme):
+    monkeypatch.setenv("VLLM_API_KEY", "sesame")
+    assert one(Guard(Inner()), RERANK, documents(), headers={"Authorization": f"{scheme} sesame"}).status == 200
+
+
+@pytest.mark.parametrize("path", ["/health", "/live", "/ready"])
+def test_guard_leaves_probes_open(monkeypatch, path):
+    monkeypatch.setenv("VLLM_API_KEY", "sesame")
+    assert one(Guard(Inner()), path, method="GET").status == 200
+
+
+CLOSED = ["/", "/docs", "/openapi.json", "/tokenize", "/detokenize", "/invocations", "/pooling", "/classify"]
+CLOSED += ["/v1/embeddings", "/v1/completions", "/v1/chat/completions", "/v1/rerank/", "//v1/rerank", "/V1/rerank"]
+CLOSED += ["/v1/models/x", "/metrics2", "/health/x", "/v1/rerank\u0100"]
+
+
+@pytest.mark.parametrize("path", CLOSED)
+def test_guard_closes_path(path):
+    inner = Inner()
+    answer = one(Guard(inner), path, documents())
+    assert answer.status == 404 and "/v1/rerank" in answer.message
+    assert not inner.calls
+
+
+def test_guard_opens_allowed_paths(monkeypatch):
+    monkeypatch.setenv("GUARD_ALLOW_PATHS", "/tokenize, /docs,")
+    inner = Inner()
+    assert one(Guard(inner), "/tokenize", b"not json").status == 200  # not parsed either
+    assert inner.calls[0][2] == b"not json"
+    assert one(Guard(inner), "/docs", method="GET").status == 200
+    assert one(Guard(inner), "/detokenize").status == 404
+
+
+def test_guard_knows_root_path(monkeypatch):
+    monkeypatch.setenv("GUARD_MAX_DOCS_PER_CALL", "1")
+    guard = Guard(Inner())
+    assert one(guard, "/api/v1/rerank", documents(2), root_path="/api").status == 413
+    assert one(guard, "/v1/rerank", documents(2), root_path="/api").status == 413  # a proxy has cut it off
+    assert one(guard, "/apiv1/rerank", documents(1), root_path="/api").status == 404
+
+
+def test_guard_closes_websockets():
+    async def case():
+        sent = []
+
+        async def receive():
+            return {"type": "websocket.connect"}
+
+        async def send(message):
+            sent.append(message)
+
+        inner = Inner()
+        await Guard(inner)({"type": "websocket", "path": "/v1/realtime", "headers": []}, receive, send)
+        assert [m["type"] for m in sent] == ["websocket.close"]
+        assert not inner.calls
+
+    asyncio.run(case())
+
+
+def test_live_does_not_ask_engine():
+    inner = Inner(error=RuntimeError("dead"))
+    assert one(Guard(inner), "/live", method="GET").status == 200
+    assert not inner.calls
+
+
+@pytest.mark.parametrize(("engine", "expected"), [(200, 200), (503, 503), (500, 503), (404, 503)])
+def test_ready_asks_engine(engine, expected):
+    inner = Inner(status=engine)
+    answer = one(Guard(inner), "/ready", method="GET")
+    assert answer.status == expected
+    assert [path for path, _, _ in inner.calls] == ["/health"]
+
+
+@pytest.mark.parametrize("sent", ["abc-1", "x" * 128, "a:b/c=d"])
+def test_request_id_is_echoed_and_passed_on(sent):
+    inner = Inner(headers=[(b"x-request-id", b"inner")])
+    answer = one(Guard(inner), RERANK, documents(), headers={"X-Request-ID": sent})
+    assert answer.headers["x-request-id"] == sent and answer.n_request_ids == 1
+    assert inner.calls[0][1][b"x-request-id"] == sent.encode()
+
+
+@pytest.mark.parametrize("sent", [None, "", "x" * 129, "a b", "a\tb", "\xe9"])
+def test_request_id_is_made(sent):
+    inner = Inner()
+    answer = one(Guard(inner), RERANK, documents(), headers={} if sent is None else {"X-Request-ID": sent})
+    assert re.fullmatch("[0-9a-f]{32}", answer.headers["x-request-id"])
+    assert inner.calls[0][1][b"x-request-id"].decode() == answer.headers["x-request-id"]
+
+
+def test_request_id_of_body_stays_in_force():
+    inner = Inner()
+    one(Guard(inner), RERANK, documents(request_id="mine"))
+    assert b"x-request-id" not in inner.calls[0][1]  # it would win over the field in vLLM
+
+
+def test_request_id_is_on_refusals():
+    answer = one(Guard(Inner()), RERANK, b"[]", headers={"X-Request-ID": "abc"})
+    assert answer.status == 400 and answer.headers["x-request-id"] == "abc"
+
+
+# ---- the body ----
+
+
+def test_body_without_change_passes_as_it_is():
+    inner = Inner()
+    body = b' {"query" : "q\\u00e9",\n"documents":["a", "b"], "max_tokens_per_doc": 7} '
+    assert one(Guard(inner), RERANK, body).status == 200
+    assert inner.calls[0][2] == body
+    assert inner.calls[0][1][b"content-length"] == str(len(body)).encode()
+
+
+def test_body_is_not_read_on_other_paths_and_methods(monkeypatch):
+    monkeypatch.setenv("GUARD_MAX_BODY_BYTES", "10")
+    inner = Inner()
+    assert one(Guard(inner), "/v1/models", b"x" * 100, method="GET").status == 200
+    assert one(Guard(inner), RERANK, b"x" * 100, method="PUT").status == 200  # vLLM answers 405
+    assert [body for _, _, body in inner.calls] == [b"x" * 100] * 2
+
+
+@pytest.mark.parametrize("path", sorted(server_guard.SCORING))
+def test_defaults_fill_in_what_is_absent_or_null(monkeypatch, path):
+    monkeypatch.setenv("GUARD_MAX_TOKENS_PER_DOC", "512")
+    monkeypatch.setenv("GUARD_MAX_TOKENS_PER_QUERY", "64")
+    inner = Inner()
+    text = "Zürich 检索 \u2028 \U0001f600"
+    payload = {"query": text, "documents": [text], "max_tokens_per_doc": None, "top_n": None, "x": [None, 1.5]}
+    assert one(Guard(inner), path, payload, headers={"Transfer-Encoding": "chunked"}).status == 200
+    _, headers, body = inner.calls[0]
+    expected = {"query": text, "documents": [text], "x": [None, 1.5]}
+    assert json.loads(body) == {**expected, "max_tokens_per_doc": 512, "max_tokens_per_query": 64}
+    assert headers[b"content-length"] == str(len(body)).encode() and b"transfer-encoding" not in headers
+
+
+def test_defaults_leave_values_of_the_client(monkeypatch):
+    monkeypatch.setenv("GUARD_MAX_TOKENS_PER_DOC", "512")
+    inner = Inner()
+    one(Guard(inner), RERANK, documents(max_tokens_per_doc=0))
+    assert json.loads(inner.calls[0][2])["max_tokens_per_doc"] == 0
+
+
+def test_defaults_are_off_without_setting():
+    inner = Inner()
+    one(Guard(inner), RERANK, documents(max_tokens_per_doc=None))  # what langchain-cohere sends
+    assert json.loads(inner.calls[0][2]) == documents()
+
+
+@pytest.mark.parametrize("value", [10, -1, 0, "10"])
+def test_truncate_prompt_tokens_is_refused(value):
+    inner = Inner()
+    answer = one(Guard(inner), RERANK, documents(truncate_prompt_tokens=value))
+    assert answer.status == 422 and "max_tokens_per_doc" in answer.message
+    assert not inner.calls
+
+
+def test_truncate_prompt_tokens_null_passes():
+    assert one(Guard(Inner()), RERANK, documents(truncate_prompt_tokens=None)).status == 200
+
+
+BAD_BODIES = {
+    "empty": b"",
+    "text": b"hello",
+    "list": b"[1]",
+    "null": b"null",
+    "cut": b'{"query":"q","documents":["a"',
+    "tail": b'{"query":"q"} x',
+    "key_twice": b'{"query":"q","query":"r","documents":["a"]}',
+    "key_twice_inside": b'{"query":"q","documents":[{"text":"a","text":"b"}]}',
+    "nan": b'{"query":"q","documents":["a"],"x":NaN}',
+    "infinity": b'{"query":"q","documents":["a"],"x":-Infinity}',
+    "1e999": b'{"query":"q","documents":["a"],"x":1e999}',
+    "long_integer": b'{"query":"q","x":' + b"9" * 5000 + b"}",
+    "latin1": b'{"query":"\xe9"}',
+    "utf16": json.dumps(documents()).encode("utf-16"),
+    "bom": b"\xef\xbb\xbf{}",
+    "raw_surrogate": b'{"query":"\xed\xa0\x80"}',
+    "surrogate": b'{"query":"\\ud800","documents":["a"]}',
+    "surrogate_in_key": b'{"query":"a","\\uDFFF":1}',
+    "nested": b'{"query":"q","x":' + b"[" * 40 + b"]" * 40 + b"}",
+    "nested_media": b'{"query":"q","x":{"image_url":' + b"[" * 40 + b"]" * 40 + b"}}",
+    "nested_deep": b'{"query":"q","x":' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+    "nested_objects": b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", BAD_BODIES)
+def test_bad_body_gets_400(name):
+    inner = Inner()
+    guard = Guard(inner)
+    answer = one(guard, RERANK, BAD_BODIES[name])
+    assert answer.status == 400 and answer.message.startswith("the body ")
+    assert len(answer.body) < 500  # what the client sent does not come back whole
+    assert not inner.calls and not guard.load.in_flight
+
+
+def test_surrogate_pair_passes():
+    inner = Inner()
+    body = b'{"query":"\\ud83d\\ude00","documents":["a"]}'
+    assert one(Guard(inner), RERANK, body).status == 200
+    assert inner.calls[0][2] == body
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(payload=st.dictionaries(st.text() | st.sampled_from(["query", "documents", "top_n"]), json_values, max_size=6))
+def test_any_object_arrives_with_its_values(payload):
+    inner = Inner()
+    os.environ["GUARD_MAX_TOKENS_PER_DOC"] = "9"
+    try:
+        guard = Guard(inner)
+    finally:
+        del os.environ["GUARD_MAX_TOKENS_PER_DOC"]
+    payload.pop("truncate_prompt_tokens", None)
+    assert one(guard, RERANK, payload).status == 200
+    expected = {k: v for k, v in payload.items() if v is not None}
+    assert json.loads(inner.calls[0][2]) == {"max_tokens_per_doc": 9, **expected}
+    assert guard.load.in_flight == 0
+
+
+@settings(max_examples=300, deadline=None)
+@given(body=st.binary(max_size=60) | st.text(max_size=60).map(lambda s: b'{"documents":["' + s.encode() + b'"]}'))
+def test_any_bytes_get_a_clear_answer(body):
+    guard = Guard(Inner())
+    assert one(guard, "/score", body).status in (200, 400)
+    assert guard.load.in_flight == 0
+
+
+# ---- caps ----
+
+
+def test_body_cap_by_length_refuses_before_reading(monkeypatch):
+    monkeypatch.setenv("GUARD_MAX_BODY_BYTES", "100")
+    guard = Guard(Inner())
+    answer = one(guard, RERANK, chunks=[], headers={"Content-Length": "101"})  # a read would wait for ever
+    assert answer.status == 413 and "101" in answer.message and "100 (MAX_BODY_BYTES)" in answer.message
+    assert one(guard, RERANK, chunks=[], headers={"Content-Length": "9" * 5000}).status == 413
+
+
+def test_body_cap_while_streaming(monkeypatch):
+    monkeypatch.setenv("GUARD_MAX_BODY_BYTES", "100")
+    guard = Guard(Inner())
+    answer = one(guard, RERANK, chunks=[b"x" * 60, b"x" * 41, AssertionError("read on after the limit")])
+    assert answer.status == 413 and "100 (MAX_BODY_BYTES)" in answer.message
+    body = json.dumps(documents()).encode().ljust(100)
+    assert one(guard, RERANK, chunks=[body[:9], body[9:50], body[50:]]).status == 200
+
+
+@pytest.mark.parametrize("field", server_guard.SCORE_FIELDS)
+def test_document_cap(monkeypatch, field):
+    monkeypatch.setenv("GUARD_MAX_DOCS_PER_CALL", "3")
+    guard = Guard(Inner())
+    answer = one(guard, "/v1/score", {"query": "q", field: ["a"] * 4})
+    assert answer.status == 413 and "3 (MAX_DOCS_PER_CALL)" in answer.message and field in answer.message
+    assert one(guard, "/v1/score", {"query": "q", field: ["a"] * 3}).status == 200
+
+
+def test_document_cap_counts_content_parts(monkeypatch):
+    monkeypatch.setenv("GUARD_MAX_DOCS_PER_CALL", "3")
+    parts = [{"type": "text", "text": "a"}] * 4
+    assert one(Guard(Inner()), RERANK, {"query": "q", "documents": {"content": parts}}).status == 413
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {"query": "x" * 11, "documents": ["a"]},
+        {"query": "q", "documents": ["a", "x" * 11]},
+        {"query": "q", "documents": "x" * 11},
+        {"query": "q", "documents": [{"text": "x" * 11}]},
+        {"query": "q", "documents": [{"content": [{"type": "text", "text": "x" * 11}]}]},
+        {"query": "q", "documents": ["a"], "instruction": "x" * 11},
+        {"query": "q", "documents": ["a"], "chat_template_kwargs": {"instruction": "x" * 11}},
+        {"query": "检" * 11, "documents": ["a"]},
+    ],
+)
+def test_character_cap(monkeypatch, payload):
+    monkeypatch.setenv("GUARD_MAX_CHARS_PER_FIELD", "10")
+    answer = one(Guard(Inner()), RERANK, payload)
+    assert answer.status == 422 and "11 characters" in answer.message and "10 a text" in answer.message
+    shorter = json.loads(json.dumps(payload).replace("x" * 11, "x" * 10).replace("\\u68c0" * 11, "\\u68c0" * 10))
+    assert one(Guard(Inner()), RERANK, shorter).status == 200
+
+
+def test_character_cap_spares_images(monkeypatch):
+    monkeypatch.setenv("GUARD_MAX_CHARS_PER_FIELD", "10")
+    part = {"type": "image_url", "image_url": {"url": "data:" + "x" * 100}}
+    assert one(Guard(Inner()), RERANK, {"query": "q", "documents": [{"content": [part]}]}).status == 200
+
+
+# ---- admission ----
+
+
+def run_admission(case, monkeypatch, inner_kwargs=None, **env):
+    """Run case(guard, gate, inner): the inner app answers once the gate is set."""
+    for key, value in env.items():
+        monkeypatch.setenv(f"GUARD_{key}", str(value))
+
+    async def main():
+        gate = asyncio.Event()
+        inner = Inner(gate=gate, **(inner_kwargs or {}))
+        await asyncio.wait_for(case(Guard(inner), gate, inner), 20)
+
+    asyncio.run(main())
+
+
+async def started(guard, n_pairs, path=RERANK):
+    """A call that now waits in the inner app."""
+    task = asyncio.create_task(ask(guard, path, documents(n_pairs)))
+    before = guard.load.in_flight
+    while guard.load.in_flight == before and not task.done():
+        await asyncio.sleep(0)
+    return task
+
+
+def test_admission_by_pairs_in_flight(monkeypatch):
+    async def case(guard, gate, inner):
+        first = [await started(guard, 4), await started(guard, 5)]
+        refused = await ask(guard, RERANK, documents(4))
+        assert refused.status == 429 and "limit of 12 pairs" in refused.message and "9 pairs" in refused.message
+        assert refused.headers["retry-after"] == "1"
+        fits = await started(guard, 3)
+        assert guard.load.in_flight == 12
+        assert len(inner.calls) == 3  # the refused call never got there
+        gate.set()
+        assert {(await task).status for task in [*first, fits]} == {200}
+        assert guard.load.in_flight == 0
+        assert (await ask(guard, RERANK, documents(12))).status == 200
+
+    run_admission(case, monkeypatch, MAX_PAIRS_IN_FLIGHT=12)
+
+
+def test_admission_of_a_call_above_the_limit(monkeypatch):
+    async def case(guard, gate, inner):
+        small = await started(guard, 1)
+        assert (await ask(guard, RERANK, documents(20))).status == 429
+        gate.set()
+        await small
+        gate.clear()
+        big = await started(guard, 20)  # nothing else runs
+        assert guard.load.in_flight == 20
+        assert (await ask(guard, RERANK, documents(1))).status == 429
+        gate.set()
+        assert (await big).status == 200
+
+    run_admission(case, monkeypatch, MAX_PAIRS_IN_FLIGHT=10)
+
+
+def test_admission_refuses_unread_when_full(monkeypatch):
+    async def case(guard, gate, inner):
+        task = await started(guard, 10)
+        answer = await ask(guard, RERANK, chunks=[], headers={"Content-Length": "50"})  # a read would wait
+        assert answer.status == 429
+        gate.set()
+        await task
+
+    run_admission(case, monkeypatch, MAX_PAIRS_IN_FLIGHT=10)
+
+
+def test_admission_counts_after_the_whole_body(monkeypatch):
+    """Two calls that are read at the same time do not both take the last room."""
+
+    async def case(guard, gate, inner):
+        body = json.dumps(documents(6)).encode()
+        hold = await started(guard, 3)
+        tasks = [asyncio.create_task(ask(guard, RERANK, chunks=[body[:5], body[5:]])) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        gate.set()
+        assert sorted([(await task).status for task in tasks]) == [200, 429]
+        await hold
+
+    run_admission(case, monkeypatch, MAX_PAIRS_IN_FLIGHT=10)
+
+
+@pytest.mark.parametrize(
+    ("path", "payload", "pairs"),
+    [
+        (RERANK, {"query": "q", "documents": ["a"] * 7}, 7),
+        (RERANK, {"query": "q", "documents": "a"}, 1),
+        (RERANK, {"query": "q", "documents": {"content": []}}, 1),
+        (RERANK, {"query": "q"}, 1),
+        ("/v2/rerank", {"query": "q", "documents": [{"text": "a"}] * 3}, 3),
+        ("/score", {"text_1": "q", "text_2": ["a"] * 5}, 5),
+        ("/score", {"text_1": ["q"] * 5, "text_2": ["a"] * 5}, 5),
+        ("/score", {"data_1": "q", "data_2": "a"}, 1),
+        ("/v1/score", {"queries": "q", "items": ["a"] * 6}, 6),
+        ("/v1/score", {"queries": "q", "documents": ["a"] * 2, "text_1": "q", "text_2": ["a"] * 9}, 9),
+    ],
+)
+def test_pairs_of_a_call(monkeypatch, path, payload, pairs):
+    async def case(guard, gate, inner):
+        task = asyncio.create_task(ask(guard, path, payload))
+        await asyncio.sleep(0.02)
+        assert guard.load.in_flight == pairs == metric("pairs_in_flight")
+        gate.set()
+        await task
+        assert guard.load.in_flight == 0 == metric("pairs_in_flight")
+
+    run_admission(case, monkeypatch)
+
+
+def test_pairs_come_back_after_an_exception(monkeypatch):
+    async def case(guard, gate, inner):
+        task = await started(guard, 5)
+        gate.set()
+        with pytest.raises(RuntimeError, match="boom"):
+            await task
+        assert guard.load.in_flight == 0 and not guard.tasks
+
+    before = metric("calls_total", route=RERANK, status="5xx")
+    run_admission(case, monkeypatch, {"error": RuntimeError("boom")})
+    assert metric("calls_total", route=RERANK, status="5xx") == before + 1
+
+
+def test_pairs_come_back_after_cancellation(monkeypatch):
+    async def case(guard, gate, inner):
+        task = await started(guard, 5)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert guard.load.in_flight == 0 and not guard.tasks
+
+    run_admission(case, monkeypatch)
+
+
+def test_pairs_come_back_when_the_client_leaves():
+    class Cancels:
+        """As vLLM's with_cancellation: waits for the scores or for a disconnect, then answers null."""
+
+        async def __call__(self, scope, receive, send):
+            assert (await receive())["type"] == "http.request"
+            assert (await receive())["type"] == "http.disconnect"
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"null"})
+
+    before = metric("calls_total", route=RERANK, status="aborted"), metric("pairs_total")
+    guard = Guard(Cancels())
+    guard.load._busy_s = 100.0  # any served pair would now give a sample
+    assert one(guard, RERANK, documents(5), leaves=True).body == b"null"  # it came as far as the inner app
+    assert guard.load.in_flight == 0 and guard.load.pairs_per_s == 0
+    assert metric("calls_total", route=RERANK, status="aborted") == before[0] + 1
+    assert metric("pairs_total") == before[1]
+
+
+def test_call_without_an_answer_counts_as_aborted():
+    async def silent(scope, receive, send):
+        await receive()
+
+    before = metric("calls_total", route=RERANK, status="aborted")
+    guard = Guard(silent)
+    assert one(guard, RERANK, documents(5)) is None
+    assert metric("calls_total", route=RERANK, status="aborted") == before + 1
+    assert guard.load.in_flight == 0
+
+
+def test_client_that_leaves_while_it_sends_is_not_passed_on():
+    inner = Inner()
+    guard = Guard(inner)
+    assert one(guard, RERANK, chunks=[b'{"query":', None]) is None
+    assert not inner.calls and not guard.load.in_flight
+
+
+def test_pairs_come_back_with_the_first_byte_of_the_answer():
+    """A client that reads slowly holds no pairs: the engine's work is done."""
+    seen = []
+
+    async def slow_reader(message):
+        seen.append((message["type"], guard.load.in_flight))
+
+    async def receive():
+        return {"type": "http.request", "body": json.dumps(documents(5)).encode()}
+
+    guard = Guard(Inner())
+    asyncio.run(guard({"type": "http", "method": "POST", "path": RERANK, "headers": []}, receive, slow_reader))
+    assert seen == [("http.response.start", 0), ("http.response.body", 0)]
+
+
+def test_accounting_is_exact_under_chaos(monkeypatch):
+    rng = random.Random(3)
+    seen = []
+
+    async def inner(scope, receive, send):
+        size = len(json.loads((await receive())["body"])["documents"])
+        seen.append((size, guard.load.in_flight))
+        await asyncio.sleep(rng.random() * 0.003)
+        if rng.random() < 0.3:
+            raise RuntimeError("boom")
+        await send({"type": "http.response.start", "status": rng.choice([200, 400, 500]), "headers": []})
+        if rng.random() < 0.2:
+            raise RuntimeError("boom in the answer")
+        await send({"type": "http.response.body", "body": b""})
+
+    async def client():
+        for _ in range(20):
+            task = asyncio.create_task(ask(guard, RERANK, documents(rng.randint(1, 40))))
+            await asyncio.sleep(rng.random() * 0.002)
+            if rng.random() < 0.3:
+                task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def main():
+        await asyncio.gather(*[client() for _ in range(30)])
+
+    monkeypatch.setenv("GUARD_MAX_PAIRS_IN_FLIGHT", "60")
+    guard = Guard(inner)
+    asyncio.run(main())
+    assert len(seen) > 100
+    assert all(in_flight <= 60 for _, in_flight in seen)
+    assert max(in_flight for _, in_flight in seen) > 50  # the room was used
+    assert guard.load.in_flight == 0 and not guard.tasks
+
+
+def test_share_of_each_api_process(monkeypatch):
+    monkeypatch.setenv("GUARD_MAX_PAIRS_IN_FLIGHT", "10")
+    monkeypatch.setenv("GUARD_API_SERVERS", "4")
+    guard = Guard(Inner())
+    assert guard.load.max_pairs == 3  # rounded up
+    assert guard.load.first_pairs == server_guard.FIRST_PAIRS // 4
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def loaded(max_pairs=0, max_wait_s=10.0, first_pairs=100):
+    clock = Clock()
+    return Load(max_pairs, max_wait_s, first_pairs, clock), clock
+
+
+def serve(load, clock, n_pairs, seconds, served=True):
+    load.take(n_pairs)
+    clock.now += seconds
+    load.release(n_pairs, served)
+
+
+def test_load_learns_speed_over_busy_time():
+    load, clock = loaded()
+    serve(load, clock, 50, 0.5)
+    assert load.pairs_per_s == 0  # too short to say
+    clock.now += 1000  # idle
+    serve(load, clock, 50, 0.5)
+    assert load.pairs_per_s == 100
+    for _ in range(30):
+        serve(load, clock, 200, 1.0)
+    assert load.pairs_per_s == pytest.approx(200, rel=0.01)
+
+
+def test_load_learns_one_sample_at_a_time():
+    load, clock = loaded()
+    serve(load, clock, 100, 1.0)
+    serve(load, clock, 200, 1.0)
+    assert load.pairs_per_s == pytest.approx(100 + server_guard.EWMA_WEIGHT * 100)
+
+
+def test_load_is_not_slowed_by_small_calls():
+    load, clock = loaded(max_wait_s=4)
+    serve(load, clock, 100, 1.0)
+    for _ in range(100):
+        serve(load, clock, 1, 0.1)  # 10 a second, but nobody waited
+    assert load.pairs_per_s == 100
+
+
+def test_load_is_slowed_when_calls_wait():
+    load, clock = loaded(max_wait_s=4)
+    serve(load, clock, 100, 1.0)
+    for _ in range(30):
+        serve(load, clock, 20, 2.0)  # documents have grown
+    assert load.pairs_per_s == pytest.approx(10, rel=0.01)
+
+
+def test_load_ignores_failed_calls():
+    load, clock = loaded()
+    serve(load, clock, 100, 1.0)
+    serve(load, clock, 5000, 0.1, served=False)
+    serve(load, clock, 100, 0.9)
+    assert load.pairs_per_s == 100
+
+
+def test_load_refuses_by_wait():
+    load, clock = loaded(max_wait_s=4)
+    serve(load, clock, 100, 1.0)
+    load.take(390)
+    load.take(30)  # 3.9 s ahead of it
+    assert load.wait_s == 4.2
+    with pytest.raises(Refusal, match=r"420 pairs are in flight, about 4\.2 s of work.*wait 4 s at most") as refused:
+        load.take(1)
+    assert (refused.value.status, refused.value.reason) == (429, "wait")
+    assert refused.value.retry_s == pytest.approx(0.2)
+    assert load.in_flight == 420
+
+
+def test_load_says_when_a_call_will_fit():
+    load, clock = loaded(max_pairs=500, max_wait_s=0)
+    serve(load, clock, 100, 1.0)
+    load.take(450)
+    with pytest.raises(Refusal) as refused:
+        load.take(350)
+    assert refused.value.retry_s == pytest.approx(3)  # 300 pairs too many at 100 a second
+
+
+def test_load_before_the_first_sample():
+    load, _ = loaded(first_pairs=100)
+    load.take(90)
+    with pytest.raises(Refusal, match="limit of 100 pairs"):
+        load.take(11)
+    load.take(10)
+
+
+def test_load_without_limits():
+    load, _ = loaded(max_wait_s=0)
+    for _ in range(100):
+        load.take(10_000)
+    assert load.in_flight == 1_000_000
+
+
+@pytest.mark.parametrize(("retry_s", "header"), [(0.01, "1"), (2.2, "3"), (1e6, "60")])
+def test_retry_after_is_whole_seconds_within_a_minute(monkeypatch, retry_s, header):
+    guard = Guard(Inner())
+
+    def busy(n_pairs):
+        raise Refusal(429, "wait", "busy", retry_s=retry_s)
+
+    monkeypatch.setattr(guard.load, "check", busy)
+    assert one(guard, RERANK, documents()).headers["retry-after"] == header
+
+
+def test_refusals_are_fast(monkeypatch):
+    async def case(guard, gate, inner):
+        hold = await started(guard, 10)
+        times = []
+        for _ in range(200):
+            start = time.perf_counter()
+            assert (await ask(guard, RERANK, documents(32))).status == 429
+            times.append(time.perf_counter() - start)
+        assert sorted(times)[100] < 0.005
+        gate.set()
+        await hold
+
+    run_admission(case, monkeypatch, MAX_PAIRS_IN_FLIGHT=10)
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock jumps to the next timer: minutes of load in a moment, the same every time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0.0
+        select = self._selector.select
+
+        def jump(timeout):
+            self.now += timeout or 0
+            return select(0)
+
+        self._selector.select = jump
+
+    def time(self):
+        return self.now
+
+
+def overload(guard_of, speed_at, *, n_clients, sizes, seconds=120, seed=0):
+    """Closed loop of n_clients on a model of the engine: first in, first out, speed_at(time) pairs a second.
+
+    Clients wait for Retry-After when they are refused. Returns [(end, latency, pairs)] of the served calls and the
+    number of refused ones.
+    """
+    loop = VirtualLoop()
+    rng = random.Random(seed)
+    busy_until, served, n_refused = 0.0, [], 0
+
+    async def engine(scope, receive, send):
+        nonlocal busy_until
+        n_pairs = len(json.loads((await receive())["body"])["documents"])
+        for _ in range(n_pairs):
+            busy_until = max(busy_until, loop.time())
+            busy_until += 1 / speed_at(busy_until)
+        await asyncio.sleep(busy_until - loop.time())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def client(guard):
+        nonlocal n_refused
+        await asyncio.sleep(rng.random())
+        while (start := loop.time()) < seconds:
+            n_pairs = rng.choice(sizes)
+            answer = await ask(guard, RERANK, documents(n_pairs))
+            if answer.status == 200:
+                served.append((loop.time(), loop.time() - start, n_pairs))
+            else:
+                n_refused += 1
+                assert answer.status == 429
+                await asyncio.sleep(int(answer.headers["retry-after"]) * (1 + 0.2 * rng.random()))
+
+    async def main():
+        guard = guard_of(engine)
+        guard.load._clock, guard.load._last = loop.time, 0.0
+        await asyncio.gather(*[client(guard) for _ in range(n_clients)])
+        assert guard.load.in_flight == 0
+
+    with contextlib.closing(loop):
+        loop.run_until_complete(main())
+    return served, n_refused
+
+
+def goodput(served, begin, end):
+    return sum(n_pairs for at, _, n_pairs in served if begin <= at < end) / (end - begin)
+
+
+def p99_s(served, begin, end):
+    latencies = sorted(latency for at, latency, _ in served if begin <= at < end)
+    return latencies[int(len(latencies) * 0.99)]
+
+
+@pytest.mark.parametrize("limits", [{"MAX_WAIT_S": 3}, {"MAX_PAIRS_IN_FLIGHT": 300}, {"MAX_WAIT_S": 10}])
+@pytest.mark.parametrize("sizes", [[32], [1, 10, 100]])
+def test_overload_keeps_goodput_and_latency(monkeypatch, limits, sizes):
+    for key, value in limits.items():
+        monkeypatch.setenv(f"GUARD_{key}", str(value))
+    served, n_refused = overload(Guard, lambda now: 100, n_clients=120, sizes=sizes, seconds=80)  # 4 fill the engine
+    assert n_refused > 500
+    assert goodput(served, 20, 80) >= 95
+    bound_s = limits.get("MAX_WAIT_S", 3) * 1.25 + max(sizes) / 100
+    assert p99_s(served, 30, 80) <= bound_s
+
+
+def test_overload_follows_a_slower_engine(monkeypatch):
+    """Documents grow tenfold after 20 s: the wait comes back under the limit, and nothing is lost."""
+    monkeypatch.setenv("GUARD_MAX_WAIT_S", "4")
+    served, _ = overload(Guard, lambda now: 200 if now < 20 else 20, n_clients=100, sizes=[10], seconds=160)
+    assert goodput(served, 10, 20) >= 190
+    assert goodput(served, 30, 160) >= 19
+    assert p99_s(served, 100, 160) <= 4 * 1.25 + 10 / 20
+
+
+def test_overload_follows_a_faster_engine(monkeypatch):
+    monkeypatch.setenv("GUARD_MAX_WAIT_S", "4")
+    served, _ = overload(Guard, lambda now: 20 if now < 20 else 200, n_clients=150, sizes=[10], seconds=60)
+    assert goodput(served, 40, 60) >= 190
+
+
+# ---- stopping ----
+
+
+class Engine:
+    """Stands for vLLM's engine client."""
+
+    def __init__(self, guard):
+        self.guard, self.calls = guard, []  # calls: (pairs in flight, timeout)
+
+    def shutdown(self, timeout=None):
+        self.calls.append((self.guard.load.in_flight, timeout))
+
+
+async def with_lifespan(guard):
+    """Give the guard the app's state as vLLM does; returns the engine client."""
+    engine = Engine(guard)
+    state = type("State", (), {"engine_client": engine})
+    scope = {"type": "lifespan", "app": type("App", (), {"state": state})}
+    guard.app, inner = lifespan_app, guard.app
+    await guard(scope, None, None)
+    guard.app = inner
+    return engine
+
+
+async def lifespan_app(scope, receive, send):
+    assert scope["type"] == "lifespan"
+
+
+def test_stop_waits_for_calls_and_refuses_new_ones(monkeypatch):
+    async def case(guard, gate, inner):
+        engine = await with_lifespan(guard)
+        call = await started(guard, 5)
+        stop = asyncio.create_task(asyncio.to_thread(engine.shutdown, timeout=30))
+        await asyncio.sleep(0.15)
+        assert not engine.calls
+        refused = await ask(guard, RERANK, documents())
+        assert refused.status == 503 and refused.headers["retry-after"] == str(server_guard.DRAIN_RETRY_S)
+        ready = await ask(guard, "/ready", method="GET")
+        assert ready.status == 503 and "stopping" in ready.message
+        assert (await ask(guard, "/live", method="GET")).status == 200
+        gate.set()
+        assert (await call).status == 200
+        await stop
+        [(in_flight, timeout)] = engine.calls
+        assert in_flight == 0 and 25 < timeout <= 30
+
+    run_admission(case, monkeypatch)
+
+
+def test_stop_ends_what_is_left_at_the_deadline(monkeypatch):
+    async def case(guard, gate, inner):
+        engine = await with_lifespan(guard)
+        call = await started(guard, 5)  # its gate never opens
+        await asyncio.to_thread(engine.shutdown, timeout=0.2)
+        assert engine.calls == [(5, 1.0)]
+        answer = await call
+        assert answer.status == 503 and "stopping" in answer.message
+        assert guard.load.in_flight == 0 and not guard.tasks
+
+    run_admission(case, monkeypatch)
+
+
+def test_stop_does_not_answer_twice():
+    async def starts_and_hangs(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.Event().wait()
+
+    async def main():
+        guard = Guard(starts_and_hangs)
+        sent = []
+
+        async def receive():
+            return {"type": "http.request", "body": json.dumps(documents()).encode()}
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": RERANK, "headers": []}
+        call = asyncio.create_task(guard(scope, receive, send))
+        while not sent:
+            await asyncio.sleep(0)
+        guard.draining = True
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert len(sent) == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("timeout", [0, None])
+def test_stop_without_timeout_does_not_wait(monkeypatch, timeout):
+    async def case(guard, gate, inner):
+        engine = await with_lifespan(guard)
+        call = await started(guard, 5)
+        await asyncio.to_thread(engine.shutdown, timeout=timeout)
+        assert engine.calls == [(5, timeout)]
+        assert (await call).status == 503
+
+    run_admission(case, monkeypatch)
+
+
+def test_stop_from_the_loop_does_not_block_it(monkeypatch):
+    async def case(guard, gate, inner):
+        engine = await with_lifespan(guard)
+        call = await started(guard, 5)
+        start = time.perf_counter()
+        engine.shutdown(timeout=10)
+        assert time.perf_counter() - start < 5
+        gate.set()
+        await call
+
+    run_admission(case, monkeypatch)
+
+
+def test_stop_refuses_calls_whose_body_is_still_read():
+    def last_piece():
+        guard.draining = True
+        return body[5:]
+
+    body = json.dumps(documents()).encode()
+    inner = Inner()
+    guard = Guard(inner)
+    assert one(guard, RERANK, chunks=[body[:5], last_piece]).status == 503
+    assert not inner.calls and not guard.load.in_flight
+
+
+def test_guard_runs_without_engine_client():
+    async def main():
+        guard = Guard(lifespan_app)
+        await guard({"type": "lifespan"}, None, None)
+
+    asyncio.run(main())
+
+
+# ---- metrics, log, settings ----
+
+
+def test_metrics_of_a_call():
+    names = ["pairs_total", "call_seconds_count", "call_pairs_sum", "call_bytes_sum"]
+    before = {name: metric(name) for name in names}
+    calls = metric("calls_total", route=RERANK, status="2xx")
+    body = json.dumps(documents(7)).encode()
+    one(Guard(Inner()), RERANK, body)
+    gained = {name: metric(name) - before[name] for name in names}
+    assert gained == {"pairs_total": 7, "call_seconds_count": 1, "call_pairs_sum": 7, "call_bytes_sum": len(body)}
+    assert metric("calls_total", route=RERANK, status="2xx") == calls + 1
+
+
+def test_metrics_of_refusals():
+    before = metric("refusals_total", reason="truncate"), metric("calls_total", route=RERANK, status="4xx")
+    one(Guard(Inner()), RERANK, documents(truncate_prompt_tokens=1))
+    assert metric("refusals_total", reason="truncate") == before[0] + 1
+    assert metric("calls_total", route=RERANK, status="4xx") == before[1] + 1
+
+
+def test_metrics_do_not_grow_with_paths():
+    before = metric("calls_total", route="closed", status="4xx")
+    for i in range(5):
+        one(Guard(Inner()), f"/scan/{i}")
+    assert metric("calls_total", route="closed", status="4xx") == before + 5
+
+
+MULTI_PROCESS = """
+import asyncio, os, sys
+sys.path[:0] = [{kit!r}, {tests!r}]
+from test_server_guard import Guard, Inner, ask, documents, started
+async def main():
+    await ask(Guard(Inner()), "/rerank", documents(3))
+    guard = Guard(Inner(gate=asyncio.Event()))
+    hold = await started(guard, 4)
+    print("held", flush=True)
+    sys.stdin.readline()
+    hold.cancel()
+asyncio.run(main())
+"""
+
+
+def test_metrics_add_up_over_api_processes(tmp_path):
+    """What vLLM sets up with --api-server-count 2: one folder, a file a process, summed by any of them."""
+    from prometheus_client import CollectorRegistry, multiprocess
+
+    code = MULTI_PROCESS.format(kit=str(KIT), tests=str(Path(__file__).parent))
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    children = [subprocess.Popen([sys.executable, "-c", code], env=env, **pipes) for _ in range(2)]
+    try:
+        assert [child.stdout.readline() for child in children] == ["held\n"] * 2
+        registry = CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry, path=str(tmp_path))
+        value = registry.get_sample_value
+        assert value("rerank_guard_calls_total", {"route": "/rerank", "status": "2xx"}) == 2
+        assert value("rerank_guard_pairs_total") == 6
+        assert value("rerank_guard_pairs_in_flight") == 8
+        assert value("rerank_guard_call_pairs_bucket", {"le": "5.0"}) == 2
+    finally:
+        for child in children:
+            child.communicate("\n", timeout=20)
+
+
+def test_slow_call_is_logged_in_one_line(monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # vLLM's logger has its own handler
+    monkeypatch.setenv("GUARD_SLOW_CALL_MS", "0.000001")
+    guard = Guard(Inner())
+    with caplog.at_level(logging.WARNING, "vllm.server_guard"):
+        one(guard, RERANK, documents(5), headers={"X-Request-ID": "abc"})
+        one(guard, "/health", method="GET")
+        one(guard, RERANK, b"bad")
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line.startswith("slow call: /v1/rerank 2xx, 5 pairs, ") and line.endswith("request id abc")
+
+
+def test_fast_call_is_not_logged(monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setenv("GUARD_SLOW_CALL_MS", "60000")
+    with caplog.at_level(logging.WARNING, "vllm.server_guard"):
+        one(Guard(Inner()), RERANK, documents(5))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("MAX_DOCS_PER_CALL", "many"),
+        ("MAX_BODY_BYTES", "-1"),
+        ("MAX_CHARS_PER_FIELD", "1.5"),
+        ("MAX_WAIT_S", "nan"),
+        ("MAX_WAIT_S", "inf"),
+        ("API_SERVERS", "x"),
+        ("ALLOW_PATHS", "tokenize"),
+    ],
+)
+def test_bad_setting_stops_the_server(monkeypatch, key, value):
+    monkeypatch.setenv(f"GUARD_{key}", value)
+    with pytest.raises(ValueError, match=f"GUARD_{key}.*'{value}'"):
+        Guard(Inner())
+
+
+def test_empty_settings_are_off(monkeypatch):
+    for key in ("MAX_DOCS_PER_CALL", "MAX_WAIT_S", "MAX_TOKENS_PER_DOC", "ALLOW_PATHS", "API_SERVERS"):
+        monkeypatch.setenv(f"GUARD_{key}", "")
+    monkeypatch.setenv("VLLM_API_KEY", "")
+    assert one(Guard(Inner()), RERANK, documents(3000)).status == 200
+
+
+def test_import_does_nothing():
+    code = (
+        "import sys, threading; before = set(sys.modules); import server_guard; "
+        "heavy = {'msgspec', 'prometheus_client', 'vllm', 'starlette', 'uvicorn', 'torch'} & set(sys.modules); "
+        "assert not heavy, heavy; assert threading.active_count() == 1"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=KIT, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_guard_knows_every_route_and_field_of_vllm():
+    """A release that adds a scoring route or a spelling of documents must fail here, not slip past the limits."""
+    folder = Path(find_spec("vllm").origin).parent / "entrypoints"
+    routes = re.findall(r'@router\.post\(\s*"([^"]+)"', (folder / "pooling/scoring/api_router.py").read_text())
+    assert set(routes) == set(server_guard.SCORING)
+    protocol = (folder / "pooling/scoring/protocol.py").read_text()
+    score_classes = re.findall(r"class Score\w*Request\(ScoringRequestMixin\):(.*?)(?=\nclass |\n\w)", protocol, re.S)
+    fields = re.findall(r"^    (\w+): ScoreInput", "\n".join(score_classes), re.M)
+    assert set(fields) == set(server_guard.SCORE_FIELDS)
+    assert "partial(engine_client.shutdown, timeout=timeout)" in (folder / "launchers/launcher.py").read_text()
+
+
+# ---- over real sockets ----
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Start uvicorn, the server under vLLM, around Guard(inner); gives its port."""
+    uvicorn = pytest.importorskip("uvicorn")
+    running = []
+
+    def start(inner, **env):
+        for key, value in env.items():
+            monkeypatch.setenv(f"GUARD_{key}", str(value))
+        guard = Guard(inner)
+        server = uvicorn.Server(uvicorn.Config(guard, port=0, log_level="error", lifespan="off"))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        running.append((server, thread))
+        while not server.started:
+            time.sleep(0.01)
+        return guard, server.servers[0].sockets[0].getsockname()[1]
+
+    yield start
+    for server, thread in running:
+        server.should_exit = server.force_exit = True
+        thread.join(10)
+
+
+def until(condition):
+    end = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_socket_refused_body_leaves_the_connection_usable(served):
+    _, port = served(Inner(), MAX_BODY_BYTES=1000)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    for _ in range(3):
+        connection.request("POST", RERANK, b"x" * 5_000_000)
+        answer = connection.getresponse()
+        assert answer.status == 413 and b"MAX_BODY_BYTES" in answer.read()
+        connection.request("POST", RERANK, json.dumps(documents()))
+        answer = connection.getresponse()
+        assert answer.status == 200 and answer.read() == b"{}"
+    connection.close()
+
+
+def test_socket_chunked_body(served):
+    inner = Inner()
+    _, port = served(inner, MAX_BODY_BYTES=1000, MAX_TOKENS_PER_DOC=5)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    body = json.dumps(documents()).encode()
+    connection.request("POST", RERANK, iter([body[:10], body[10:]]))
+    answer = connection.getresponse()
+    assert answer.status == 200 and answer.read()
+    assert json.loads(inner.calls[0][2]) == documents(max_tokens_per_doc=5)
+    connection.request("POST", RERANK, iter([b"x" * 600] * 3))
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+def test_socket_disconnect_releases_pairs(served):
+    class Listens:
+        async def __call__(self, scope, receive, send):
+            await receive()
+            assert (await receive())["type"] == "http.disconnect"
+
+    guard, port = served(Listens())
+    client = socket.create_connection(("127.0.0.1", port))
+    body = json.dumps(documents(5)).encode()
+    client.sendall(b"POST /v1/rerank HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+    until(lambda: guard.load.in_flight == 5)
+    client.close()
+    until(lambda: guard.load.in_flight == 0)
