@@ -86,12 +86,13 @@ class Fitter:
             return self._fit_query(query, instruction), ""
         if len(self._ids(query, document, instruction)) <= self.max_length:
             return query, document
-        # The template may rewrite control tokens: cut the text that it shows, which it leaves as it is the next time.
+        # Cut the text that the template shows, and give back that much of the original: the template may lengthen it
+        # (control tokens get a space), so what is over is taken off again.
         whole = self._render(query, document, instruction)
         text = whole[: len(whole) - len(after)]
-        document = text[len(before) : self._end(text, room)]
-        while document and len(self._ids(query, document, instruction)) > self.max_length:
-            document = self._head(document, len(self._offsets(document)) - 1)
+        document = document[: max(0, self._end(text, room) - len(before))]
+        while document and (over := len(self._ids(query, document, instruction)) - self.max_length) > 0:
+            document = self._head(document, len(self._offsets(document)) - over)
         return query, document
 
     def _fit_query(self, query: str, instruction: str | None) -> str:
@@ -159,3 +160,70 @@ class Fitter:
         if len(offsets) <= n_tokens:
             return text
         return text[: min(offsets[n_tokens - 1][1], offsets[n_tokens][0])] if n_tokens > 0 else ""
+
+
+# The fields that hold queries and documents, over all spellings of vLLM's routes.
+QUERIES = ("query", "queries", "text_1", "data_1")
+DOCUMENTS = ("documents", "items", "text_2", "data_2")
+
+
+def _fields(payload: dict) -> tuple[str, list, str, list] | None:
+    """(query field, queries, document field, documents) of a rerank or score body; None for shapes that vLLM judges."""
+    try:
+        first = next(name for name in QUERIES if name in payload)
+        second = next(name for name in DOCUMENTS if name in payload)
+    except StopIteration:
+        return None
+    queries, documents = payload[first], payload[second]
+    queries = queries if isinstance(queries, list) else [queries]
+    documents = documents if isinstance(documents, list) else [documents]
+    if not all(isinstance(text, str) for text in [*queries, *documents]) or not documents:
+        return None
+    return (first, queries, second, documents) if len(queries) in (1, len(documents)) else None
+
+
+def _instruction(payload: dict) -> str | None:
+    more = payload.get("chat_template_kwargs")
+    given = more.get("instruction") if isinstance(more, dict) else None
+    given = given or payload.get("instruction")
+    return given if isinstance(given, str) else None
+
+
+def payload_fits_surely(fitter: Fitter, payload: dict) -> bool:
+    """No text of this body can be too long; True also for shapes that are left to vLLM."""
+    fields = _fields(payload)
+    if fields is None:
+        return True
+    _, queries, _, documents = fields
+    limit = payload.get("max_tokens_per_doc")
+    if isinstance(limit, int) and limit > 0 and any(len(d.encode()) > limit for d in documents):
+        return False
+    longest = max(queries, key=lambda q: len(q.encode()))
+    instruction = _instruction(payload)
+    return all(fitter.fits_surely(longest, document, instruction) for document in documents)
+
+
+def fit_payload(fitter: Fitter, payload: dict) -> list[int]:
+    """Cut what does not fit in a rerank or score body, in place.
+
+    Returns:
+        Indices of the documents of which, or of whose query, a part was cut.
+    """
+    fields = _fields(payload)
+    if fields is None:
+        return []
+    first, queries, second, documents = fields
+    limit = payload.get("max_tokens_per_doc")
+    limit = limit if isinstance(limit, int) and limit > 0 else 0
+    many = queries if len(queries) == len(documents) else queries * len(documents)
+    fitted = [fitter.fit(q, d, _instruction(payload), limit) for q, d in zip(many, documents, strict=True)]
+    cut = [index for index, (*_, is_cut) in enumerate(fitted) if is_cut]
+    if cut:
+        new_queries = [query for query, _, _ in fitted]
+        if len(queries) == 1:
+            # One query for all: the shortest that any document left room for.
+            new_queries = [min(new_queries, key=len)]
+        new_documents = [document for _, document, _ in fitted]
+        payload[first] = new_queries if isinstance(payload[first], list) else new_queries[0]
+        payload[second] = new_documents if isinstance(payload[second], list) else new_documents[0]
+    return cut

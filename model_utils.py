@@ -288,7 +288,9 @@ class _Call:
             # Some servers echo the beginning or nothing; any other text is the answer to somebody else's request.
             if isinstance(echo, str) and not self.documents[part.start + index].startswith(echo):
                 raise reply.error(f"another document at index {index}")
-        return reply.data
+        # Documents of which the model saw a part only; the guard names them.
+        cut = [part.start + int(i) for i in reply.cut.split(",") if i.isdecimal() and int(i) < len(part)]
+        return reply.data | {"_cut": cut}
 
     @property
     def names(self) -> tuple[str, str]:
@@ -319,7 +321,8 @@ class _Call:
         for item in items:
             scores[item.index] = item.score
         cost_ms = (time.perf_counter() - self.t0) * 1e3
-        return items, scores, {**raw, "_client_cost_ms": cost_ms, "_client_calls": len(answers)}
+        cut = sorted(index for answer in answers for index in answer["_cut"])
+        return items, scores, {**raw, "_cut": cut, "_client_cost_ms": cost_ms, "_client_calls": len(answers)}
 
 
 def _run(call: _Call, n_threads: int | None = None) -> tuple[Items, list, dict]:

@@ -57,11 +57,8 @@ class RerankHTTPError(RerankError):
     """
 
     def __init__(self, message: str, status_code: int = 0, body: str = ""):
-        super().__init__(message, status_code, body)  # all of it in args: the error survives pickling
+        super().__init__(message)
         self.status_code, self.body = status_code, body
-
-    def __str__(self) -> str:
-        return self.args[0]
 
 
 class RerankResponseError(RerankError, ValueError):
@@ -248,18 +245,19 @@ class SharedResources:
 
 @dataclass(slots=True)
 class Reply:
-    """A 2xx answer: its JSON object, the URL it came from, its bytes."""
+    """A 2xx answer: its JSON object, the URL it came from, its bytes, and the guard's X-Rerank-Cut."""
 
     data: dict
     url: str
     body: bytes
+    cut: str = ""
 
     def error(self, what: str) -> RerankResponseError:
         return RerankResponseError(f"{self.url} answered {excerpt(what)}: {excerpt(self.body)}")
 
 
 def _reply(step: Step, answer: Answer) -> Reply:
-    reply = Reply({}, step.url, bytes(answer.body))
+    reply = Reply({}, step.url, bytes(answer.body), answer.headers.get("X-Rerank-Cut", ""))
     kind = answer.headers.get("Content-Type", "application/json").partition(";")[0].strip().lower()
     if not answer.whole:
         raise reply.error(f"more than {answer.limit} bytes")

@@ -20,6 +20,7 @@ import threading
 import time
 import types
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 RERANK_FIELDS = ("documents",)
 # The four spellings that vLLM's score routes take. All are counted: a body may hold several.
@@ -126,6 +127,8 @@ class Call:
         self.scoring = scope["method"] == "POST" and self.path in SCORING
         given = self.headers.get(b"x-request-id", b"")
         self.request_id = given if re.fullmatch(rb"[!-~]{1,128}", given) else uuid.uuid4().hex.encode()
+        self.payload: dict = {}
+        self.cut: list[int] = []  # documents of which the model sees a part only
         self.start_s = time.perf_counter()
         self.status = 0  # 0 = no answer yet
         self.pairs = self.n_bytes = 0
@@ -157,6 +160,9 @@ class Guard:
         first_pairs = math.ceil((_setting("FIRST_PAIRS") or FIRST_PAIRS) / share)
         self.load = Load(max_pairs, _setting("MAX_WAIT_S", float), first_pairs)
         self.metrics = _metrics()
+        self.cut_long = os.environ.get("GUARD_LONG_DOCUMENTS") == "truncate"
+        self.fitter = None  # made by the first scoring call, which is start's own probe
+        self.worker = ThreadPoolExecutor(1, "guard-tokenizer")  # one thread: a fast tokenizer is not thread-safe
         self.draining = False
         self.tasks = set()  # of the calls in flight
         limits = {k: v for k, v in vars(self).items() if k.startswith("max_")}
@@ -180,7 +186,10 @@ class Guard:
                 # The scores exist now: a client that reads slowly holds no pairs.
                 self._release(call)
                 headers = [pair for pair in message.get("headers", ()) if pair[0].lower() != b"x-request-id"]
-                message = {**message, "headers": [*headers, (b"x-request-id", call.request_id)]}
+                headers.append((b"x-request-id", call.request_id))
+                if call.cut:
+                    headers.append((b"x-rerank-cut", ",".join(map(str, call.cut)).encode()))
+                message = {**message, "headers": headers}
             await send(message)
 
         async def watched_receive():
@@ -199,6 +208,7 @@ class Guard:
                 body = await self._admit(call, watched_receive)
                 if body is None:  # the client left while it sent
                     return None
+                body = await self._fit(scope, call, body)
                 scope = {**scope, "headers": _inner_headers(scope["headers"], call, len(body))}
                 return await self.app(scope, _replay(body, watched_receive), answer)
             return await self.app(scope, watched_receive, answer)
@@ -253,11 +263,31 @@ class Guard:
         if self.draining:  # since the body began
             raise self._stopping()
         self.load.take(pairs)  # no await between check and count
-        call.pairs, call.in_flight = pairs, True
+        call.pairs, call.in_flight, call.payload = pairs, True, payload
         call.task = asyncio.current_task()
         self.tasks.add(call.task)
         self._show_load()
         return body
+
+    async def _fit(self, scope, call: Call, body: bytes) -> bytes:
+        """Cut texts that are too long for the model, as the family's reference does; X-Rerank-Cut names them.
+
+        A call that says max_tokens_per_doc: 0 is left whole: vLLM answers 400 to what is too long.
+        """
+        if not self.cut_long or call.payload.get("max_tokens_per_doc") == 0:
+            return body
+        loop = asyncio.get_running_loop()
+        if self.fitter is None:
+            self.fitter = await loop.run_in_executor(self.worker, _make_fitter, scope)
+        if not self.fitter:
+            return body
+        from long_documents import fit_payload, payload_fits_surely
+
+        if payload_fits_surely(self.fitter, call.payload):
+            return body
+        call.cut = await loop.run_in_executor(self.worker, fit_payload, self.fitter, call.payload)
+        self.metrics.cut.inc(len(call.cut))
+        return self.encode(call.payload) if call.cut else body
 
     async def _read(self, receive) -> bytes | None:
         chunks, size = [], 0
@@ -414,6 +444,25 @@ def _finite(text: str) -> float:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
 
 
+def _make_fitter(scope):
+    """A long_documents.Fitter for the model that this process serves; False where it cannot be known."""
+    try:
+        from transformers import AutoTokenizer
+
+        from long_documents import Fitter
+
+        served = scope["app"].state.serving_scores.io_processor  # vLLM's own, not a documented interface
+        template, separate = getattr(served, "chat_template", None), served.name == "bi-encoder"
+        if not separate and (served.name != "cross-encoder" or not (template or served.use_sep_token)):
+            raise LookupError(f"scoring of kind {served.name}")
+        config = served.model_config
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, trust_remote_code=config.trust_remote_code)
+        return Fitter(tokenizer, None if separate else template, config.max_model_len, separate=separate)
+    except Exception as exc:  # another release of vLLM: long texts get vLLM's own 400
+        logger.warning("guard: long documents are not cut (%s: %s)", type(exc).__name__, exc)
+        return False
+
+
 def _setting(name: str, kind=int):
     """GUARD_<name> as a number; unset or empty = 0 = off."""
     text = os.environ.get(f"GUARD_{name}", "").strip()
@@ -474,6 +523,7 @@ def _metrics():
     return types.SimpleNamespace(
         calls=Counter(f"{p}calls", "Calls by route and status class", ["route", "status"]),
         pairs=Counter(f"{p}pairs", "Pairs answered with scores"),
+        cut=Counter(f"{p}cut_documents", "Documents of which the model saw a part only"),
         refusals=Counter(f"{p}refusals", "Requests refused by the guard", ["reason"]),
         in_flight=Gauge(f"{p}pairs_in_flight", "Pairs taken and not yet scored", multiprocess_mode="livesum"),
         wait=Gauge(f"{p}estimated_wait_seconds", "Seconds before a new pair starts", multiprocess_mode="livemax"),
