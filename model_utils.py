@@ -289,8 +289,8 @@ class _Call:
             if isinstance(echo, str) and not self.documents[part.start + index].startswith(echo):
                 raise reply.error(f"another document at index {index}")
         # Documents of which the model saw a part only; the guard names them.
-        cut = [part.start + int(i) for i in reply.cut.split(",") if i.isdecimal() and int(i) < len(part)]
-        return reply.data | {"_cut": cut}
+        numbers = [int(i) for i in reply.cut.split(",") if i.isdecimal() and len(i) < 10]  # int() refuses 4301 digits
+        return reply.data | {"_cut": {part.start + i for i in numbers if i < len(part)}}
 
     @property
     def names(self) -> tuple[str, str]:

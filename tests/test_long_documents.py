@@ -25,7 +25,7 @@ def fitter(checkpoints):
 def grow(tokenizer, length, query="q", unit="7"):
     """A document whose model-card prompt has exactly `length` tokens."""
     document = ""
-    while (n := len(qwen3_prompt_ids(tokenizer, Pair(query, document)))) < length:
+    while (n := len(qwen3_prompt_ids(tokenizer, Pair(query, document), max_length=10**6))) < length:
         document += unit * (length - n)
     assert n == length
     return document

@@ -118,6 +118,16 @@ def test_long_documents_error_forbids_cutting(client, serve):
     assert "max_tokens_per_doc" not in server.requests[1].json
 
 
+@pytest.mark.parametrize(
+    ("header", "cut"), [("0,2", [0, 2, 3]), ("2,2", [2]), ("7,-1,x,", []), ("9" * 5000, []), (None, [])]
+)
+def test_documents_that_the_guard_cut_are_named(client, serve, header, cut):
+    """Indices of each part become those of the whole list; senseless ones are dropped."""
+    server = serve(default=reply(lambda request: request.results(), {"X-Rerank-Cut": header}))
+    raw = client.rerank(QUERY, list("abcd"), base_url=server.url, batch_size=3)[2]
+    assert raw["_cut"] == cut
+
+
 def test_model_comes_from_the_configuration(client, serve, config):
     server = serve()
     config(served_model_name="from-config", base_url=server.url)
@@ -359,27 +369,38 @@ def test_batch_size_comes_from_the_configuration(client, serve, config):
     assert len(server.requests) == 3
 
 
+class InFlight:
+    """A behaviour that counts how many requests are being answered at a time."""
+
+    def __init__(self):
+        self.now, self.most, self.lock = 0, 0, threading.Lock()
+
+    def __call__(self, server, connection, request) -> bool:
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        try:
+            return slow(0.03)(server, connection, request)
+        finally:
+            with self.lock:
+                self.now -= 1
+
+
 def test_split_runs_a_bounded_number_at_a_time(client, serve, config):
     config(client_concurrency=3)
-    now, most, lock = [0], [0], threading.Lock()
-
-    def behave(server, connection, request):
-        with lock:
-            now[0] += 1
-            most[0] = max(most[0], now[0])
-        kept = slow(0.03)(server, connection, request)
-        return kept
-
-    def count(server, connection, request):
-        try:
-            return behave(server, connection, request)
-        finally:
-            with lock:
-                now[0] -= 1
-
+    count = InFlight()
     server = serve(default=count)
     client.score(QUERY, [f"doc {i}" for i in range(12)], base_url=server.url, batch_size=1)
-    assert len(server.requests) == 12 and 2 <= most[0] <= 3
+    assert len(server.requests) == 12 and 2 <= count.most <= 3
+
+
+def test_split_ranks_ties_in_input_order_whatever_the_server_does(client, serve):
+    def reversed_ties(request):
+        return rows(*((i, 0.5) for i in reversed(range(len(request.json["documents"])))))(request)
+
+    server = serve(default=reply(reversed_ties))
+    items, _, raw = client.rerank(QUERY, list("abcde"), base_url=server.url, batch_size=2)
+    assert [item.index for item in items] == [row["index"] for row in raw["results"]] == [0, 1, 2, 3, 4]
 
 
 def test_split_fails_as_a_whole_and_stops_sending(client, serve, config):
@@ -394,9 +415,9 @@ def test_split_fails_as_a_whole_and_stops_sending(client, serve, config):
 
 def test_deadline_covers_all_parts(client, serve, config):
     config(client_concurrency=1)
-    server = serve(default=slow(0.1))
+    server = serve(default=slow(0.3))
     with pytest.raises(RerankTimeout):
-        client.score(QUERY, [f"doc {i}" for i in range(60)], base_url=server.url, batch_size=1, deadline_s=0.35)
+        client.score(QUERY, [f"doc {i}" for i in range(60)], base_url=server.url, batch_size=1, deadline_s=1)
     assert 2 <= len(server.requests) <= 4
 
 
@@ -442,6 +463,13 @@ def test_rerank_many_keeps_the_order_of_the_queries(serve, config):
         ]
         assert raw["_client_calls"] == bool(docs)
     assert server.accepts <= 5
+
+
+def test_rerank_many_bounds_requests_not_queries(serve, config):
+    count = InFlight()
+    server = serve(default=count)
+    rerank_many(["a", "b", "c"], [list("xyz")] * 3, base_url=server.url, batch_size=1, concurrency=2)
+    assert len(server.requests) == 9 and count.most <= 2
 
 
 def test_rerank_many_gives_what_rerank_gives_with_every_argument(serve, config):
