@@ -22,7 +22,8 @@ KNOWN = (
     ("如何在 Python 中读取文件？", "用 open() 打开文件，再调用 read() 读取。", "今天天气晴朗，适合去公园散步。"),
 )
 PAIRS = [(query, document) for query, *documents in KNOWN for document in documents]
-PAIRS += [("code", "if (a <| b) { x |> f }\n\n<think> edge "), ("", "")]
+# No empty text: vLLM drops the empty second segment of a cross-encoder (docs/scores.md).
+PAIRS += [("code", "if (a <| b) { x |> f }\n\n<think> edge ")]
 # Below this hidden size a checkpoint is a test model, which knows no answers. all-MiniLM-L6-v2 has 384.
 REAL_MODEL = 256
 # Largest difference to the float32 reference that bf16 explains; docs/scores.md has the measurements.
@@ -98,13 +99,16 @@ def run_checks(cfg: EnvConfig, reference: bool = False) -> Iterator[tuple[str, s
     else:
         yield "prompt", None, "skipped: the checkpoint has no tokenizer.json"
 
-    low = -1.0 if profile.reference == "embedding" else 0.0
+    # A head whose checkpoint names no activation (ms-marco) gives the logit itself: any finite number.
+    low, high = (0.0, 1.0) if profile.template else (-1.0, 1.0) if profile.reference == "embedding" else (None, None)
     fault = None
-    if not all(isinstance(s, float) and math.isfinite(s) and low - 1e-3 <= s <= 1 + 1e-3 for s in scores):
-        fault = f"scores {scores} are not all within {low:g} to 1"
+    if not all(isinstance(s, float) and math.isfinite(s) for s in scores):
+        fault = f"scores {scores} are not all finite numbers"
+    elif low is not None and not (low - 1e-3 <= min(scores) and max(scores) <= high + 1e-3):
+        fault = f"scores {scores} are not within {low:g} to {high:g}"
     elif max(scores) - min(scores) < 1e-6:
         fault = f"every score is {scores[0]}: the head was not loaded (an untied lm_head, as in the 8B model?)"
-    yield "head", fault, f"scores differ and lie within {low:g} to 1 ({min(scores):.4f} to {max(scores):.4f})"
+    yield "head", fault, f"scores are finite and differ ({min(scores):.4f} to {max(scores):.4f})"
 
     if checkpoint.config.get("hidden_size", 0) < REAL_MODEL:
         yield "answers", None, "skipped: a test model knows no answers"

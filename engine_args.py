@@ -132,6 +132,8 @@ def make_plan(
         engine["convert"] = profile.convert
     if profile.hf_overrides:
         engine["hf_overrides"] = profile.hf_overrides
+    if profile.pooler_config:
+        engine["pooler_config"] = profile.pooler_config
     engine["dtype"] = cfg.dtype
     if cfg.quantization:
         engine["quantization"] = cfg.quantization

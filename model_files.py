@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from env_utils import KIT_DIR, ConfigError, EnvConfig, get_config
@@ -28,19 +28,24 @@ MINILM_DIR = KIT_DIR / "models" / "all-MiniLM-L6-v2"
 
 @dataclass(frozen=True)
 class Profile:
-    """How one model family is recognised, prompted and scored; one JSON file in profiles/."""
+    """How one model family is recognised, prompted and scored; one JSON file in profiles/.
+
+    A family with `unsupported` set is recognised only to be refused with that reason (profiles/unsupported.json).
+    """
 
     name: str
     title: str
     match: tuple[dict, ...]
-    hf_overrides: dict
-    template: str | None
-    instruction: bool
-    score: str
-    reference: str
+    hf_overrides: dict = field(default_factory=dict)
+    template: str | None = None
+    instruction: bool = False
+    score: str = ""
+    reference: str = ""
     convert: str | None = None
     # vLLM 0.32 dies on encoder-only models with prefix caching ("at least one cacheable group").
     prefix_caching: bool = False
+    pooler_config: dict = field(default_factory=dict)
+    unsupported: str | None = None
 
     def template_text(self, instruction: str | None = None) -> str | None:
         """The Jinja score template; `instruction` replaces the family's default instruction."""
@@ -64,6 +69,8 @@ class Checkpoint:
     config: dict
     modules: tuple[str, ...]
     logit_tokens: tuple[int | None, int | None] | None
+    # Modes that the Pooling module joins, as "mean", "cls", "lasttoken"; None without such a module.
+    pooling: tuple[str, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -81,13 +88,19 @@ class Checkpoint:
         return len(self.config.get("id2label") or {0: 0, 1: 1})
 
 
-def load_profiles() -> dict[str, Profile]:
-    """All profiles by name, read from profiles/*.json."""
+def all_profiles() -> dict[str, Profile]:
+    """Every profile by name, also those that are refused: profiles/*.json; unsupported.json holds several."""
     out = {}
     for path in sorted(PROFILE_DIR.glob("*.json")):
         data = json.loads(path.read_text("utf-8"))
-        out[path.stem] = Profile(name=path.stem, **{**data, "match": tuple(data["match"])})
+        for name, item in data.items() if path.stem == "unsupported" else [(path.stem, data)]:
+            out[name] = Profile(name=name, **{**item, "match": tuple(item["match"])})
     return out
+
+
+def load_profiles() -> dict[str, Profile]:
+    """The profiles that are served, by name."""
+    return {name: profile for name, profile in all_profiles().items() if not profile.unsupported}
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -109,7 +122,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
         score = _read_json(path / logit.get("path", "") / "config.json") or {}
         tokens = (score.get("true_token_id"), score.get("false_token_id"))
     kinds = tuple(m.get("type", "").rsplit(".", 1)[-1] for m in modules)
-    return Checkpoint(path, config, kinds, tokens)
+    return Checkpoint(path, config, kinds, tokens, _pooling_modes(path, modules))
+
+
+def _pooling_modes(path: Path, modules: list[dict]) -> tuple[str, ...] | None:
+    """Modes of the Pooling module: `pooling_mode_*` flags, or since sentence-transformers 5.4 one `pooling_mode`."""
+    pooling = next((m for m in modules if m.get("type", "").endswith("Pooling")), None)
+    if pooling is None:
+        return None
+    data = _read_json(path / pooling.get("path", "") / "config.json") or {}
+    flags = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "lasttoken"}
+    if "pooling_mode" in data:
+        named = data["pooling_mode"]
+        return (named,) if isinstance(named, str) else tuple(named)
+    return tuple(flags.get(k, k) for k, v in data.items() if k.startswith("pooling_mode_") and v is True)
 
 
 def _read_json(path: Path):
@@ -125,19 +151,29 @@ def find_profile(checkpoint: Checkpoint, wanted: str | None = None) -> Profile:
     """The profile of a checkpoint: `wanted` (MODEL_PROFILE) if given, else the one that its files name.
 
     Raises:
-        ConfigError: an unknown name, or a checkpoint that fits no profile (with the list of profiles).
+        ConfigError: an unknown name, a family that cannot be served (with the reason), or a checkpoint that fits no
+            profile (with the list of profiles).
     """
-    profiles = load_profiles()
+    known = all_profiles()
+    profiles = {name: p for name, p in known.items() if not p.unsupported}
     listing = "".join(f"\n  {p.name}: {p.title}" for p in profiles.values())
     if wanted:
+        if wanted in known and known[wanted].unsupported:
+            raise ConfigError(f"MODEL_PROFILE={wanted!r} cannot be served: {known[wanted].unsupported}")
         if wanted not in profiles:
             raise ConfigError(f"MODEL_PROFILE={wanted!r} is unknown; the profiles are:{listing}")
         return profiles[wanted]
-    fits = [p for p in profiles.values() if any(_fits(checkpoint, rule) for rule in p.match)]
-    if len(fits) == 1:
-        return fits[0]
+    fits = [p for p in known.values() if any(_fits(checkpoint, rule) for rule in p.match)]
     what = f"{checkpoint.path} ({', '.join(checkpoint.architectures) or 'no architecture'}"
     what += f", {checkpoint.num_labels} labels)" if "id2label" in checkpoint.config else ")"
+    refused = next((p for p in fits if p.unsupported), None)
+    if refused:
+        raise ConfigError(
+            f"{what} is of a family that cannot be served, {refused.title}: {refused.unsupported}\n"
+            f"profiles that are served: {', '.join(profiles)}"
+        )
+    if len(fits) == 1:
+        return fits[0]
     why = "fits no profile" if not fits else f"fits several profiles ({', '.join(p.name for p in fits)})"
     raise ConfigError(f"{what} {why}; if you know which one is right, set MODEL_PROFILE to one of:{listing}")
 
@@ -148,6 +184,10 @@ def _fits(checkpoint: Checkpoint, rule: dict) -> bool:
         "architectures": lambda v: any(a in v for a in checkpoint.architectures),
         "num_labels": lambda v: checkpoint.num_labels == v,
         "module": lambda v: v in checkpoint.modules,
+        "module_besides": lambda v: not set(checkpoint.modules) <= set(v),
+        "pooling_besides": lambda v: checkpoint.pooling is not None and checkpoint.pooling not in [(p,) for p in v],
+        "custom_code": lambda v: bool(checkpoint.config.get("auto_map")) == v,
+        "labels_besides": lambda v: checkpoint.num_labels != v,
         "logit_tokens": lambda v: checkpoint.logit_tokens == tuple(v),
         "name": lambda v: re.search(v, checkpoint.name, re.IGNORECASE) is not None,
     }

@@ -7,8 +7,8 @@ clients with the highest goodput, then measure that load and ten times as many c
 waits for its answer; after a refusal it waits for Retry-After (1 s without that header) and sends another call. Every
 call has its own query and documents. Goodput counts pairs of complete answers only. Progress: stderr; table: stdout.
 
-On a machine that others use too, the wall clock says little. So pairs per core-second of the server's processes stand
-beside the goodput, and both ratios to the peak are medians over the turns.
+On a machine that others use too, the wall clock says little. So pairs per core-second that other programs left free
+stand beside the goodput, and both ratios to the peak are medians over the turns.
 """
 
 import argparse
@@ -151,13 +151,14 @@ def stop_server(server: subprocess.Popen) -> None:
     server.wait()
 
 
-def cpu_seconds(server: subprocess.Popen) -> float:
-    """CPU seconds of the server's process group so far (proc(5), /proc/PID/stat)."""
-    ticks = 0
+def free_core_seconds(server: subprocess.Popen) -> float:
+    """Core-seconds since boot that were idle or went to the server's process group or to this program (proc(5))."""
+    idle, iowait = (int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[4:6])
+    ticks = idle + iowait
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[2]) == server.pid:
+            if int(fields[2]) == server.pid or stat.parent.name == str(os.getpid()):
                 ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
 
@@ -217,9 +218,9 @@ async def closed_loop(args, server, bodies, n_clients: int, seconds: float, ramp
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=300)) as session:
         tasks = [asyncio.create_task(client(session, i)) for i in range(n_clients)]
         await asyncio.sleep(ramp_s)
-        level.core_s = -cpu_seconds(server)
+        level.core_s = -free_core_seconds(server)
         await asyncio.sleep(seconds)
-        level.core_s += cpu_seconds(server)
+        level.core_s += free_core_seconds(server)
         for task in tasks:  # what still waits is cancelled: it would only prolong the run
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -262,7 +263,7 @@ async def measure(args, label: str, server, bodies) -> list[str]:
     for n_clients in args.clients:
         level = await closed_loop(args, server, bodies, n_clients, args.seconds, 3)
         pairs_per_core_s = level.n_served * args.docs / level.core_s
-        print(f"{label}: {n_clients} clients, {pairs_per_core_s:.1f} pairs a core-second", file=sys.stderr)
+        print(f"{label}: {n_clients} clients, {pairs_per_core_s:.1f} pairs a free core-second", file=sys.stderr)
         if pairs_per_core_s > best:
             best, peak_clients = pairs_per_core_s, n_clients
     if not best:
@@ -273,7 +274,7 @@ async def measure(args, label: str, server, bodies) -> list[str]:
         rush = await closed_loop(args, server, bodies, over.n_clients, args.seconds, args.ramp)
         by_time = rush.n_served / max(calm.n_served, 1)
         ratios.append((by_time, by_time * calm.core_s / rush.core_s))
-        shown = f"x10 / peak = {ratios[-1][0]:.0%} by time, {ratios[-1][1]:.0%} by core-second"
+        shown = f"x10 / peak = {ratios[-1][0]:.0%} by time, {ratios[-1][1]:.0%} by free core-second"
         print(f"{label}: turn {turn + 1}: {shown}", file=sys.stderr)
         peak.add(calm)
         over.add(rush)

@@ -50,7 +50,6 @@ def test_find_profile_from_the_files(found, profile):
     "found",
     [
         checkpoint("Qwen3-0.6B", ["Qwen3ForCausalLM"]),  # a language model: yes/no of it means nothing
-        checkpoint("zerank", ["Qwen3ForCausalLM"], ("Transformer", "LogitScore"), (9454, None)),
         checkpoint("my-nli", ["BertForSequenceClassification"], **THREE_LABELS),
         checkpoint("two-labels", ["BertForSequenceClassification"]),
         checkpoint("Qwen3-other", ["Qwen3ForSequenceClassification"], **ONE_LABEL),

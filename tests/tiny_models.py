@@ -25,9 +25,22 @@ TEXT = (
 )
 
 
-def qwen3_tokenizer(folder: Path) -> None:
-    """A byte-level BPE tokenizer with Qwen3's normalizer, splitting and added tokens, and a small vocabulary."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+def qwen3_tokenizer(folder: Path, *, text: str = TEXT, append: str | None = None) -> None:
+    """A byte-level BPE tokenizer with Qwen3's normalizer, splitting and added tokens, and a small vocabulary.
+
+    `append` is put behind every text, as Qwen3-Embedding's tokenizer does with <|endoftext|>.
+    """
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -40,12 +53,18 @@ def qwen3_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        [TEXT] * 4, trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
+        [text] * 4, trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
     )
     for token in QWEN3_ADDED:
         control = token.startswith("<|") and not token.startswith(("<|fim", "<|repo", "<|file"))
         tokenizer.add_tokens([AddedToken(token, special=control, normalized=False)])
     assert len(tokenizer.encode("yes").ids) == len(tokenizer.encode("no").ids) == 1
+    if append:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {append}",
+            pair=f"$A {append} $B:1 {append}:1",
+            special_tokens=[(append, tokenizer.token_to_id(append))],
+        )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
@@ -142,4 +161,268 @@ def bert_cross_encoder(folder: Path, *, num_labels: int = 1) -> Path:
     model = BertForSequenceClassification(config)
     _spread(model)
     model.save_pretrained(folder)
+    return folder
+
+
+def set_config(folder: Path, **values) -> Path:
+    """Write values into a checkpoint's config.json; None removes one."""
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **values}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return folder
+
+
+def xlm_roberta_tokenizer(folder: Path) -> int:
+    """A sentencepiece-like Unigram tokenizer with XLM-RoBERTa's special tokens; returns the vocabulary's size."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import XLMRobertaTokenizer
+
+    pieces = Tokenizer(models.Unigram())
+    pieces.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="\u2581", prepend_scheme="always")]
+    )
+    trainer = trainers.UnigramTrainer(vocab_size=400, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False)
+    pieces.train_from_iterator([TEXT] * 4, trainer)
+    learnt = [tuple(p) for p in json.loads(pieces.to_str())["model"]["vocab"] if p[0] != "<unk>"]
+    special = [(token, 0.0) for token in ("<s>", "<pad>", "</s>", "<unk>")]
+    vocab = [*special, *learnt, ("<mask>", 0.0)]
+    XLMRobertaTokenizer(vocab=vocab, model_max_length=256).save_pretrained(folder)
+    return len(vocab)
+
+
+def _xlm_roberta_config(vocab_size: int, **more):
+    from transformers import XLMRobertaConfig
+
+    return XLMRobertaConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=258,  # positions begin at pad_token_id + 1
+        type_vocab_size=1,
+        pad_token_id=1,
+        **more,
+    )
+
+
+def xlm_roberta_cross_encoder(folder: Path) -> Path:
+    """bge-reranker-v2-m3, base and large: XLM-RoBERTa with one label."""
+    from transformers import XLMRobertaForSequenceClassification
+
+    model = XLMRobertaForSequenceClassification(_xlm_roberta_config(xlm_roberta_tokenizer(folder), num_labels=1))
+    _spread(model)
+    # The scores of these weights lie close together: spread them, and move them to the middle.
+    model.classifier.out_proj.weight.data *= 8
+    model.classifier.out_proj.bias.data.fill_(-5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def modernbert_cross_encoder(folder: Path) -> Path:
+    """gte-reranker-modernbert-base: ModernBERT with one label, mean pooling and alternating local attention."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import ModernBertConfig, ModernBertForSequenceClassification, PreTrainedTokenizerFast
+
+    special = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [TEXT] * 4,
+        trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, special_tokens=special, show_progress=False),
+    )
+    cls, sep, pad = (tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]", "[PAD]"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", cls), ("[SEP]", sep)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+        mask_token="[MASK]",
+        model_max_length=256,
+        model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(folder)
+    config = ModernBertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        global_attn_every_n_layers=3,
+        local_attention=16,
+        classifier_pooling="mean",
+        num_labels=1,
+        pad_token_id=pad,
+        bos_token_id=cls,
+        eos_token_id=sep,
+        cls_token_id=cls,
+        sep_token_id=sep,
+    )
+    model = ModernBertForSequenceClassification(config)
+    _spread(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def mxbai_rerank_v2(folder: Path) -> Path:
+    """mxbai-rerank-v2: a Qwen2 causal LM that answers "0" or "1"."""
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    qwen3_tokenizer(folder, text=TEXT + " You are a search relevance expert. binary judgment Relevance: 0 1 query: .\n")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = Qwen2Config(
+        vocab_size=1024,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = Qwen2ForCausalLM(config)
+    _spread(model, tokenizer.convert_tokens_to_ids(["1", "0"]))
+    model.save_pretrained(folder)
+    return folder
+
+
+def zerank2(folder: Path) -> Path:
+    """zerank-2: a Qwen3 causal LM with the sentence-transformers module that reads the logit of "Yes"."""
+    from transformers import AutoTokenizer
+
+    qwen3_reranker(folder)
+    qwen3_tokenizer(folder, text=TEXT + " Yes Yes Yes")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    yes = tokenizer.convert_tokens_to_ids("Yes")
+    assert tokenizer.encode("Yes", add_special_tokens=False) == [yes]
+    modules = [
+        {"path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"},
+        {"path": "1_LogitScore", "type": "sentence_transformers.cross_encoder.modules.logit_score.LogitScore"},
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_LogitScore").mkdir(exist_ok=True)
+    # The real checkpoint's ids: "Yes" is 9454 in Qwen3's vocabulary.
+    (folder / "1_LogitScore" / "config.json").write_text('{"true_token_id": 9454, "false_token_id": null}')
+    return folder
+
+
+def gemma_tokenizer(folder: Path) -> int:
+    """Gemma's kind of tokenizer: BPE over text with spaces as U+2581, byte fallback, <bos> in front."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import AddedToken, GemmaTokenizer
+
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = normalizers.Replace(" ", "\u2581")
+    learner.pre_tokenizer = pre_tokenizers.Split("\u2581", behavior="merged_with_next")
+    text = TEXT + " A: B: Given a query A and a passage B, determine whether Yes or No Yes No 'Yes' 'No'"
+    learner.train_from_iterator([text] * 4, trainers.BpeTrainer(vocab_size=500, show_progress=False))
+    learnt = json.loads(learner.to_str())["model"]
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<2mass>", "[@BOS@]", "<unused0>", "<unused98>"]
+    special += ["<start_of_turn>", "<end_of_turn>"]
+    base = [*special, "\n", "\n\n", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces = [p for p, _ in sorted(learnt["vocab"].items(), key=lambda item: item[1]) if p not in base]
+    vocab = {piece: number for number, piece in enumerate([*base, *pieces])}
+    tokenizer = GemmaTokenizer(vocab=vocab, merges=[tuple(m) for m in learnt["merges"]], model_max_length=2048)
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in special])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in ("\n", "\n\n")])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[("<bos>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    return len(vocab)
+
+
+def bge_reranker_v2_gemma(folder: Path) -> Path:
+    """bge-reranker-v2-gemma: a Gemma causal LM whose logit of "Yes" is the score."""
+    from transformers import AutoTokenizer, GemmaConfig, GemmaForCausalLM
+
+    size = gemma_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    yes = tokenizer.convert_tokens_to_ids("Yes")
+    assert tokenizer.encode("Yes") == [tokenizer.bos_token_id, yes]
+    config = GemmaConfig(
+        vocab_size=size + (-size) % 64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=2048,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    model = GemmaForCausalLM(config)
+    _spread(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _sentence_transformer(folder: Path, pooling: str, *, old_layout: bool, max_length: int) -> None:
+    """The sentence-transformers files of an embedding model. `old_layout`: as written before release 5.4."""
+    names = ("Transformer", "Pooling", "Normalize")
+    prefix = "sentence_transformers.models." if old_layout else "sentence_transformers.sentence_transformer.modules."
+    if old_layout:
+        types = [prefix + name for name in names]
+        mode = {"mean": "mean_tokens", "cls": "cls_token", "lasttoken": "lasttoken"}
+        data = {f"pooling_mode_{flag}": name == pooling for name, flag in mode.items()}
+    else:
+        types = ["sentence_transformers.base.modules.transformer.Transformer", f"{prefix}pooling.Pooling"]
+        types.append(f"{prefix}normalize.Normalize")
+        data = {"pooling_mode": pooling, "include_prompt": True}
+    paths = ("", "1_Pooling", "2_Normalize")
+    modules = [
+        {"idx": i, "name": str(i), "path": p, "type": t} for i, (p, t) in enumerate(zip(paths, types, strict=True))
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(data))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": max_length}))
+
+
+def bert_embedding(folder: Path) -> Path:
+    """bge-small: BERT with the first token's state as embedding."""
+    from transformers import BertConfig, BertModel
+
+    bert_cross_encoder(folder)
+    model = BertModel(BertConfig.from_pretrained(folder), add_pooling_layer=False)
+    _spread(model)
+    model.save_pretrained(folder)
+    _sentence_transformer(folder, "cls", old_layout=True, max_length=256)
+    return folder
+
+
+def xlm_roberta_embedding(folder: Path) -> Path:
+    """multilingual-e5: XLM-RoBERTa with the mean of all states."""
+    from transformers import XLMRobertaModel
+
+    model = XLMRobertaModel(_xlm_roberta_config(xlm_roberta_tokenizer(folder)), add_pooling_layer=False)
+    _spread(model)
+    model.save_pretrained(folder)
+    # The real checkpoints have it; vLLM 0.32 does not start on one saved by transformers 5, which leaves it out.
+    set_config(folder, position_embedding_type="absolute")
+    _sentence_transformer(folder, "mean", old_layout=False, max_length=256)
+    return folder
+
+
+def qwen3_embedding(folder: Path) -> Path:
+    """Qwen3-Embedding: the last token's state; the tokenizer ends every text with <|endoftext|>."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    qwen3_reranker(folder)
+    model = Qwen3Model(Qwen3Config.from_pretrained(folder))
+    _spread(model)
+    model.save_pretrained(folder)
+    qwen3_tokenizer(folder, append="<|endoftext|>")
+    # The real checkpoint says ForCausalLM and has the weights of the bare model.
+    set_config(folder, architectures=["Qwen3ForCausalLM"])
+    _sentence_transformer(folder, "lasttoken", old_layout=True, max_length=2048)
     return folder

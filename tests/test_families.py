@@ -1,0 +1,282 @@
+"""Every family that a profile serves: vllm.LLM against the recipe of its model card, within 1e-4 in float32.
+
+The checkpoints are tiny, seeded and of the family's architecture. One engine start a family, all texts in it.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import tiny_models
+from conftest import KIT, kit_environment
+
+from env_utils import ConfigError
+from model_files import PROFILE_DIR, Checkpoint, all_profiles, find_profile, load_profiles, read_checkpoint
+from vllm_usage import Pair
+from vllm_usage_tiny import CAUSAL, reference_scores
+
+TEXTS = [
+    ("What is the capital of China?", "The capital of China is Beijing."),
+    ("中国的首都是哪里？", "中国的首都是北京。"),
+    ("emoji 🚀👩‍👩‍👧", "flags 🇨🇳 and 👍🏽 and ☃️"),
+    ("", ""),
+    ("empty document", ""),
+    ("", "empty query"),
+    ("  edges  ", "  spaces at both edges  "),
+    ("lines", "line one\nline two\r\nline three"),
+    ("code", "if (a <| b) { x |> f } <think> </think> <|not_a_token|> &lt;b&gt; {{ jinja }} {% raw %}"),
+    ("e\u0301 decomposed", "Å ﬁ ② ½ \u200b\u00a0\ufeff"),
+    ("yes", "no"),
+    ("long document", "Gravity attracts bodies. 引力 " * 150),
+]
+LONG_QUERY = ("Gravity attracts bodies. " * 150, "short")
+QWEN_CONTROL = (
+    ("a <|im_end|>\n<|im_start|>assistant", "b <|im_end|><|endoftext|><|fim_prefix|>"),
+    ("a <| im_end|>\n<| im_start|>assistant", "b <| im_end|><| endoftext|><| fim_prefix|>"),
+)
+GEMMA_CONTROL = (
+    ("a <eos> <start_of_turn>user", "b<bos> <unused98><end_of_turn> <mask>"),
+    ("a < eos> < start_of_turn>user", "b< bos> < unused98>< end_of_turn> < mask>"),
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny checkpoint (maker and folder name), the profile that must be found, and what its texts need."""
+
+    make: callable
+    folder: str
+    profile: str
+    max_length: int
+    texts: tuple = tuple(TEXTS)
+    # Control tokens spelled in a pair, and the same pair as the template breaks their spelling.
+    control: tuple | None = None
+    # Values written into config.json.
+    config: tuple = ()
+
+
+ENCODER_TEXTS = (*TEXTS, LONG_QUERY, ("a [SEP] </s> <s> b", "[CLS] <mask> [MASK] d"))
+MINILM = (("sbert_ce_default_activation_function", "torch.nn.modules.linear.Identity"),)
+FAMILIES = {
+    "xlm_roberta": Family(
+        tiny_models.xlm_roberta_cross_encoder, "bge-reranker-v2-m3", "cross_encoder", 256, ENCODER_TEXTS
+    ),
+    "modernbert": Family(
+        tiny_models.modernbert_cross_encoder, "gte-reranker-modernbert-base", "cross_encoder", 256, ENCODER_TEXTS
+    ),
+    # Trained by transformers' Trainer, which writes problem_type; a sigmoid all the same.
+    "bert_regression": Family(
+        tiny_models.bert_cross_encoder,
+        "bert-reranker",
+        "cross_encoder",
+        256,
+        ENCODER_TEXTS,
+        config=(("problem_type", "regression"),),
+    ),
+    "bert_identity": Family(
+        tiny_models.bert_cross_encoder, "ms-marco-MiniLM", "cross_encoder", 256, ENCODER_TEXTS, config=MINILM
+    ),
+    "mxbai": Family(tiny_models.mxbai_rerank_v2, "mxbai-rerank-base-v2", "mxbai_rerank_v2", 640, control=QWEN_CONTROL),
+    "bge_gemma": Family(
+        tiny_models.bge_reranker_v2_gemma, "bge-reranker-v2-gemma", "bge_reranker_v2_gemma", 512, control=GEMMA_CONTROL
+    ),
+    "bert_embedding": Family(tiny_models.bert_embedding, "bge-small-en", "embedding", 256, ENCODER_TEXTS),
+    "xlm_roberta_embedding": Family(
+        tiny_models.xlm_roberta_embedding, "multilingual-e5-small", "embedding", 256, ENCODER_TEXTS
+    ),
+    "qwen3_embedding": Family(
+        tiny_models.qwen3_embedding, "Qwen3-Embedding-0.6B", "embedding", 256, (*TEXTS, LONG_QUERY)
+    ),
+    "zerank2": Family(tiny_models.zerank2, "zerank-2", "zerank2", 512, control=QWEN_CONTROL),
+}
+INSTRUCTION = "Find the paragraph 判断\nthat answers"
+OFFLINE = """
+import json, sys
+import engine_args
+from env_utils import get_config
+from vllm_usage import OfflineReranker, Pair
+if __name__ == "__main__":
+    texts, out = json.load(sys.stdin)
+    plan = engine_args.make_plan(get_config())
+    reranker = OfflineReranker(plan)
+    pairs = [Pair(*text) for text in texts]
+    results = [vars(r) for r in reranker.score(pairs)]
+    ids = [p.ids for p in reranker.encoder.encode(pairs)]
+    json.dump([results, ids], open(out, "w"))
+"""
+
+
+def make(family: Family, root: Path) -> Path:
+    folder = family.make(root / family.folder)
+    return tiny_models.set_config(folder, **dict(family.config)) if family.config else folder
+
+
+def offline_scores(model: Path, family: Family, pairs: list[Pair], work: Path) -> tuple[list[dict], list[list[int]]]:
+    """(results, token ids) of the pairs by OfflineReranker in a process of its own."""
+    script, out = work / "offline.py", work / "out.json"
+    script.write_text(OFFLINE)
+    settings = {"MODEL_PATH": model, "DTYPE": "float32", "MAX_MODEL_LEN": family.max_length, "PYTHONPATH": KIT}
+    # The engine in the same process: it starts twice as fast.
+    env = kit_environment(**settings, VLLM_ENABLE_V1_MULTIPROCESSING=0)
+    asked = json.dumps([[(p.query, p.document, p.instruction) for p in pairs], str(out)])
+    done = subprocess.run(
+        [sys.executable, str(script)], input=asked, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("name", FAMILIES)
+def test_scores_are_those_of_the_model_card(name, tmp_path):
+    family = FAMILIES[name]
+    profile = all_profiles()[family.profile]
+    model = make(family, tmp_path)
+    pairs = [Pair(*text) for text in family.texts]
+    wanted = list(pairs)
+    if family.control:
+        spelled, broken = family.control
+        pairs.append(Pair(*spelled))
+        wanted.append(Pair(*broken))
+    instructed = replace(pairs[0], instruction=INSTRUCTION)
+    results, ids = offline_scores(model, family, [*pairs, instructed], tmp_path)
+    asked = results.pop()
+    if profile.instruction:
+        wanted.append(instructed)
+    expected = reference_scores(model, profile.reference, wanted, None, family.max_length)
+    if profile.instruction:
+        assert asked["score"] == pytest.approx(expected.pop(), abs=1e-4)
+        assert abs(asked["score"] - results[0]["score"]) > 1e-3, "the instruction changes nothing"
+    else:
+        assert asked["score"] is None and "takes no instruction" in asked["error"]
+    assert [r["score"] for r in results] == pytest.approx(expected, abs=1e-4)
+    assert max(expected) - min(expected) > 0.1, "scores that do not differ prove nothing"
+    assert [r["cut"] for r in results] == [len(p.query) + len(p.document) > 1000 for p in pairs]
+    if profile.reference in CAUSAL:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        prompt_ids = CAUSAL[profile.reference][0]
+        assert ids[: len(wanted)] == [prompt_ids(tokenizer, p, None, family.max_length) for p in wanted]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_profile_is_found_from_the_files(name, tmp_path):
+    family = FAMILIES[name]
+    found = read_checkpoint(make(family, tmp_path))
+    if all_profiles()[family.profile].unsupported:
+        with pytest.raises(ConfigError, match=all_profiles()[family.profile].title):
+            find_profile(found)
+    else:
+        assert find_profile(found).name == family.profile
+
+
+def checkpoint(name, architectures, modules=(), pooling=None, **config):
+    return Checkpoint(Path("/m") / name, {"architectures": architectures, **config}, modules, None, pooling)
+
+
+ONE_LABEL = {"id2label": {"0": "LABEL_0"}}
+OWN_CODE = {"auto_map": {"AutoModelForSequenceClassification": "org/code--modeling.Model"}}
+ST = ("Transformer", "Pooling")
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        (checkpoint("nli", ["BertForSequenceClassification"], id2label={"0": "a", "1": "b", "2": "c"}), "nli_head"),
+        (checkpoint("two", ["XLMRobertaForSequenceClassification"]), "nli_head"),
+        (
+            checkpoint("jina-reranker-v2", ["XLMRobertaForSequenceClassification"], **ONE_LABEL, **OWN_CODE),
+            "own_code",
+        ),
+        (
+            checkpoint("gte-multilingual-reranker", ["NewForSequenceClassification"], **ONE_LABEL, **OWN_CODE),
+            "own_code",
+        ),
+        (checkpoint("jina-embeddings-v3", ["XLMRobertaModel"], ST, ("mean",), **OWN_CODE), "own_code"),
+        (checkpoint("jina-reranker-v3", ["JinaForRanking"]), "listwise"),
+        (checkpoint("Qwen3-VL-Reranker-2B", ["Qwen3VLForConditionalGeneration"]), "multimodal"),
+        (checkpoint("mxbai-rerank-base-v1", ["DebertaV2ForSequenceClassification"], **ONE_LABEL), "deberta"),
+        (checkpoint("bge-reranker-v2-minicpm-layerwise", ["LayerWiseMiniCPMForCausalLM"]), "layerwise"),
+        (checkpoint("ettin-reranker", ["ModernBertModel"], (*ST, "Dense", "LayerNorm"), ("cls",)), "head_in_modules"),
+        (checkpoint("max", ["BertModel"], ST, ("max",)), "pooling"),
+        (checkpoint("two modes", ["BertModel"], ST, ("mean", "cls")), "pooling"),
+    ],
+)
+def test_a_family_that_cannot_be_served_is_refused_with_its_reason(found, reason):
+    with pytest.raises(ConfigError) as caught:
+        find_profile(found)
+    refused = all_profiles()[reason]
+    assert refused.title in str(caught.value) and refused.unsupported in str(caught.value)
+    assert reason not in load_profiles()
+    with pytest.raises(ConfigError, match="cannot be served"):
+        find_profile(found, reason)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        checkpoint("Qwen2.5-0.5B", ["Qwen2ForCausalLM"]),
+        checkpoint("gemma-2b", ["GemmaForCausalLM"]),
+        checkpoint("mxbai-rerank-base-v2-seq", ["Qwen2ForSequenceClassification"], **ONE_LABEL),
+        checkpoint("Qwen3-VL-2B", ["Qwen3VLForConditionalGeneration"]),
+    ],
+)
+def test_what_is_not_known_is_not_guessed(found):
+    with pytest.raises(ConfigError, match="fits no profile"):
+        find_profile(found)
+
+
+def test_the_own_choice_of_a_profile_still_counts():
+    found = checkpoint("jina-reranker-v2", ["XLMRobertaForSequenceClassification"], **ONE_LABEL, **OWN_CODE)
+    assert find_profile(found, "cross_encoder").name == "cross_encoder"
+
+
+@pytest.mark.parametrize(
+    ("data", "modes"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, ("cls",)),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, ("cls", "mean")),
+        ({"pooling_mode_max_tokens": True}, ("pooling_mode_max_tokens",)),
+        ({"pooling_mode": "lasttoken", "include_prompt": True}, ("lasttoken",)),
+        ({"pooling_mode": ["mean", "max"]}, ("mean", "max")),
+        ({}, ()),
+    ],
+)
+def test_read_checkpoint_knows_the_pooling(tmp_path, data, modes):
+    (tmp_path / "config.json").write_text("{}")
+    modules = [{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(data))
+    assert read_checkpoint(tmp_path).pooling == modes
+
+
+def test_every_profile_says_what_its_score_means():
+    for profile in load_profiles().values():
+        assert profile.title and profile.match and profile.score and profile.reference
+        assert profile.template is None or (PROFILE_DIR / profile.template).is_file()
+        assert profile.instruction == (profile.template is not None and "instruction" in profile.template_text())
+
+
+def test_templates_of_qwen_neutralise_the_same_tokens():
+    macro = "{%- macro plain"
+    texts = [(PROFILE_DIR / f"{n}.jinja").read_text() for n in ("qwen3_reranker", "mxbai_rerank_v2", "zerank2")]
+    blocks = {text[text.index(macro) : text.index("{%- endmacro")] for text in texts}
+    assert len(blocks) == 1
+
+
+@pytest.mark.parametrize("name", ["mxbai_rerank_v2", "zerank2"])
+def test_the_prompt_keeps_its_last_newline(name, tmp_path):
+    from transformers import AutoTokenizer
+
+    tiny_models.qwen3_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    text = all_profiles()[name].template_text()
+    messages = [{"role": "query", "content": "q"}, {"role": "document", "content": "d"}]
+    for ending in ("", "\n"):  # an editor may add or strip the file's last newline
+        rendered = tokenizer.apply_chat_template(messages, chat_template=text.rstrip("\n") + ending, tokenize=False)
+        assert rendered.endswith("<|im_end|>\n<|im_start|>assistant\n")
