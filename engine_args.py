@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -230,6 +231,10 @@ def _plan_cpu(plan: Plan) -> None:
     engine["max_num_batched_tokens"] = cfg.max_num_batched_tokens or max(4096, engine["max_model_len"])
     engine["max_num_seqs"] = cfg.max_num_seqs or 128
     engine["enforce_eager"] = True
+    if cfg.dtype == "auto":
+        # vLLM's own choice is float16 where a checkpoint is float32, which this CPU build computes many times slower.
+        engine["dtype"] = "bfloat16" if _cpu_has_bf16() else "float32"
+        why["dtype"] = "bfloat16 where the CPU computes it, else float32"
     if cfg.gpu_memory_utilization:
         engine["gpu_memory_utilization"] = cfg.gpu_memory_utilization
         why["gpu_memory_utilization"] = "GPU_MEMORY_UTILIZATION; on the CPU a share of the host's memory"
@@ -256,10 +261,16 @@ def _plan_cpu(plan: Plan) -> None:
         why["threads"] = "vLLM binds one thread to each physical core but one"
 
 
+def _cpu_has_bf16() -> bool:
+    """The CPU has bf16 instructions: AVX512_BF16 or AMX on x86, BF16 on Arm."""
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return bool(flags and {"avx512_bf16", "amx_bf16", "bf16"} & set(flags[1].split()))
+
+
 def _kv_bytes_per_token(plan: Plan) -> int:
     config = plan.checkpoint.config
     heads = config.get("num_attention_heads") or 1
-    size = 4 if plan.cfg.dtype in ("float", "float32") else 2
+    size = 4 if plan.engine["dtype"] in ("float", "float32") else 2
     head_dim = config.get("head_dim") or (config.get("hidden_size") or 1024) // heads
     layers = config.get("num_hidden_layers") or 1
     return 2 * layers * (config.get("num_key_value_heads") or heads) * head_dim * size

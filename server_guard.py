@@ -35,6 +35,7 @@ MEDIA_FIELDS = frozenset(("image_url", "image_embeds", "video_url", "audio_url")
 
 MAX_DEPTH = 32  # JSON levels; a rerank body needs 5
 FIRST_PAIRS = 1024  # pairs taken before the first speed is known, where only MAX_WAIT_S limits (GUARD_FIRST_PAIRS)
+LOADED_PAIRS = 64  # pairs in flight on average, below which a first sample is no measure of the engine
 SAMPLE_S = 1.0  # busy seconds behind one sample of the speed
 EWMA_WEIGHT = 0.3  # weight of a new sample
 DRAIN_RETRY_S = 5
@@ -56,8 +57,9 @@ class Refusal(Exception):
 class Load:
     """Pairs in flight and the speed at which they are served. No locks: all calls come from one event loop.
 
-    The speed is an average over busy time, so idle time does not lower it. A slower sample counts only where calls
-    waited (MAX_WAIT_S / 4 or more): a few small calls say nothing about what the engine can do.
+    The speed is an average over busy time, so idle time does not lower it. A first sample counts only under load
+    (LOADED_PAIRS in flight on average), a slower one only where calls waited (MAX_WAIT_S / 4 or more): a few small
+    calls, or the first one with its compilation, say nothing about what the engine can do.
     """
 
     def __init__(self, max_pairs: int, max_wait_s: float, first_pairs: int = FIRST_PAIRS, clock=time.monotonic):
@@ -102,8 +104,9 @@ class Load:
         if self._served and self._busy_s >= SAMPLE_S:
             sample = self._served / self._busy_s
             waited_s = self._pair_seconds / self._served  # Little's law
+            loaded = self._pair_seconds >= LOADED_PAIRS * self._busy_s
             if not self.pairs_per_s:
-                self.pairs_per_s = sample
+                self.pairs_per_s = sample if loaded else 0.0
             elif sample > self.pairs_per_s or waited_s >= self.max_wait_s / 4:
                 self.pairs_per_s += EWMA_WEIGHT * (sample - self.pairs_per_s)
             self._busy_s = self._pair_seconds = 0.0

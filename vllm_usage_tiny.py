@@ -12,7 +12,7 @@ import env_utils
 from engine_args import Plan, make_plan
 from env_utils import ConfigError, get_config
 from model_files import read_checkpoint
-from vllm_usage import OfflineReranker, Pair, arguments, example_pairs, print_example, run_file
+from vllm_usage import OfflineReranker, Pair, arguments, example_pairs, leave, print_example, run_file
 
 # Largest difference to the float32 reference that rounding explains, by the engine's precision.
 TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 2e-2}
@@ -203,14 +203,10 @@ def main() -> int:
             if args.check or not args.input:
                 raise ConfigError("--output needs --input, and --check takes neither")
             return run_file(args, plan)
-        reranker = OfflineReranker(plan)
-        agrees = True
-        if args.check:
-            agrees = check(plan, reranker, example_pairs())
-        else:
+        with OfflineReranker(plan) as reranker:
+            if args.check:
+                return 0 if check(plan, reranker, example_pairs()) else 1
             print_example(plan, reranker.score(example_pairs()))
-        reranker.close()
-        return 0 if agrees else 1
     except ConfigError as exc:
         print(f"ConfigError: {exc}", file=sys.stderr)
         return 6
@@ -221,4 +217,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":  # vLLM's workers import this file again
-    sys.exit(main())
+    leave(main())

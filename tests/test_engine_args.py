@@ -113,6 +113,14 @@ def test_cpu_takes_all_cores_of_a_small_machine_and_leaves_the_users_choice(chec
     assert "VLLM_CPU_OMP_THREADS_BIND" not in mine.env and "kv_cache_memory_bytes" not in mine.engine
 
 
+@pytest.mark.parametrize(("has_bf16", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_cpu_computes_in_a_precision_that_it_has(checkpoints, monkeypatch, has_bf16, dtype):
+    monkeypatch.setattr(engine_args, "_cpu_has_bf16", lambda: has_bf16)
+    assert flag(serve_args(plan(checkpoints)), "--dtype") == dtype
+    assert flag(serve_args(plan(checkpoints, dtype="float16")), "--dtype") == "float16"
+    assert flag(serve_args(plan(checkpoints, GPU4)), "--dtype") == "auto"
+
+
 def test_instruction_becomes_the_templates_default(checkpoints, tmp_path):
     mine = plan(checkpoints, instruction="Find code", log_dir=str(tmp_path))
     assert "Find code" in mine.template

@@ -682,14 +682,25 @@ def serve(load, clock, n_pairs, seconds, served=True):
 
 def test_load_learns_speed_over_busy_time():
     load, clock = loaded()
-    serve(load, clock, 50, 0.5)
+    serve(load, clock, 80, 0.5)
     assert load.pairs_per_s == 0  # too short to say
     clock.now += 1000  # idle
-    serve(load, clock, 50, 0.5)
-    assert load.pairs_per_s == 100
+    serve(load, clock, 80, 0.5)
+    assert load.pairs_per_s == 160
     for _ in range(30):
         serve(load, clock, 200, 1.0)
     assert load.pairs_per_s == pytest.approx(200, rel=0.01)
+
+
+def test_load_learns_nothing_from_a_first_call_that_compiles():
+    """Seen on a GPU: the start's own probe took a second, and 64 pairs then looked like 13.9 s of work."""
+    load, clock = loaded(first_pairs=1000)
+    serve(load, clock, 1, 5.0)
+    assert load.pairs_per_s == 0
+    load.take(500)  # not refused for its wait
+    clock.now += 1
+    load.release(500, True)
+    assert load.pairs_per_s == 500
 
 
 def test_load_learns_one_sample_at_a_time():

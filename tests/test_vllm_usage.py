@@ -197,7 +197,14 @@ def test_real_file_run_interrupted_and_resumed(checkpoints, tmp_path):
     source, output = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     settings = {"MODEL_PATH": checkpoints["qwen3"], "DTYPE": "float32", "MAX_MODEL_LEN": 512}
     command = [sys.executable, str(KIT / "vllm_usage.py"), "--input", str(source), "--output", str(output)]
-    first = subprocess.Popen(command, env=kit_environment(**settings), stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(
+        command,
+        env=kit_environment(**settings),
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in the background of a shell inherits an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 240
     while not (output.exists() and output.stat().st_size) and time.monotonic() < deadline and first.poll() is None:
         time.sleep(0.1)
