@@ -165,6 +165,8 @@ do_setup() {
   [ -z "${PYTHON:-}" ] || { "$PY" "$KIT/engine_args.py" vllm; die 5 "PYTHON=$PYTHON has no fitting vLLM: install it there, or unset PYTHON"; }
   new_enough "$PY" || die 5 "Python 3.11 to 3.14 is needed, $PY is another one"
   began=$(date +%s)
+  # A CPU torch would pass for the GPU build's: another kind starts from nothing.
+  case $(cat "$DONE_FILE" 2>/dev/null) in "$kind "* | "") ;; *) rm -rf "$VENV" ;; esac
   rm -f "$DONE_FILE"
   step "virtual environment in .venv" make_venv
   if [ "$kind" = CPU ]; then step "torch 2.13.0 for the CPU (200 MB)" install_torch_cpu; fi
