@@ -1,6 +1,6 @@
 """Cuts and windows: query and document texts whose prompt fits the model, cut as the family's reference cuts.
 
-Used by server_guard.py inside the server and, for windows, by vllm_usage.py. Needs nothing but a tokenizer.
+Used by server_guard.py inside the server. Needs nothing but a tokenizer.
 """
 
 import unicodedata
