@@ -20,7 +20,8 @@ import pytest
 from aiohttp import web
 
 import bench_rerank
-from bench_rerank import COLUMNS, Bench, Call, Level, Texts, percentile
+from bench_report import COLUMNS, doubts, percentile, server_flags, summarise, without_secrets
+from bench_workload import Bench, Call, Level, Texts, drive_open
 
 KIT = Path(bench_rerank.__file__).parent
 
@@ -187,7 +188,7 @@ def test_summarise_counts_by_hand():
         Call(11.0, 11.0, 13.0, None, 40, True),  # 2000 ms, answered too late for throughput
         Call(11.5, 11.5, 11.6, "http_429", 0, True),
     ]
-    row = bench_rerank.summarise(level, n_docs=10)
+    row = summarise(level, n_docs=10)
     assert (row["ok"], row["err"], row["errors"]) == (3, 1, {"http_429": 1})
     assert row["ok_in_window"] == 3 and row["window_s"] == 2.0
     assert (row["req/s"], row["pairs/s"]) == (1.5, 15.0)
@@ -211,15 +212,15 @@ def test_summarise_says_when_the_client_was_the_limit(cpu, lags_ms, limited):
         "rerank", "closed", 1, 0, 2, None, opened=0.0, closed=1.0, cpu=cpu, lags_s=[ms / 1000 for ms in lags_ms]
     )
     level.calls = [Call(t, t, t + 0.5, None, 0, True) for t in (0.0, 0.5)]
-    row = bench_rerank.summarise(level, 1)
+    row = summarise(level, 1)
     assert row["client_limited"] is limited  # a tenth of p50 = 50 ms
-    assert bool(bench_rerank.doubts(row)) is limited
+    assert bool(doubts(row)) is limited
 
 
 def test_doubts_name_a_window_shorter_than_a_call():
     level = Level("rerank", "closed", 1, 0, 2, None, opened=0.0, closed=1.0)
     level.calls = [Call(0.0, 0.0, 1.1, None, 0, True)] * 2
-    assert "p50 is longer than the window of 1.0 s" in bench_rerank.doubts(bench_rerank.summarise(level, 1))[0]
+    assert "p50 is longer than the window of 1.0 s" in doubts(summarise(level, 1))[0]
 
 
 def test_levels_of_rounds_closed_loop_up_to_whole_rounds():
@@ -393,7 +394,7 @@ def test_open_loop_arrivals():
 
             bench.call = call
             level = Level("rerank", "open", 2000.0, 0, 1000, None)
-            await bench_rerank.drive_open(bench, level, constant)
+            await drive_open(bench, level, constant)
             return [c.due for c in sorted(level.calls, key=lambda c: c.due)]
 
         found = one_level("http://127.0.0.1:1/v1", drive, n_docs=1, seed=seed)
@@ -623,21 +624,18 @@ def test_without_secrets():
         "--max-num-batched-tokens",
         "9",
     ]
-    assert (
-        bench_rerank.without_secrets(words)
-        == "m --api-key *** --port 8 --api-key *** --hf-token *** --max-num-batched-tokens 9"
-    )
+    assert without_secrets(words) == "m --api-key *** --port 8 --api-key *** --hf-token *** --max-num-batched-tokens 9"
 
 
 def test_server_flags_finds_the_server_by_port(closed_port):
     url = f"http://127.0.0.1:{closed_port}/v1"
-    assert bench_rerank.server_flags(url) is None
+    assert server_flags(url) is None
     words = ["vllm", "serve", "m", "--port", str(closed_port), "--api-key", "k1", "--max-num-seqs", "8"]
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", *words]) as process:
         deadline = time.monotonic() + 5
-        while not (found := bench_rerank.server_flags(url)) and time.monotonic() < deadline:
+        while not (found := server_flags(url)) and time.monotonic() < deadline:
             time.sleep(0.01)
-        other = bench_rerank.server_flags(f"http://10.1.2.3:{closed_port}/v1")
+        other = server_flags(f"http://10.1.2.3:{closed_port}/v1")
         process.kill()
     assert found == f"m --port {closed_port} --api-key *** --max-num-seqs 8"
     assert other is None  # another host's port says nothing about this one
