@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,13 +16,13 @@ import threading
 import time
 from pathlib import Path
 
-import aiohttp
 import pytest
 from aiohttp import web
 
 import bench_rerank
-from bench_report import COLUMNS, doubts, percentile, server_flags, summarise, without_secrets
-from bench_workload import Bench, Call, Level, Texts, drive_open
+import bench_workload
+from bench_report import COLUMNS, percentile, server_flags, without_secrets
+from bench_workload import Bench, Call, Gate, Level, Texts, drive_open
 
 KIT = Path(bench_rerank.__file__).parent
 
@@ -63,6 +64,19 @@ class Service:
         documents = body["documents" if endpoint == "rerank" else "text_2"]
         return web.json_response(good(endpoint, len(documents))) if said is None else said
 
+    async def metrics(self, request):
+        """Of a server where each pair waits 30 ms and a quarter of the tokens is cached; 0 at first."""
+        pairs = max(0, len(self.documents) - 60)
+        text = "# TYPE x y\n"
+        for name, value in (
+            ("request_queue_time_seconds_sum", 0.03 * pairs),
+            ("request_queue_time_seconds_count", pairs),
+            ("prefix_cache_queries_total", 200 * pairs),
+            ("prefix_cache_hits_total", 50 * pairs),
+        ):
+            text += f'vllm:{name}{{engine="0",model_name="m"}} {float(value)}\n'
+        return web.Response(text=text)
+
     @property
     def documents(self):
         return [d for _, body in self.bodies for d in body.get("documents") or body["text_2"]]
@@ -80,16 +94,17 @@ def says(value):
 
 
 @contextlib.contextmanager
-def serving(behave=None):
+def serving(behave=None, root="some-checkpoint"):
     """A Service in a thread of its own; .url is its base URL."""
     service, loop, ready = Service(behave), asyncio.new_event_loop(), threading.Event()
 
     async def start():
         app = web.Application()
         app.router.add_post("/v1/{endpoint}", service.answer)
-        cards = [{"id": "other"}, {"id": "qwen3-reranker", "root": "some-checkpoint", "max_model_len": 4096}]
+        cards = [{"id": "other"}, {"id": "qwen3-reranker", "root": root, "max_model_len": 4096}]
         app.router.add_get("/version", says({"version": "9.9.9"}))
         app.router.add_get("/v1/models", says({"data": cards}))
+        app.router.add_get("/metrics", service.metrics)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -139,88 +154,28 @@ def status(code, text="no", headers=None):
 def bench(service, tmp_path, *argv):
     """Run the program in this process. Returns (exit code, JSON of --json)."""
     out = tmp_path / "out.json"
-    code = bench_rerank.main(["--base-url", service.url, "--docs", "4", "--json", str(out), *argv])
+    docs = [] if "--input" in argv else ["--docs", "4"]
+    processes = [] if "--processes" in argv else ["--processes", "1"]  # a busy machine must not add any by itself
+    code = bench_rerank.main(["--base-url", service.url, *docs, *processes, "--json", str(out), *argv])
     return code, json.loads(out.read_text() or "{}")
 
 
+def table_of(out):
+    """The table's lines as cells, the head first."""
+    return [line.split() for line in out.splitlines() if not line.startswith("#")]
+
+
 def one_level(url, coro, n_docs=4, seed=1, timeout_s=5):
-    """Run coro(bench) with a session, as run() makes one."""
+    """Run coro(bench) with a session."""
 
     async def main():
-        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=2)
-        async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
-            return await coro(Bench(session, url, "m", Texts(seed, n_docs)))
+        async with Bench(url, "m", Texts(seed, n_docs), timeout_s=timeout_s, connect_timeout_s=2) as bench:
+            return await coro(bench)
 
     return asyncio.run(main())
 
 
-# --- numbers ---
-
-
-@pytest.mark.parametrize(
-    ("values", "p", "expected"),
-    [
-        ([15, 20, 35, 40, 50], 50, 35),  # ceil(2.5) = 3rd
-        ([1, 2, 3, 4], 50, 2),  # nearest-rank takes the lower of the two in the middle
-        ([3, 6, 7, 8, 8, 10, 13, 15, 16, 20], 90, 16),  # 9th of 10
-        (list(range(1, 12)), 90, 10),  # ceil(9.9) = 10th of 11
-        (list(range(1, 21)), 95, 19),
-        (list(range(1, 101)), 99, 99),
-        (list(range(1, 151)), 99, 149),  # ceil(148.5)
-        (list(range(1, 100)), 99, None),  # 99 samples cannot tell one in 100
-        (list(range(1, 20)), 95, None),
-        (list(range(1, 10)), 90, None),
-        ([1], 50, None),
-        ([], 50, None),
-    ],
-)
-def test_percentile_is_nearest_rank(values, p, expected):
-    assert percentile(values, p) == expected
-
-
-def test_summarise_counts_by_hand():
-    level = Level("rerank", "open", 2.0, 1, 4, None, opened=10.0, closed=12.0)
-    level.calls = [
-        Call(9.0, 9.0, 10.5, None, 40, False),  # of the warm-up, answered inside the window
-        Call(9.5, 9.5, 9.9, None, 40, False),  # of the warm-up, answered before
-        Call(10.0, 10.1, 10.4, None, 40, True),  # 400 ms from due, 300 from sending
-        Call(10.5, 10.5, 12.0, None, 60, True),  # 1500 ms, at the very end of the window
-        Call(11.0, 11.0, 13.0, None, 40, True),  # 2000 ms, answered too late for throughput
-        Call(11.5, 11.5, 11.6, "http_429", 0, True),
-    ]
-    row = summarise(level, n_docs=10)
-    assert (row["ok"], row["err"], row["errors"]) == (3, 1, {"http_429": 1})
-    assert row["ok_in_window"] == 3 and row["window_s"] == 2.0
-    assert (row["req/s"], row["pairs/s"]) == (1.5, 15.0)
-    assert (row["p50_ms"], row["p90_ms"], row["max_ms"]) == (1500.0, None, 2000.0)
-    assert row["tokens_per_pair"] == pytest.approx(140 / 30, abs=1e-3)
-    assert not row["client_limited"]
-
-
-@pytest.mark.parametrize(
-    ("cpu", "lags_ms", "limited"),
-    [
-        (0.5, [1] * 20, False),
-        (0.95, [1] * 20, True),
-        (0.5, [60] * 20, True),
-        (0.5, [40] * 20, False),
-        (0.5, [60], True),
-    ],
-)
-def test_summarise_says_when_the_client_was_the_limit(cpu, lags_ms, limited):
-    level = Level(
-        "rerank", "closed", 1, 0, 2, None, opened=0.0, closed=1.0, cpu=cpu, lags_s=[ms / 1000 for ms in lags_ms]
-    )
-    level.calls = [Call(t, t, t + 0.5, None, 0, True) for t in (0.0, 0.5)]
-    row = summarise(level, 1)
-    assert row["client_limited"] is limited  # a tenth of p50 = 50 ms
-    assert bool(doubts(row)) is limited
-
-
-def test_doubts_name_a_window_shorter_than_a_call():
-    level = Level("rerank", "closed", 1, 0, 2, None, opened=0.0, closed=1.0)
-    level.calls = [Call(0.0, 0.0, 1.1, None, 0, True)] * 2
-    assert "p50 is longer than the window of 1.0 s" in doubts(summarise(level, 1))[0]
+# --- the load ---
 
 
 def test_levels_of_rounds_closed_loop_up_to_whole_rounds():
@@ -234,35 +189,6 @@ def test_levels_of_rounds_closed_loop_up_to_whole_rounds():
         ("open", 100, 5),
         ("open", 300, 30),
     ]
-
-
-# --- texts ---
-
-
-def test_texts_never_share_a_query_or_document():
-    texts = Texts(3, 32, doc_words=20, query_words=6)
-    calls = [texts.of_call(k) for k in range(300)]
-    queries = [q for q, _ in calls]
-    documents = [d for _, docs in calls for d in docs]
-    assert len(set(queries)) == 300 and len(set(documents)) == 300 * 32
-    assert {len(q.split()) for q in queries} == {6} and {len(d.split()) for d in documents} == {20}
-    # No cached block (16 tokens) can serve two texts: they differ within the first words.
-    assert len({tuple(d.split()[:5]) for d in documents}) == 300 * 32
-
-
-def test_texts_come_again_with_the_seed_only():
-    same = [Texts(5, 8).body("rerank", "m", k) for k in range(20)]
-    assert same == [Texts(5, 8).body("rerank", "m", k) for k in range(20)]
-    one, two = ({d for k in range(20) for d in Texts(seed, 8).of_call(k)[1]} for seed in (5, 6))
-    assert not one & two
-
-
-def test_texts_repeat():
-    texts = Texts(5, 8, repeat="all")
-    assert texts.of_call(0) == texts.of_call(7)
-    texts = Texts(5, 8, repeat="query")
-    (q0, d0), (q7, d7) = texts.of_call(0), texts.of_call(7)
-    assert q0 == q7 and not set(d0) & set(d7)
 
 
 def test_run_sends_new_texts_over_levels_and_endpoints(tmp_path):
@@ -376,9 +302,9 @@ def test_open_loop_latency_runs_from_due_not_from_sending(monkeypatch):
         return real(self, endpoint, model, k)
 
     monkeypatch.setattr(Texts, "body", body)
-    level = Level("rerank", "open", 50.0, 5, 145, None)
+    level = Level("rerank", "open", 50.0, 5, 145, None, constant=True)
     with serving() as service:
-        row = one_level(service.url, lambda b: bench_rerank.run_level(b, level, constant=True))
+        row = one_level(service.url, lambda b: bench_rerank.run_level(b, level))
     from_sending = sorted((c.end - c.sent) * 1000 for c in level.calls if c.measured)
     assert row["ok"] == 145
     assert 400 < row["p90_ms"] < 950 and row["max_ms"] > 900
@@ -389,12 +315,12 @@ def test_open_loop_latency_runs_from_due_not_from_sending(monkeypatch):
 def test_open_loop_arrivals():
     def dues(constant, seed):
         async def drive(bench):
-            async def call(endpoint, body, due=None, measured=True):
-                return Call(due, due, due, None, 0, measured)
+            async def call(endpoint, body, n_docs, due=None, measured=True):
+                return Call(due, due, due, None, 0, n_docs, measured)
 
             bench.call = call
-            level = Level("rerank", "open", 2000.0, 0, 1000, None)
-            await drive_open(bench, level, constant)
+            level = Level("rerank", "open", 2000.0, 0, 1000, None, constant=constant)
+            await drive_open(bench, level, Gate())
             return [c.due for c in sorted(level.calls, key=lambda c: c.due)]
 
         found = one_level("http://127.0.0.1:1/v1", drive, n_docs=1, seed=seed)
@@ -416,6 +342,191 @@ def test_open_loop_does_not_wait_for_answers(tmp_path, capsys):
         row = bench(service, tmp_path, *argv)[1]["rows"][0]
     assert service.most_in_flight > 12  # 40/s for 0.5 s: 20
     assert row["req/s"] == pytest.approx(40, rel=0.15) and row["window_s"] == pytest.approx(60 / 40)
+
+
+# --- several processes ---
+
+
+def null_server(*argv):
+    """The null server in a process of its own; (process, base URL)."""
+    command = [sys.executable, "tests/null_server.py", "--docs", "4", *argv]
+    process = subprocess.Popen(command, cwd=KIT, stdout=subprocess.PIPE, text=True)
+    return process, f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
+
+
+@pytest.mark.parametrize("seconds", [None, 1.0])
+def test_closed_loop_of_several_processes_is_one_load(seconds):
+    level = Level("rerank", "closed", 7, 7, None if seconds else 70, seconds, processes=3)
+    with serving(slow(0.1)) as service:
+        row = one_level(service.url, lambda b: bench_rerank.run_level(b, level))
+    assert service.most_in_flight == 7
+    calls = 70 if seconds is None else row["ok"]
+    assert row["ok"] == calls and row["err"] == 0 and row["client_processes"] == 3
+    assert row["req/s"] == pytest.approx(7 / (row["p50_ms"] / 1000), rel=0.2)
+    # The processes count calls together: no text is sent twice, none left out.
+    assert len(set(service.documents)) == len(service.documents) == 4 * len(service.bodies)
+    expected = {q for k in range(len(service.bodies)) for q in [Texts(1, 4).of_call(k)[0]]}
+    assert set(service.queries) == expected
+    if seconds is None:
+        assert len(service.bodies) == 7 + 70
+
+
+def test_several_processes_merge_latencies_exactly():
+    """A tenth of the calls is slow: an average of the processes' own percentiles would not show it."""
+
+    async def behave(service, endpoint, body):
+        await asyncio.sleep(0.5 if len(service.bodies) % 10 == 0 else 0.05)
+
+    level = Level("rerank", "open", 60.0, 0, 120, None, constant=True, processes=2)
+    with serving(behave) as service:
+        row = one_level(service.url, lambda b: bench_rerank.run_level(b, level))
+    latencies = sorted((c.end - c.due) * 1000 for c in level.calls)
+    assert len(latencies) == row["ok"] == 120
+    assert [row["p90_ms"], row["p95_ms"], row["max_ms"]] == pytest.approx(
+        [latencies[107], latencies[113], latencies[119]], abs=0.001
+    )
+    assert row["p50_ms"] < 300 < row["p95_ms"]
+    dues = sorted(c.due for c in level.calls)
+    assert [b - a for a, b in itertools.pairwise(dues)] == pytest.approx([1 / 60] * 119, abs=1e-6)
+
+
+def test_the_client_gets_more_processes_where_it_is_the_limit(tmp_path, capsys, monkeypatch):
+    real = Texts.body
+
+    def busy(self, endpoint, model, k):
+        until = time.process_time() + 0.1
+        while time.process_time() < until:
+            pass
+        return real(self, endpoint, model, k)
+
+    monkeypatch.setattr(Texts, "body", busy)  # in this process only: new ones are quick
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    with serving(slow(0.3)) as service:
+        out = tmp_path / "o.json"
+        argv = ["--endpoint", "rerank", "--concurrency", "1,4,4", "--requests", "8", "--docs", "4", "--json", str(out)]
+        assert bench_rerank.main(["--base-url", service.url, *argv]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    # One call in flight cannot be shared out; the level made again is one row; the next begins with two.
+    assert [row["client_processes"] for row in rows] == [1, 2, 2]
+    assert capsys.readouterr().err.count("the client was the limit, again with 2 processes") == 1
+    assert not rows[2]["client_limited"]
+
+
+class Dies(Texts):
+    def body(self, endpoint, model, k):
+        if k == 9:
+            os._exit(3)
+        return super().body(endpoint, model, k)
+
+
+def test_a_client_process_that_dies_ends_the_level():
+    level = Level("rerank", "closed", 4, 4, None, 60.0, processes=2)
+
+    async def main(bench):
+        bench.texts = Dies(1, 4)
+        await bench_rerank.run_level(bench, level)
+
+    begun = time.perf_counter()
+    with serving(slow(0.05)) as service, pytest.raises(RuntimeError, match="a client process died"):
+        one_level(service.url, main)
+    assert time.perf_counter() - begun < 20
+
+
+# --- searches ---
+
+
+def slots(n, seconds):
+    """A server with n workers that take `seconds` a call; the others wait."""
+    free = []
+
+    async def behave(service, endpoint, body):
+        if not free:
+            free.append(asyncio.Semaphore(n))
+        async with free[0]:
+            await asyncio.sleep(seconds)
+
+    return behave
+
+
+def test_saturate_finds_the_slots_of_the_server(tmp_path, capsys):
+    with serving(slots(4, 0.1)) as service:
+        code, out = bench(service, tmp_path, "--endpoint", "rerank", "--saturate", "--seconds", "1")
+    rows, finding = out["rows"], out["findings"][0]
+    # Four calls in flight leave a slot free for the time of a round trip: on a busy machine eight bring a little more.
+    found = int(re.match(r"rerank: throughput stops growing at about (\d) calls in flight: ", finding)[1])
+    assert code == 0 and found in (4, 8)
+    assert [row["level"] for row in rows] in ([1, 2, 4, 8, 16], [1, 2, 4, 8, 16, 32])
+    assert f"# {finding}" in capsys.readouterr().out.splitlines()
+    assert rows[4]["req/s"] == pytest.approx(40, rel=0.1) and rows[4]["p50_ms"] > 3 * rows[2]["p50_ms"]
+
+
+def test_slo_search_finds_the_capacity_of_the_server(tmp_path, capsys):
+    # One call at a time, 20 ms: evenly spaced calls wait for nothing up to 50 a second, and for ever beyond.
+    with serving(slots(1, 0.02)) as service:
+        argv = ("--endpoint", "rerank", "--slo", "p95=200ms", "--constant", "--seconds", "2", "--seed", "1")
+        code, out = bench(service, tmp_path, *argv)
+    rows, text = out["rows"], out["findings"][0]
+    assert code == 0 and rows[0]["mode"] == "closed" and {row["mode"] for row in rows[1:]} == {"open"}
+    capacity = rows[0]["req/s"]  # 16 callers keep it busy; sleep() takes a little longer than asked
+    found = float(re.search(r"p95 <= 200 ms held up to ([\d.]+) calls/s", text)[1])
+    assert 0.8 * capacity < found < 1.1 * capacity
+    assert "held there twice" in text and "with 95 % confidence" in text and "would not show" in text
+    assert [row["level"] for row in rows].count(found) == 2 and len(rows) <= 15
+    at = [row for row in rows if row["level"] == found]
+    assert all(row["slo_missed"] <= 0.05 * row["ok"] and row["p95_ms"] <= 200 for row in at)
+
+
+def test_slo_search_that_cannot_hold_ends_by_itself(tmp_path, capsys):
+    with serving(slow(0.1)) as service:
+        argv = ("--endpoint", "rerank", "--slo", "p50=20ms", "--seconds", "0.2", "--warmup", "0", "--seed", "1")
+        out = bench(service, tmp_path, *argv)[1]
+    assert "p50 <= 20 ms did not hold even at" in out["findings"][0]
+
+
+# --- the server's side ---
+
+
+def test_rows_have_the_servers_metrics(tmp_path, capsys):
+    with serving(slow(0.05)) as service:
+        row = bench(service, tmp_path, "--endpoint", "rerank", "--concurrency", "4", "--requests", "40")[1]["rows"][0]
+    assert row["queue_ms"] == pytest.approx(30.0) and row["cache_hits"] == 0.25
+    assert row["step_tokens"] is None and row["api_cpu"] is None  # not told; the server is this very process
+    assert row["tok/s"] == pytest.approx(7 * row["pairs/s"], rel=1e-3)
+
+
+def test_rows_have_the_gpu_of_nvidia_smi(tmp_path, capsys, monkeypatch):
+    script = tmp_path / "nvidia-smi"
+    script.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *query-gpu=name*) echo "NVIDIA Test"; exit;; esac\n'
+        'while :; do echo "0, 3, 512"; echo "1, 96, 40960"; sleep 0.05; done\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with serving(slow(0.2)) as service:
+        out = bench(service, tmp_path, "--endpoint", "rerank", "--concurrency", "2", "--seconds", "1.5")[1]
+    row = out["rows"][0]
+    assert out["hardware"] == "1 x NVIDIA Test"
+    assert (row["gpu_util"], row["gpu_mem_gib"]) == (96.0, 40.0)
+    assert row["bound"] in ("gpu", "client")  # client: where this machine is too busy to tell
+    assert row["client_limited"] or "96 % of the time" in row["verdict"]
+
+
+def test_server_processes_are_found_by_port_and_measured(tmp_path, capsys):
+    service, shares = Service(), []
+    for argv in (["--cpu-ms", "20"], ["--delay-ms", "20"]):
+        process, service.url = null_server(*argv)
+        with process:
+            assert bench_rerank.server_processes(service.url) == {process.pid: True}
+            row = bench(service, tmp_path, "--endpoint", "rerank", "--concurrency", "2", "--seconds", "1.5")[1]["rows"][
+                0
+            ]
+            process.kill()
+        shares.append(row["api_cpu"])
+        assert row["server_cpu"] == row["api_cpu"] and 0 < row["host_cpu"] <= 1
+    assert bench_rerank.server_processes(service.url) == {}
+    assert bench_rerank.server_processes("http://10.1.2.3:80/v1") == {}
+    assert shares[0] > 0.3 and shares[1] < 0.2  # one computes all the time, one only waits
 
 
 # --- errors ---
@@ -462,19 +573,19 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_call_names_each_error(name):
     with serving(BAD[name]) as service:
-        call = one_level(service.url, lambda b: b.call("rerank", b.next_body("rerank")), timeout_s=0.5)
+        call = one_level(service.url, lambda b: b.call("rerank", *b.body("rerank", 0)), timeout_s=0.5)
     assert call.error == name.split()[0]
 
 
 def test_call_accepts_a_good_answer():
     for endpoint in ("rerank", "score"):
         with serving() as service:
-            call = one_level(service.url, lambda b, e=endpoint: b.call(e, b.next_body(e)))
+            call = one_level(service.url, lambda b, e=endpoint: b.call(e, *b.body(e, 0)))
         assert call.error is None and call.tokens == 28 and call.end > call.sent
 
 
 def test_call_names_a_refused_connection(closed_port):
-    call = one_level(f"http://127.0.0.1:{closed_port}/v1", lambda b: b.call("rerank", b.next_body("rerank")))
+    call = one_level(f"http://127.0.0.1:{closed_port}/v1", lambda b: b.call("rerank", *b.body("rerank", 0)))
     assert call.error == "connect"
 
 
@@ -499,7 +610,9 @@ def test_errors_are_counted_by_type_and_give_no_throughput(tmp_path, capsys):
         code, out = bench(service, tmp_path, "--endpoint", "rerank", "--concurrency", "4", "--requests", "80")
     row, shown = out["rows"][0], capsys.readouterr()
     assert code == 0
-    assert row["ok"] + row["err"] == 80 and row["err"] == sum(row["errors"].values())
+    assert row["ok"] + row["refused"] + row["err"] == 80
+    assert row["refused"] == row["errors"]["http_429"] + row["errors"]["http_503"]
+    assert row["err"] == row["errors"]["bad_answer"]
     assert set(row["errors"]) == {"http_429", "http_503", "bad_answer"}
     assert 15 <= row["ok"] <= 25 and all(15 <= n <= 25 for n in row["errors"].values())
     # Only a quarter of what 4 callers at about 25 ms get done is throughput.
@@ -507,7 +620,7 @@ def test_errors_are_counted_by_type_and_give_no_throughput(tmp_path, capsys):
     assert row["req/s"] == pytest.approx(everything / 4, rel=0.15)
     assert shown.err.count("first http_429: too many, come later") == 1 and "first http_503: down" in shown.err
     assert out["error_texts"]["http_503"] == "down"
-    assert f"http_429:{row['errors']['http_429']}" in shown.out.splitlines()[-1]
+    assert f"http_429:{row['errors']['http_429']}" in table_of(shown.out)[-1][-1]
 
 
 def test_only_429_is_no_throughput_and_exits_1(tmp_path, capsys):
@@ -515,17 +628,11 @@ def test_only_429_is_no_throughput_and_exits_1(tmp_path, capsys):
         code, out = bench(service, tmp_path, "--endpoint", "rerank", "--concurrency", "2", "--requests", "20")
     row = out["rows"][0]
     assert code == 1
-    assert (row["ok"], row["err"], row["req/s"], row["pairs/s"], row["p50_ms"], row["max_ms"]) == (
-        0,
-        20,
-        0,
-        0,
-        None,
-        None,
-    )
+    assert [row[n] for n in ("ok", "refused", "err", "req/s", "pairs/s", "p50_ms")] == [0, 20, 0, 0, 0, None]
+    assert row["bound"] == "refuse"
     shown = capsys.readouterr()
-    cells = shown.out.splitlines()[-1].split()
-    assert cells[3:] == ["0", "20", "0.00", "0.00", *"-----", "http_429:20"]
+    cells = table_of(shown.out)[-1]
+    assert cells[3:] == ["0", "20", "0", "0.00", "0.00", *"------", "refuse", "http_429:20"]
     assert row["warmup_err"] == 5 and "5 calls of the warm-up failed" in shown.err
 
 
@@ -554,7 +661,7 @@ def test_json_csv_and_table_have_the_same_names_and_values(tmp_path, capsys):
         argv = ("--concurrency", "1,5", "--requests", "25", "--csv", str(table), "--seed", "11")
         code, out = bench(service, tmp_path, *argv)
     lines = capsys.readouterr().out.splitlines()
-    head, *body = [line.split() for line in lines if not line.startswith("#")]
+    head, *body = table_of("\n".join(lines))
     assert code == 0 and head == list(COLUMNS) and len(body) == 4
     assert [cells[:3] for cells in body] == [["rerank", "closed", n] for n in "15"] + [
         ["score", "closed", n] for n in "15"
@@ -562,7 +669,7 @@ def test_json_csv_and_table_have_the_same_names_and_values(tmp_path, capsys):
     with table.open() as file:
         from_csv = list(csv.DictReader(file))
     for cells, row, flat in zip(body, out["rows"], from_csv, strict=True):
-        assert list(row)[: len(head)] == head and list(flat) == list(row)
+        assert list(row)[: len(head)] == head and list(flat) == [name for name in row if name != "series"]
         for name, cell in zip(head, cells, strict=True):
             value = row[name]
             if isinstance(value, float):
@@ -574,11 +681,11 @@ def test_json_csv_and_table_have_the_same_names_and_values(tmp_path, capsys):
                 assert cell == ("-" if value is None or value == {} else str(value))
                 assert flat[name] == ("" if value is None else "-" if value == {} else str(value))
         assert row["p99_ms"] is None and flat["p99_ms"] == "" and row["p95_ms"] > 0
-    about = dict(line[2:].split(": ", 1) for line in lines if line.startswith("#"))
+    about = dict(line[2:].split(": ", 1) for line in itertools.takewhile(lambda line: line.startswith("#"), lines))
     assert about["vllm"] == out["vllm"] == "9.9.9"
     assert about["model_root"] == "some-checkpoint" and about["max_model_len"] == "4096"
     assert about["command"].startswith("python bench_rerank.py --base-url http://127.0.0.1:")
-    assert set(about) == set(out) - {"rows", "error_texts"}
+    assert set(about) == set(out) - {"rows", "error_texts", "findings"}
     assert out["seed"] == 11 and about["tokens_per_pair"] == "7.0"
 
 
@@ -661,6 +768,112 @@ def test_client_bottleneck_is_reported(tmp_path, capsys, monkeypatch):
     assert "rerank closed 4: the client was the bottleneck" in capsys.readouterr().err
 
 
+# --- what is sent ---
+
+
+def test_input_sends_the_users_own_calls(tmp_path, capsys):
+    lines = [{"query": f"q{i}", "documents": [f"d{i}{j}" for j in range(i + 1)]} for i in range(6)]
+    file = tmp_path / "calls.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    argv = ("--input", str(file), "--endpoint", "rerank", "--concurrency", "1", "--warmup", "0")
+    with serving(slow(0.01)) as service:
+        code, out = bench(service, tmp_path, *argv, "--requests", "5")
+    assert code == 0 and sorted(service.queries) == [f"q{i}" for i in range(6)]  # the check's call is one of them
+    pairs = sum(len(body["documents"]) for _, body in service.bodies[1:])
+    row = out["rows"][0]
+    assert row["ok"] == 5 and row["pairs/s"] * row["window_s"] == pytest.approx(pairs, rel=0.01)
+    assert "calls.jsonl: 6 calls of 3.5 documents" in out["texts"]
+    assert "came again" not in capsys.readouterr().err
+    with serving(slow(0.01)) as service:
+        bench(service, tmp_path, *argv, "--requests", "6")
+    assert "the file's 6 calls came again" in capsys.readouterr().err
+    file.write_text("{}")
+    with serving() as service:
+        assert bench_rerank.main(["--base-url", service.url, "--input", str(file)]) == 2
+    assert "calls.jsonl line 1 is not" in capsys.readouterr().err and service.bodies == []
+
+
+def test_lengths_in_tokens_take_the_served_models_tokenizer(tmp_path, capsys):
+    from test_bench_workload import byte_level_tokenizer
+
+    known = [w for line in bench_workload.WORDS[:30] for w in (line, f"x {line}")]
+    tokenizer = byte_level_tokenizer(tmp_path / "model", known * 5, 2000)
+    argv = (
+        "--endpoint",
+        "rerank",
+        "--concurrency",
+        "2",
+        "--requests",
+        "4",
+        "--doc-tokens",
+        "40-60",
+        "--query-tokens",
+        "9",
+    )
+    with serving(root=str(tmp_path / "model")) as service:
+        code, out = bench(service, tmp_path, *argv)
+    assert code == 0 and "documents of 40-60 tokens" in out["texts"]
+    lengths = [len(tokenizer.encode(d).ids) for d in service.documents]
+    assert min(lengths) >= 40 and max(lengths) <= 60 and len(set(lengths)) > 5
+    assert {len(tokenizer.encode(q).ids) for q in service.queries} == {9}
+    with serving() as service:
+        assert bench(service, tmp_path, *argv)[0] == 2
+        assert "lengths in tokens need --tokenizer FOLDER" in capsys.readouterr().err
+        assert bench(service, tmp_path, *argv, "--tokenizer", str(tmp_path / "model"))[0] == 0
+
+
+# --- page, cost, comparison ---
+
+
+def test_html_has_what_is_needed_to_repeat_the_run(tmp_path, capsys):
+    with serving(slow(0.01)) as service:
+        argv = ("--concurrency", "1,2", "--requests", "20", "--html", str(tmp_path / "o.html"), "--price-per-hour", "2")
+        out = bench(service, tmp_path, *argv)[1]
+    text = (tmp_path / "o.html").read_text("utf-8")
+    for value in (
+        "model_root",
+        "some-checkpoint",
+        f"--seed {out['seed']}",
+        "per million pairs",
+        out["texts"],
+        out["date"],
+    ):
+        assert value in text, value
+    assert text.count("<svg") == 2 * 1 + 1 + 3 * 4  # throughput; latency of two endpoints; three a row
+
+
+def test_compare_of_two_servers_exits_1_on_a_regression(tmp_path, capsys):
+    files = []
+    for i, delay_s in enumerate((0.05, 0.05, 0.1)):
+        with serving(slow(delay_s)) as service:
+            argv = ("--endpoint", "rerank", "--concurrency", "2", "--requests", "20", "--runs", "4")
+            out = bench(service, tmp_path, *argv)[1]
+        assert [row["run"] for row in out["rows"]] == [1, 2, 3, 4]
+        files.append(str(tmp_path / f"{i}.json"))
+        Path(files[-1]).write_text(json.dumps(out))
+    capsys.readouterr()
+    assert bench_rerank.main(["--compare", *files[:2], "--fail-over", "30"]) == 0
+    assert bench_rerank.main(["--compare", *files, "--fail-over", "30"]) == 1
+    shown = capsys.readouterr()
+    assert "rerank closed 2: pairs/s" in shown.out and ": worse (-" in shown.out
+    assert "regression of more than 30 %: rerank closed 2: p50_ms" in shown.err
+    assert bench_rerank.main(["--compare", files[2], files[0], "--fail-over", "30"]) == 0  # faster
+    assert bench_rerank.main(["--compare", *files]) == 0  # nothing was to fail
+
+
+def test_compare_exits_2_where_it_cannot_judge(tmp_path, capsys):
+    with serving(slow(0.01)) as service:
+        bench(service, tmp_path, "--endpoint", "rerank", "--concurrency", "2", "--requests", "20")
+    file, bad = str(tmp_path / "out.json"), tmp_path / "bad.json"
+    assert bench_rerank.main(["--compare", file, file]) == 0
+    assert bench_rerank.main(["--compare", file, file, "--fail-over", "5"]) == 2
+    assert "cannot judge rerank closed 2 (one run, use --runs)" in capsys.readouterr().err
+    for content in ("{", "{}", "[1]", '{"rows": [{}]}'):
+        bad.write_text(content)
+        assert bench_rerank.main(["--compare", file, str(bad)]) == 2
+    assert bench_rerank.main(["--compare", file, str(tmp_path / "none.json")]) == 2
+
+
 # --- the program ---
 
 
@@ -685,6 +898,22 @@ def test_client_bottleneck_is_reported(tmp_path, capsys, monkeypatch):
         (["--json", "/no/such/folder/o.json"], "/no/such/folder/o.json"),
         (["--csv", "/"], "'/'"),
         (["--what"], "--what"),
+        (["--doc-words", "9-5"], "'9-5'"),
+        (["--doc-tokens", "lognormal:9"], "'lognormal:9'"),
+        (["--doc-words", "9", "--doc-tokens", "9"], "--doc-tokens"),
+        (["--tokenizer", "x"], "--tokenizer"),
+        (["--input", "x", "--docs", "5"], "--docs"),
+        (["--input", "x", "--repeat=query"], "--repeat"),
+        (["--slo", "p95=500"], "'p95=500'"),
+        (["--slo", "p42=5s"], "'p42=5s'"),
+        (["--slo", "p95=0ms"], "'p95=0ms'"),
+        (["--slo", "p95=5s", "--rate", "5"], "--rate"),
+        (["--slo", "p95=5s", "--requests", "5"], "--requests"),
+        (["--saturate", "--runs", "3"], "--runs"),
+        (["--compare", "x"], "--compare"),
+        (["--fail-over", "5"], "--fail-over"),
+        (["--target-pairs-s", "0"], "'0'"),
+        (["--processes", "0"], "'0'"),
     ],
 )
 def test_bad_usage_exits_2_and_names_the_value(argv, named, capsys):
@@ -720,10 +949,12 @@ def test_import_does_nothing(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
 @pytest.mark.parametrize("load", [["--concurrency", "2,4"], ["--rate", "40,50", "--warmup", "5"]])
-def test_ctrl_c_prints_what_was_measured_and_exits_130(load, tmp_path):
+def test_ctrl_c_prints_what_was_measured_and_exits_130(load, processes, tmp_path):
     out = tmp_path / "o.json"
     argv = ["--endpoint", "rerank", "--docs", "4", "--seconds", "1.5", *load, "--json", str(out)]
+    argv += ["--processes", processes]
     with serving(slow(0.05)) as service:
         command = [sys.executable, "bench_rerank.py", "--base-url", service.url, *argv]
         # A shell ignores SIGINT for what it runs in the background, and children inherit that: undo it.
@@ -734,7 +965,9 @@ def test_ctrl_c_prints_what_was_measured_and_exits_130(load, tmp_path):
             while not (lines and lines[-1].startswith("rerank")):
                 lines.append(process.stdout.readline())
                 assert lines[-1], process.stderr.read()
-            time.sleep(1.0)
+            enough, deadline = len(service.bodies) + 40, time.monotonic() + 20
+            while len(service.bodies) < enough and time.monotonic() < deadline:
+                time.sleep(0.01)
             process.send_signal(signal.SIGINT)
             rest, err = process.communicate(timeout=10)
     assert process.returncode == 130 and "Traceback" not in err
@@ -744,14 +977,13 @@ def test_ctrl_c_prints_what_was_measured_and_exits_130(load, tmp_path):
     assert cells[-1] == "interrupted" and int(cells[3]) > 3
     rows = json.loads(out.read_text())["rows"]
     assert [row["interrupted"] for row in rows] == [False, True]
-    assert rows[1]["req/s"] == pytest.approx(float(cells[5]), abs=0.06) and 0 < rows[1]["window_s"] < 1.4
+    assert rows[1]["req/s"] == pytest.approx(float(cells[6]), abs=0.06) and 0 < rows[1]["window_s"] < 1.4
 
 
 def test_null_server_answers_both_endpoints(tmp_path, capsys):
-    command = [sys.executable, "tests/null_server.py", "--docs", "4"]
-    with subprocess.Popen(command, cwd=KIT, stdout=subprocess.PIPE, text=True) as process:
-        service = Service()
-        service.url = f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
+    service = Service()
+    process, service.url = null_server()
+    with process:
         code, out = bench(service, tmp_path, "--concurrency", "1,20", "--requests", str(random.randint(100, 120)))
         process.kill()
     assert code == 0 and out["vllm"] == "null"
