@@ -122,10 +122,11 @@ def verdict(row: dict) -> tuple[str, str]:
     calls = row["ok"] + row["refused"] + row["err"]
     refused = f"; {row['refused'] / calls:.0%} of the calls were refused (MAX_WAIT_S)" if row["refused"] else ""
     if row["client_limited"]:
-        busy = f"a client process took {row['client_cpu']:.0%} of a core"
-        busy += f" and was {row['client_lag_ms'] or 0:.1f} ms late"
-        more = "a host of its own for the client" if (host or 0) >= 0.9 else "--processes, or another host for it"
-        return "client", f"{busy}: the service may be faster; {more}" + refused
+        late = f"{row['client_lag_ms'] or 0:.1f} ms late"
+        busy = f"a client process took {row['client_cpu']:.0%} of a core and was {late}: the service may be faster"
+        if row["client_cpu"] < 0.5 or (host or 0) >= 0.9:  # it waits for a core: more processes would too
+            return "client", f"{busy}; a host of its own for the client" + refused
+        return "client", f"{busy}; --processes, or another host for the client" + refused
     if gpu is not None and gpu >= 85:
         less = "QUANTIZATION=fp8, shorter documents (MAX_TOKENS_PER_DOC), or more GPUs (DP)"
         return "gpu", f"the busiest GPU worked {gpu:.0f} % of the time: {less}" + refused
@@ -189,31 +190,36 @@ def stops_growing(rows: list[dict]) -> bool:
 async def highest_rate(held, guess: float, most: int) -> tuple[float, float, bool]:
     """Bisect for the highest rate that holds, in at most `most` tries.
 
+    One window may be lucky or disturbed: the two rates of the answer are tried twice, and where the tries differ a
+    third decides.
+
     Args:
         held: async function, rate in calls/s -> did it hold.
         guess: the first rate to try; none below a 64th of it is tried.
 
     Returns:
-        (highest rate that held, 0 = none; lowest that did not, inf = none; did the former hold a second time).
-        The two are 10 % or less apart, unless the tries ran out.
+        (highest rate that held, 0 = none; lowest that did not, inf = none; were both sure). 10 % or less apart,
+        unless the tries ran out.
     """
-    good, high, rate = [], math.inf, guess
+    votes: dict[float, list[bool]] = {}
+    rate = guess
     for _ in range(most):
-        again = rate in good
-        if await held(rate):
-            if again:
-                return rate, high, True
-            good.append(rate)
+        votes.setdefault(rate, []).append(await held(rate))
+        yes = {r: sum(v) / len(v) for r, v in votes.items()}
+        high = min((r for r in yes if yes[r] < 0.5), default=math.inf)
+        low = max((r for r in yes if yes[r] > 0.5 and r < high), default=0.0)
+        if yes[rate] == 0.5:
+            continue  # one of each: once more
+        if high == math.inf or not low or high > 1.1 * low:
+            step = 1.5 * low if high == math.inf else math.sqrt(low * high) if low else high / 2
+            rate = float(f"{step:.3g}")  # three digits: easy to write down
+            if rate < guess / 64:
+                break
+        elif len(votes[low]) > 1 and len(votes[high]) > 1:
+            return low, high, True
         else:
-            high = min(high, rate)
-            good = [r for r in good if r < high]
-        low = max(good, default=0.0)
-        step = 1.5 * low if high == math.inf else math.sqrt(low * high) if low else high / 2
-        # Near enough: the same rate again, as one window may have been lucky. Three digits: easy to write down.
-        rate = low if low and high <= 1.1 * low else float(f"{step:.3g}")
-        if rate < guess / 64:
-            break
-    return max(good, default=0.0), high, False
+            rate = low if len(votes[low]) < 2 else high
+    return low, high, False
 
 
 # --- what is seen of the server's side ---

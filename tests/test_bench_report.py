@@ -148,7 +148,7 @@ def test_histogram_and_timeline_count_every_call():
     ("seen", "bound", "says"),
     [
         ({"gpu_util": 97.0, "api_cpu": 0.5}, "gpu", "97 % of the time"),
-        ({"gpu_util": 97.0, "api_cpu": 1.0}, "gpu", "more GPUs"),
+        ({"gpu_util": 85.0, "api_cpu": 1.0}, "gpu", "more GPUs"),
         ({"gpu_util": 60.0, "api_cpu": 0.98}, "cpu", "API_SERVER_COUNT"),
         ({"gpu_util": 84.9, "api_cpu": 0.85}, "cpu", "more GPUs do not help"),
         ({"host_cpu": 0.97}, "cpu", "all cores of this host were busy (97%)"),
@@ -167,8 +167,9 @@ def test_histogram_and_timeline_count_every_call():
         ({"api_cpu": 0.1}, "idle", "API process 0.10 cores"),
         ({}, "?", "neither GPU nor server processes were seen"),
         ({"queue_ms": 45.0}, "?", "run it on the server's host"),
-        ({"client_limited": True, "client_cpu": 0.97, "gpu_util": 99.0}, "client", "97% of a core"),
-        ({"client_limited": True, "host_cpu": 0.99}, "client", "a host of its own"),
+        ({"client_limited": True, "client_cpu": 0.97, "gpu_util": 99.0}, "client", "--processes"),
+        ({"client_limited": True, "client_cpu": 0.97, "host_cpu": 0.99}, "client", "a host of its own"),
+        ({"client_limited": True, "client_cpu": 0.03}, "client", "a host of its own"),
         ({"ok": 0, "refused": 9, "gpu_util": 99.0}, "refuse", "MAX_PAIRS_IN_FLIGHT"),
         ({"ok": 0, "err": 9}, "none", "see the errors"),
         ({"refused": 10, "gpu_util": 97.0}, "gpu", "20% of the calls were refused"),
@@ -226,6 +227,7 @@ def test_processes_and_gpus_become_what_was_seen():
         ([10, 20, 40, 41, 41.5], True, 40),
         ([10, 20, 40, 41, 45], False, 45),
         ([10, 20, 40, 30, 41], True, 40),
+        ([10, 20, 40, 45, 41], False, 45),
         ([10, 10.1], False, 10),
         ([10, 10.1, 10.2], True, 10),
         ([40, 20, 39], True, 40),
@@ -238,7 +240,7 @@ def test_saturation_is_two_doublings_without_growth(rates, stops, at):
     assert knee(rows)["req/s"] == at
 
 
-def search(holds, guess, most=14):
+def search(holds, guess, most=20):
     tried = []
 
     async def held(rate):
@@ -252,7 +254,7 @@ def search(holds, guess, most=14):
 def test_highest_rate_ends_within_ten_percent(guess):
     (low, high, twice), tried = search(lambda rate, _: rate <= 37.0, guess)
     assert low <= 37.0 < high <= 1.1 * low and twice
-    assert tried[-1] == low and tried.count(low) == 2 and len(tried) <= 14
+    assert tried[-1] == high and tried.count(low) == tried.count(high) == 2 and len(tried) <= 20
     assert all(rate == float(f"{rate:.3g}") for rate in tried)
 
 
@@ -260,20 +262,14 @@ def test_highest_rate_that_never_or_always_holds():
     (low, high, twice), tried = search(lambda rate, _: False, 64.0)
     assert (low, twice) == (0.0, False) and high == 1.0 and min(tried) == 1.0
     (low, high, twice), tried = search(lambda rate, _: True, 10.0)
-    assert low > 1000 and high == math.inf and not twice and len(tried) == 14
+    assert low > 1000 and high == math.inf and not twice and len(tried) == 20
 
 
-def test_highest_rate_does_not_believe_one_lucky_window():
-    lucky = {}
-
-    def holds(rate, _):
-        lucky.setdefault(rate, True)
-        held = rate <= 37.0 or (lucky[rate] and rate < 45.0)  # a rate that is too high holds once
-        lucky[rate] = False
-        return held
-
-    (low, high, twice), _ = search(holds, 40.0, most=30)
-    assert low <= 37.0 < high <= 1.1 * low and twice
+@pytest.mark.parametrize("wrong", range(1, 10))
+def test_highest_rate_does_not_believe_one_window(wrong):
+    """A try that comes out wrong, by luck or by a disturbance, does not change the answer."""
+    (low, high, sure), _ = search(lambda rate, n: (rate <= 37.0) != (n == wrong), 40.0, most=30)
+    assert low <= 37.0 < high <= 1.1 * low and sure
 
 
 def test_late_share_has_an_honest_limit():
@@ -410,7 +406,9 @@ def test_page_needs_no_other_file_and_shows_everything():
     heights = [(ground - float(c.get("cy"))) / float(c.find("title").text.split(": ")[1]) for c in circles]
     assert heights == pytest.approx([heights[0]] * len(rows), rel=0.02)
     # The line goes through the medians: one point a level.
-    assert len(drawings[0].find("polyline").get("points").split()) == 3
+    line = [float(point.split(",")[1]) for point in drawings[0].find("polyline").get("points").split()]
+    ys = [float(c.get("cy")) for c in circles]  # one of level 2, two of 8, two of 16
+    assert line == pytest.approx([ys[0], (ys[1] + ys[2]) / 2, (ys[3] + ys[4]) / 2], abs=0.11)
     # The histogram's bars are the calls.
     bars = drawings[2].findall("rect")
     assert sum(float(bar.find("title").text.split(": ")[1]) for bar in bars) == 40

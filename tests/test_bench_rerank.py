@@ -313,13 +313,13 @@ def test_open_loop_latency_runs_from_due_not_from_sending(monkeypatch):
 
 
 def test_open_loop_arrivals():
-    def dues(constant, seed):
+    def dues(constant, seed, run=1):
         async def drive(bench):
             async def call(endpoint, body, n_docs, due=None, measured=True):
                 return Call(due, due, due, None, 0, n_docs, measured)
 
             bench.call = call
-            level = Level("rerank", "open", 2000.0, 0, 1000, None, constant=constant)
+            level = Level("rerank", "open", 2000.0, 0, 1000, None, constant=constant, run=run)
             await drive_open(bench, level, Gate())
             return [c.due for c in sorted(level.calls, key=lambda c: c.due)]
 
@@ -334,6 +334,7 @@ def test_open_loop_arrivals():
     # Exponential gaps: mean 1/rate, deviation equal to the mean (both within 4 standard errors here).
     assert mean == pytest.approx(1 / 2000, rel=0.13) and deviation == pytest.approx(mean, rel=0.25)
     assert gaps == pytest.approx(dues(False, 1)) and gaps != pytest.approx(dues(False, 2))
+    assert gaps != pytest.approx(dues(False, 1, run=2))  # a second window is no copy of the first
 
 
 def test_open_loop_does_not_wait_for_answers(tmp_path, capsys):
@@ -470,10 +471,11 @@ def test_slo_search_finds_the_capacity_of_the_server(tmp_path, capsys):
     capacity = rows[0]["req/s"]  # 16 callers keep it busy; sleep() takes a little longer than asked
     found = float(re.search(r"p95 <= 200 ms held up to ([\d.]+) calls/s", text)[1])
     assert 0.8 * capacity < found < 1.1 * capacity
-    assert "held there twice" in text and "with 95 % confidence" in text and "would not show" in text
-    assert [row["level"] for row in rows].count(found) == 2 and len(rows) <= 15
+    assert "both seen twice" in text and "with 95 % confidence" in text and "would not show" in text
+    assert [row["level"] for row in rows].count(found) >= 2 and len(rows) <= 21
     at = [row for row in rows if row["level"] == found]
-    assert all(row["slo_missed"] <= 0.05 * row["ok"] and row["p95_ms"] <= 200 for row in at)
+    held = [row["slo_missed"] <= 0.05 * row["ok"] and row["p95_ms"] <= 200 for row in at]
+    assert sum(held) >= 2
 
 
 def test_slo_search_that_cannot_hold_ends_by_itself(tmp_path, capsys):
