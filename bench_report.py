@@ -70,7 +70,7 @@ def summarise(level: Level, seen: dict | None = None) -> dict:
     late = lag_ms is not None and row["p50_ms"] is not None and lag_ms > max(2.0, 0.1 * row["p50_ms"])
     row["client_limited"] = level.cpu > 0.9 or late
     missed = sum(ms > level.slo_ms for ms in latencies) + errors.total() if level.slo_ms else None
-    row |= {"slo_missed": missed, **dict.fromkeys(SEEN), **(seen or {})}
+    row |= {"slo_missed": missed, "slo_held": None, **dict.fromkeys(SEEN), **(seen or {})}
     row["bound"], row["verdict"] = verdict(row)
     row = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
     return row | {"series": {"histogram": histogram(latencies), "timeline": timeline(level)}}
@@ -113,46 +113,49 @@ def verdict(row: dict) -> tuple[str, str]:
     Reads ok, refused, err, mode, p50_ms, what begins with client_, and SEEN. 85 % of a GPU's time or of a core counts
     as busy, because a window never is without gaps.
     """
+    word, why = what_bounds(row)
+    if row["ok"] and row["refused"]:
+        why += f"; {row['refused'] / calls_of(row):.0%} of the calls were refused (MAX_WAIT_S, MAX_PAIRS_IN_FLIGHT)"
+    return word, why
+
+
+def what_bounds(row: dict) -> tuple[str, str]:
+    """The rules of verdict(), the first that fits."""
     gpu, api, host, queue_ms = row["gpu_util"], row["api_cpu"], row["host_cpu"], row["queue_ms"]
     load = "more calls in flight" if row["mode"] == "closed" else "a higher rate"
     if not row["ok"]:
         if row["refused"]:
             return "refuse", "every call was refused: fewer calls, or see MAX_WAIT_S and MAX_PAIRS_IN_FLIGHT"
         return "none", "no good answer: see the errors"
-    calls = row["ok"] + row["refused"] + row["err"]
-    refused = f"; {row['refused'] / calls:.0%} of the calls were refused (MAX_WAIT_S)" if row["refused"] else ""
     if row["client_limited"]:
         late = f"{row['client_lag_ms'] or 0:.1f} ms late"
         busy = f"a client process took {row['client_cpu']:.0%} of a core and was {late}: the service may be faster"
         if row["client_cpu"] < 0.5 or (host or 0) >= 0.9:  # it waits for a core: more processes would too
-            return "client", f"{busy}; a host of its own for the client" + refused
-        return "client", f"{busy}; --processes, or another host for the client" + refused
+            return "client", f"{busy}; a host of its own for the client"
+        return "client", f"{busy}; --processes, or another host for the client"
     if gpu is not None and gpu >= 85:
         less = "QUANTIZATION=fp8, shorter documents (MAX_TOKENS_PER_DOC), or more GPUs (DP)"
-        return "gpu", f"the busiest GPU worked {gpu:.0f} % of the time: {less}" + refused
+        return "gpu", f"the busiest GPU worked {gpu:.0f} % of the time: {less}"
     if api is not None and api >= 0.85:
         more = "API_SERVER_COUNT, VLLM_USE_FASTOKENS=1; more GPUs do not help"
-        return "cpu", f"an API process (HTTP, tokenizing) took {api:.2f} cores: {more}" + refused
+        return "cpu", f"an API process (HTTP, tokenizing) took {api:.2f} cores: {more}"
     if host is not None and host >= 0.9:
         ours = (row["server_cpu"] or 0.0) + row["client_cpu"] * row["client_processes"]
         if row["server_cpu"] is not None and ours < 0.5 * host * row["host_cores"]:
             busy = f"server and client took {ours:.1f} of this host's {row['host_cores']} busy cores"
-            return "other", f"{busy}: measure when nothing else runs" + refused
+            return "other", f"{busy}: measure when nothing else runs"
         more = "more cores, or a GPU where the model computes on the CPU"
-        return "cpu", f"all cores of this host were busy ({host:.0%}): {more}" + refused
+        return "cpu", f"all cores of this host were busy ({host:.0%}): {more}"
     if gpu is None and api is None:
-        return "?", "neither GPU nor server processes were seen: run it on the server's host" + refused
+        return "?", "neither GPU nor server processes were seen: run it on the server's host"
     shown = ((gpu, "GPU {:.0f} %"), (api, "API process {:.2f} cores"))
     seen = ", ".join(text.format(value) for value, text in shown if value is not None)
     if queue_ms is not None and row["p50_ms"] and queue_ms > 0.3 * row["p50_ms"]:
-        steps = "the engine's steps are too small: MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS"
-        return (
-            "engine",
-            f"pairs waited {queue_ms:.0f} ms for the engine while nothing was busy ({seen}): {steps}" + refused,
-        )
+        waited = f"pairs waited {queue_ms:.0f} ms for the engine while nothing was busy ({seen})"
+        return "engine", f"{waited}: its steps are too small: MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS"
     if (gpu or 0) < 50 and (api or 0) < 0.5:
-        return "idle", f"the service had room ({seen}): {load}" + refused
-    return "mixed", f"nothing was busy all the time ({seen}): {load}, then API_SERVER_COUNT" + refused
+        return "idle", f"the service had room ({seen}): {load}"
+    return "mixed", f"nothing was busy all the time ({seen}): {load}, then API_SERVER_COUNT"
 
 
 def doubts(row: dict) -> list[str]:
@@ -166,6 +169,11 @@ def doubts(row: dict) -> list[str]:
         late = f"{row['client_cpu']:.0%} of one core, {row['client_lag_ms'] or 0:.1f} ms late"
         out.append(f"the client was the bottleneck ({late}); the service may be faster")
     return out
+
+
+def calls_of(row: dict) -> int:
+    """Calls that were sent (open loop: due) inside the window."""
+    return row["ok"] + row["refused"] + row["err"]
 
 
 def late_share(missed: int, calls: int) -> tuple[float, float]:
@@ -190,36 +198,55 @@ def stops_growing(rows: list[dict]) -> bool:
 async def highest_rate(held, guess: float, most: int) -> tuple[float, float, bool]:
     """Bisect for the highest rate that holds, in at most `most` tries.
 
-    One window may be lucky or disturbed: the two rates of the answer are tried twice, and where the tries differ a
-    third decides.
+    One window may be lucky or disturbed: the two rates of the answer are tried twice, and the search goes on where
+    the second try changes the picture.
 
     Args:
-        held: async function, rate in calls/s -> did it hold.
+        held: async function, rate in calls/s -> did it hold, over all its tries so far.
         guess: the first rate to try; none below a 64th of it is tried.
 
     Returns:
-        (highest rate that held, 0 = none; lowest that did not, inf = none; were both sure). 10 % or less apart,
-        unless the tries ran out.
+        (highest rate that held, 0 = none; lowest that did not, inf = none; were both tried twice). 10 % or less
+        apart, unless the tries ran out.
     """
-    votes: dict[float, list[bool]] = {}
-    rate = guess
+    holds: dict[float, bool] = {}
+    tries, rate = Counter(), guess
     for _ in range(most):
-        votes.setdefault(rate, []).append(await held(rate))
-        yes = {r: sum(v) / len(v) for r, v in votes.items()}
-        high = min((r for r in yes if yes[r] < 0.5), default=math.inf)
-        low = max((r for r in yes if yes[r] > 0.5 and r < high), default=0.0)
-        if yes[rate] == 0.5:
-            continue  # one of each: once more
+        holds[rate] = await held(rate)
+        tries[rate] += 1
+        high = min((r for r in holds if not holds[r]), default=math.inf)
+        low = max((r for r in holds if holds[r] and r < high), default=0.0)
         if high == math.inf or not low or high > 1.1 * low:
             step = 1.5 * low if high == math.inf else math.sqrt(low * high) if low else high / 2
             rate = float(f"{step:.3g}")  # three digits: easy to write down
             if rate < guess / 64:
                 break
-        elif len(votes[low]) > 1 and len(votes[high]) > 1:
+        elif tries[low] > 1 and tries[high] > 1:
             return low, high, True
         else:
-            rate = low if len(votes[low]) < 2 else high
+            rate = low if tries[low] < 2 else high
     return low, high, False
+
+
+def slo_text(what: str, p: int, slo_ms: float, rows: list[dict], low: float, high: float, sure: bool) -> str:
+    """The finding of an SLO search in sentences, with what limits it; rows: its windows."""
+    at = [row for row in rows if row["level"] == low]
+    if any(row["client_limited"] for row in rows if row["level"] == high):
+        what = f"the client was the limit at {high:.3g} calls/s, the service may be faster; {what}"
+    if not low:
+        return f"{what} did not hold even at {high:.3g} calls/s"
+    calls, missed = sum(map(calls_of, at)), sum(row["slo_missed"] for row in at)
+    share, most = late_share(missed, calls)
+    pairs = statistics.mean(row["pairs/s"] for row in at)
+    overload = slo_ms / 1000 / max(row["window_s"] for row in at) / (p / 100)
+    above = f"not at {high:.3g}" if high < math.inf else "no rate was too high"
+    out = [f"{what} held up to {low:.3g} calls/s = {pairs:.4g} pairs/s, {above}"]
+    out += ["NOT confirmed, the windows ran out"] * (not sure)
+    out.append(
+        f"{missed} of {calls} calls missed there in {len(at)} windows ({share:.1%}, below {most:.1%} with 95 % "
+        "confidence if calls were independent, which calls in one queue are not)"
+    )
+    return "; ".join([*out, f"an overload below {overload:.1%} would not show in windows this long"])
 
 
 # --- what is seen of the server's side ---
@@ -400,7 +427,7 @@ def difference(a: list[float], b: list[float]) -> tuple[float, float] | None:
 
 def lost(rows: list[dict]) -> float:
     """Share of the calls that were refused or failed."""
-    return sum(r["refused"] + r["err"] for r in rows) / max(1, sum(r["ok"] + r["refused"] + r["err"] for r in rows))
+    return sum(r["refused"] + r["err"] for r in rows) / max(1, sum(map(calls_of, rows)))
 
 
 def compare(base: dict, other: dict, fail_over: float | None = None) -> tuple[list[str], list[str], str]:
@@ -442,6 +469,8 @@ def compare(base: dict, other: dict, fail_over: float | None = None) -> tuple[li
             lines.append(f"{level}: {name} {means}: {said} ({change:+.1f}{spread} %)")
             if fail_over is not None and sure and -change * sign > fail_over:
                 worse.append(lines[-1])
+        if any(row["client_limited"] for row in rows[0] + rows[1]):
+            lines.append(f"{level}: the client was the limit in some runs, the service may differ more or less")
         shares = [100 * lost(runs) for runs in rows]
         if any(shares):
             lines.append(f"{level}: lost calls {shares[0]:.1f} % -> {shares[1]:.1f} %")
