@@ -130,7 +130,7 @@ def what_bounds(row: dict) -> tuple[str, str]:
     if row["client_limited"]:
         late = f"{row['client_lag_ms'] or 0:.1f} ms late"
         busy = f"a client process took {row['client_cpu']:.0%} of a core and was {late}: the service may be faster"
-        if row["client_cpu"] < 0.5 or (host or 0) >= 0.9:  # it waits for a core: more processes would too
+        if row["client_cpu"] < 0.25 or (host or 0) >= 0.9:  # it waits for a core: more processes would too
             return "client", f"{busy}; a host of its own for the client"
         return "client", f"{busy}; --processes, or another host for the client"
     if gpu is not None and gpu >= 85:
@@ -237,14 +237,15 @@ def slo_text(what: str, p: int, slo_ms: float, rows: list[dict], low: float, hig
         return f"{what} did not hold even at {high:.3g} calls/s"
     calls, missed = sum(map(calls_of, at)), sum(row["slo_missed"] for row in at)
     share, most = late_share(missed, calls)
-    pairs = statistics.mean(row["pairs/s"] for row in at)
+    pairs = sum(row["pairs/s"] * row["window_s"] for row in at) / sum(row["window_s"] for row in at)
     overload = slo_ms / 1000 / max(row["window_s"] for row in at) / (p / 100)
     above = f"not at {high:.3g}" if high < math.inf else "no rate was too high"
     out = [f"{what} held up to {low:.3g} calls/s = {pairs:.4g} pairs/s, {above}"]
     out += ["NOT confirmed, the windows ran out"] * (not sure)
+    windows = f"{len(at)} window" + "s" * (len(at) > 1)
     out.append(
-        f"{missed} of {calls} calls missed there in {len(at)} windows ({share:.1%}, below {most:.1%} with 95 % "
-        "confidence if calls were independent, which calls in one queue are not)"
+        f"{missed} of {calls} calls missed there in {windows} ({share:.1%}, below {most:.1%} with 95 % confidence if "
+        "calls were independent, which calls in one queue are not)"
     )
     return "; ".join([*out, f"an overload below {overload:.1%} would not show in windows this long"])
 

@@ -269,7 +269,7 @@ class Rows:
         level.processes = min(self.processes, most)
         row = await run_level(self.bench, level)
         # A client that is late with little work waits for a core: more processes would wait too.
-        while row and row["client_limited"] and row["client_cpu"] > 0.5 and level.processes < most:
+        while row and row["client_limited"] and row["client_cpu"] > 0.25 and level.processes < most:
             if level.interrupted:
                 break
             self.processes = min(2 * level.processes, most)
@@ -330,7 +330,8 @@ async def search_slo(rows: Rows, endpoint: str) -> str:
         calls, missed = sum(map(calls_of, same)), sum(one["slo_missed"] for one in same)
         row["slo_held"] = missed <= calls * (100 - p) / 100
         said = "held" if row["slo_held"] else "missed"
-        say(f"[INFO] {level}: {missed} of {calls} calls missed in {len(same)} windows: p{p} <= {slo_ms:g} ms {said}")
+        windows = f"{len(same)} window" + "s" * (len(same) > 1)
+        say(f"[INFO] {level}: {missed} of {calls} calls missed in {windows}: p{p} <= {slo_ms:g} ms {said}")
         return row["slo_held"]
 
     low, high, sure = await highest_rate(held, float(f"{0.7 * first['req/s']:.3g}"), MOST_PROBES)

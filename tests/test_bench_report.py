@@ -293,10 +293,8 @@ def test_highest_rate_finds_what_a_queue_holds_in_the_long_run():
         (low, high, _), tried = search(holds, 17.0)
         assert low < high and len(tried) <= 20
         found.append(low)
-    found.sort()
-    # Windows this short are worth 10 %: half of the searches come within 5 %, nine of ten within 12 %.
-    assert found[20] == pytest.approx(truth, rel=0.05)
-    assert 0.88 * truth < found[4] and found[35] < 1.12 * truth
+    assert all(rate == pytest.approx(truth, rel=0.12) for rate in found)
+    assert sum(rate == pytest.approx(truth, rel=0.05) for rate in found) > 25
 
 
 @pytest.mark.parametrize("wrong", range(1, 8))
@@ -325,7 +323,7 @@ def test_slo_text_says_how_sure_it_is():
     rows[1]["client_limited"] = True
     assert slo_text("x", 95, 570.0, rows, 21.5, 22.6, True).startswith("the client was the limit at 22.6")
     text = slo_text("x", 95, 570.0, rows[:1], 21.5, math.inf, False)
-    assert "in 1 windows" in text and "no rate was too high; NOT confirmed" in text
+    assert "in 1 window (" in text and "no rate was too high; NOT confirmed" in text
     assert slo_text("x", 95, 570.0, rows, 0.0, 9.0, False) == "x did not hold even at 9 calls/s"
 
 

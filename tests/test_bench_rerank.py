@@ -419,7 +419,7 @@ def test_the_client_gets_more_processes_where_it_is_the_limit(tmp_path, capsys, 
     # One call in flight cannot be shared out; the level made again is one row; the next begins with two.
     assert [row["client_processes"] for row in rows] == [1, 2, 2]
     assert capsys.readouterr().err.count("the client was the limit, again with 2 processes") == 1
-    assert not rows[2]["client_limited"]
+    assert rows[1]["req/s"] > 8 and rows[2]["req/s"] > 8  # one process gave 6: 0.1 s of work a call, in bursts of four
 
 
 class Dies(Texts):
@@ -473,17 +473,17 @@ def test_saturate_finds_the_slots_of_the_server(tmp_path, capsys):
 def test_slo_search_finds_the_capacity_of_the_server(tmp_path, capsys):
     # One call at a time, 20 ms: evenly spaced calls wait for nothing up to 50 a second, and for ever beyond.
     with serving(slots(1, 0.02)) as service:
-        argv = ("--endpoint", "rerank", "--slo", "p95=200ms", "--constant", "--seconds", "2", "--seed", "1")
+        argv = ("--endpoint", "rerank", "--slo", "p95=100ms", "--constant", "--seconds", "1", "--seed", "1")
         code, out = bench(service, tmp_path, *argv)
     rows, text = out["rows"], out["findings"][0]
     assert code == 0 and rows[0]["mode"] == "closed" and {row["mode"] for row in rows[1:]} == {"open"}
     capacity = rows[0]["req/s"]  # 16 callers keep it busy; sleep() takes a little longer than asked
-    found = float(re.search(r"p95 <= 200 ms held up to ([\d.]+) calls/s", text)[1])
+    found = float(re.search(r"p95 <= 100 ms held up to ([\d.]+) calls/s", text)[1])
     assert 0.8 * capacity < found < 1.1 * capacity
     assert re.search(r"missed there in \d windows", text) and "would not show" in text
     at = [row for row in rows if row["level"] == found]
     assert len(at) >= 2 and len(rows) <= 21
-    assert at[1]["window_s"] == pytest.approx(6.0) and at[-1]["slo_held"]
+    assert at[1]["window_s"] == pytest.approx(3.0) and at[-1]["slo_held"]
     assert sum(row["slo_missed"] for row in at) <= 0.05 * sum(row["ok"] for row in at)
 
 
@@ -944,7 +944,8 @@ def test_bad_setting_exits_2(capsys, monkeypatch):
 def test_options_in_the_documentation_exist(capsys):
     with pytest.raises(SystemExit):
         bench_rerank.main(["--help"])
-    known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) | {"--cpu-ms"}  # of the null server
+    known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    known |= {"--cpu-ms", "--delay-ms"}  # of the null server
     text = (KIT / "docs" / "benchmarking.md").read_text("utf-8")
     assert set(re.findall(r"--[a-z][a-z-]+", text)) <= known
     # Every verdict is explained.
