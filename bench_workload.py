@@ -457,7 +457,6 @@ async def drive(bench: Bench, level: Level, gate: Gate, share: int = 0) -> None:
 
 def client_process(bench: Bench, level: Level, gate: Gate, share: int, pipe) -> None:
     """Body of one client process: makes its share and sends the level and the error texts back."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process tells the others
 
     async def main() -> None:
         async with bench:
@@ -488,13 +487,18 @@ async def drive_processes(bench: Bench, level: Level, gate: Gate) -> None:
         RuntimeError: a client process died.
     """
     context, pipes, processes = multiprocessing.get_context("spawn"), [], []
-    for share in range(gate.processes):
-        ours, theirs = context.Pipe(duplex=False)
-        args = (bench.twin(), level, gate, share, theirs)
-        processes.append(context.Process(target=client_process, args=args, daemon=True))
-        processes[-1].start()
-        theirs.close()  # the child's copy is then the only one: its death ends the pipe
-        pipes.append(ours)
+    # Ctrl-C reaches all processes of a terminal. New ones inherit the blocked signal; this one tells them to end.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        for share in range(gate.processes):
+            ours, theirs = context.Pipe(duplex=False)
+            args = (bench.twin(), level, gate, share, theirs)
+            processes.append(context.Process(target=client_process, args=args, daemon=True))
+            processes[-1].start()
+            theirs.close()  # the child's copy is then the only one: its death ends the pipe
+            pipes.append(ours)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     collecting = asyncio.create_task(asyncio.to_thread(collect, pipes, gate))
     try:
         await asyncio.shield(collecting)

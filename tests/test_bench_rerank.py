@@ -984,7 +984,7 @@ def test_ctrl_c_prints_what_was_measured_and_exits_130(load, processes, tmp_path
         # A shell ignores SIGINT for what it runs in the background, and children inherit that: undo it.
         default_int = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        with subprocess.Popen(command, cwd=KIT, preexec_fn=default_int, **pipes) as process:
+        with subprocess.Popen(command, cwd=KIT, preexec_fn=default_int, start_new_session=True, **pipes) as process:
             lines = []
             while not (lines and lines[-1].startswith("rerank")):
                 lines.append(process.stdout.readline())
@@ -992,7 +992,7 @@ def test_ctrl_c_prints_what_was_measured_and_exits_130(load, processes, tmp_path
             enough, deadline = len(service.bodies) + 40, time.monotonic() + 20
             while len(service.bodies) < enough and time.monotonic() < deadline:
                 time.sleep(0.01)
-            process.send_signal(signal.SIGINT)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
             rest, err = process.communicate(timeout=10)
     assert process.returncode == 130 and "Traceback" not in err
     level = load[1].split(",")[1]
@@ -1002,6 +1002,22 @@ def test_ctrl_c_prints_what_was_measured_and_exits_130(load, processes, tmp_path
     rows = json.loads(out.read_text())["rows"]
     assert [row["interrupted"] for row in rows] == [False, True]
     assert rows[1]["req/s"] == pytest.approx(float(cells[6]), abs=0.06) and 0 < rows[1]["window_s"] < 1.4
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 0.1, 0.3, 0.6])
+def test_ctrl_c_while_client_processes_start(wait_s):
+    with serving(slow(0.05)) as service:
+        argv = ["--endpoint", "rerank", "--docs", "4", "--concurrency", "4", "--seconds", "60", "--processes", "2"]
+        command = [sys.executable, "bench_rerank.py", "--base-url", service.url, *argv]
+        default_int = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+        with subprocess.Popen(command, cwd=KIT, preexec_fn=default_int, **pipes) as process:
+            while "running with 2" not in process.stderr.readline():
+                pass
+            time.sleep(wait_s)
+            os.killpg(process.pid, signal.SIGINT)
+            err = process.communicate(timeout=20)[1]
+    assert process.returncode == 130 and "Traceback" not in err
 
 
 def test_null_server_answers_both_endpoints(tmp_path, capsys):
