@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import csv
+import dataclasses
 import functools
 import itertools
 import json
@@ -21,7 +22,7 @@ from aiohttp import web
 
 import bench_rerank
 import bench_workload
-from bench_report import COLUMNS, percentile, server_flags, without_secrets
+from bench_report import COLUMNS, knee, percentile, server_flags, without_secrets
 from bench_workload import Bench, Call, Gate, Level, Texts, drive_open
 
 KIT = Path(bench_rerank.__file__).parent
@@ -400,26 +401,32 @@ def test_several_processes_merge_latencies_exactly():
     assert [b - a for a, b in itertools.pairwise(dues)] == pytest.approx([1 / 60] * 119, abs=1e-6)
 
 
-def test_the_client_gets_more_processes_where_it_is_the_limit(tmp_path, capsys, monkeypatch):
-    real = Texts.body
+@pytest.mark.parametrize(
+    ("cpu", "given", "made"),
+    [
+        (0.95, [], [1, 1, 2, 4, 4]),  # one call in flight cannot be shared out; 16 begin with what 8 needed
+        (0.20, [], [1, 1, 1]),  # late without work: it waits for a core, and more processes would too
+        (0.95, ["--processes", "2"], [1, 2, 2]),
+    ],
+)
+def test_the_client_gets_more_processes_where_it_is_the_limit(cpu, given, made, tmp_path, capsys, monkeypatch):
+    real, processes = bench_rerank.run_level, []
 
-    def busy(self, endpoint, model, k):
-        until = time.process_time() + 0.1
-        while time.process_time() < until:
-            pass
-        return real(self, endpoint, model, k)
+    async def run_level(bench, level):
+        processes.append(level.processes)
+        assert level.calls == []
+        row = await real(bench, dataclasses.replace(level, processes=1, calls=[]))
+        return row | {"client_limited": processes[-1] < 4, "client_cpu": cpu}
 
-    monkeypatch.setattr(Texts, "body", busy)  # in this process only: new ones are quick
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    with serving(slow(0.3)) as service:
+    monkeypatch.setattr(bench_rerank, "run_level", run_level)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    with serving() as service:
         out = tmp_path / "o.json"
-        argv = ["--endpoint", "rerank", "--concurrency", "1,4,4", "--requests", "8", "--docs", "4", "--json", str(out)]
-        assert bench_rerank.main(["--base-url", service.url, *argv]) == 0
-    rows = json.loads(out.read_text())["rows"]
-    # One call in flight cannot be shared out; the level made again is one row; the next begins with two.
-    assert [row["client_processes"] for row in rows] == [1, 2, 2]
-    assert capsys.readouterr().err.count("the client was the limit, again with 2 processes") == 1
-    assert rows[1]["req/s"] > 8 and rows[2]["req/s"] > 8  # one process gave 6: 0.1 s of work a call, in bursts of four
+        argv = ["--endpoint", "rerank", "--concurrency", "1,8,16", "--requests", "4", "--docs", "4", "--json", str(out)]
+        assert bench_rerank.main(["--base-url", service.url, *argv, *given]) == 0
+    assert processes == made
+    assert [row["level"] for row in json.loads(out.read_text())["rows"]] == [1, 8, 16]  # made again: one row
+    assert capsys.readouterr().err.count("the client was the limit, again with") == len(made) - 3
 
 
 class Dies(Texts):
@@ -462,12 +469,12 @@ def test_saturate_finds_the_slots_of_the_server(tmp_path, capsys):
     with serving(slots(4, 0.1)) as service:
         code, out = bench(service, tmp_path, "--endpoint", "rerank", "--saturate", "--seconds", "1")
     rows, finding = out["rows"], out["findings"][0]
-    # Four calls in flight leave a slot free for the time of a round trip: on a busy machine eight bring a little more.
-    found = int(re.match(r"rerank: throughput stops growing at about (\d) calls in flight: ", finding)[1])
-    assert code == 0 and found in (4, 8)
-    assert [row["level"] for row in rows] in ([1, 2, 4, 8, 16], [1, 2, 4, 8, 16, 32])
+    found = int(re.match(r"rerank: throughput stops growing at about (\d+) calls in flight: ", finding)[1])
+    # Quiet: 4, or 8, as four calls in flight leave a slot free for the time of a round trip.
+    assert code == 0 and found == knee(rows)["level"] and found < rows[-1]["level"]
+    assert [row["level"] for row in rows] == [2**i for i in range(len(rows))] and 3 <= len(rows) <= 8
     assert f"# {finding}" in capsys.readouterr().out.splitlines()
-    assert rows[4]["req/s"] == pytest.approx(40, rel=0.1) and rows[4]["p50_ms"] > 3 * rows[2]["p50_ms"]
+    assert 20 < max(row["req/s"] for row in rows) < 60 and rows[-1]["p50_ms"] > 1.5 * knee(rows)["p50_ms"]
 
 
 def test_slo_search_finds_the_capacity_of_the_server(tmp_path, capsys):
@@ -477,9 +484,8 @@ def test_slo_search_finds_the_capacity_of_the_server(tmp_path, capsys):
         code, out = bench(service, tmp_path, *argv)
     rows, text = out["rows"], out["findings"][0]
     assert code == 0 and rows[0]["mode"] == "closed" and {row["mode"] for row in rows[1:]} == {"open"}
-    capacity = rows[0]["req/s"]  # 16 callers keep it busy; sleep() takes a little longer than asked
     found = float(re.search(r"p95 <= 100 ms held up to ([\d.]+) calls/s", text)[1])
-    assert 0.8 * capacity < found < 1.1 * capacity
+    assert 15 < found < 54  # quiet: 45
     assert re.search(r"missed there in \d windows", text) and "would not show" in text
     at = [row for row in rows if row["level"] == found]
     assert len(at) >= 2 and len(rows) <= 21
@@ -537,7 +543,7 @@ def test_server_processes_are_found_by_port_and_measured(tmp_path, capsys):
         assert row["server_cpu"] == row["api_cpu"] and 0 < row["host_cpu"] <= 1
     assert bench_rerank.server_processes(service.url) == {}
     assert bench_rerank.server_processes("http://10.1.2.3:80/v1") == {}
-    assert shares[0] > 0.3 and shares[1] < 0.2  # one computes all the time, one only waits
+    assert shares[0] > 3 * shares[1]  # one computes all the time, one only waits
 
 
 # --- errors ---
