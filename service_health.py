@@ -157,6 +157,8 @@ def is_alive(pid: int) -> bool:
 def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
     """Wait until a scored probe answers, the process dies, or the time is over; progress on stderr.
 
+    `log` may be /dev/null, for a server whose output goes elsewhere (journal, container).
+
     Returns:
         READY, DIED or LOADING.
     """
@@ -165,9 +167,10 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
     while True:
         waited = time.monotonic() - begin
         if not is_alive(pid):
-            print(f"[ERR] died after {waited:.0f} s: {root_cause(read_log(log))}", file=sys.stderr)
+            cause = root_cause(read_log(log)) if log.is_file() else "its own output says why"
+            print(f"[ERR] died after {waited:.0f} s: {cause}", file=sys.stderr)
             return DIED
-        now = phase(read_log(log))
+        now = phase(read_log(log)) if log.is_file() else "loading"
         # A port that does not answer yet must not cost a scored probe.
         if now in ("opening the port", "warming up") or waited > 10:
             last = probe(cfg)
