@@ -7,10 +7,11 @@ cd "$KIT"
 sh start_rerank.sh setup
 PY=$(sh start_rerank.sh python)
 "$PY" -m pip --disable-pip-version-check install --quiet -r requirements-dev.txt
-# The linter and a second shell come from the system; the tests name what is missing.
+# Linter, second shell, logrotate and systemd-analyze come from the system; the tests name what is missing.
 if command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ]; then
-  for tool in shellcheck busybox; do
-    command -v "$tool" >/dev/null 2>&1 || { apt-get update -qq && apt-get install -y -qq "$tool"; } >/dev/null
+  for tool in shellcheck busybox logrotate systemd-analyze; do
+    command -v "$tool" >/dev/null 2>&1 && continue
+    { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${tool%-analyze}"; } >/dev/null
   done
 fi
 "$PY" -m ruff check .
