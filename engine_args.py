@@ -150,20 +150,22 @@ def make_plan(
         _plan_gpu(plan, offline)
     plan.env |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if cfg.guard:
-        plan.env |= _guard_env(cfg, machine)
+        plan.env |= _guard_env(cfg, machine, profile)
     for key in list(plan.env):
         if key in os.environ or key in passed_on_env():
             plan.env.pop(key)  # the user's own value wins
     return plan
 
 
-def _guard_env(cfg: EnvConfig, machine: Machine) -> dict[str, str]:
+def _guard_env(cfg: EnvConfig, machine: Machine, profile: Profile) -> dict[str, str]:
     """Settings of server_guard.py, which reads nothing but the environment."""
     values = {k: getattr(cfg, f.name) for k, f in FIELDS.items() if f.metadata["group"] == "guard" and k != "GUARD"}
     env = {f"GUARD_{k}": str(v) for k, v in values.items() if v not in (None, "")}
     # Pairs taken before the first measured speed: some seconds of work. 1024 refused 16 calls of 32 documents in
     # flight on an H100 with 8 API processes, each of which takes its share of 128.
     env["GUARD_FIRST_PAIRS"] = "1024" if machine.is_cpu else "16384"
+    # vLLM takes an instruction for any model and drops it where no template asks for it.
+    env["GUARD_TAKES_INSTRUCTION"] = str(int(profile.instruction))
     # vLLM runs one API process for each data parallel rank unless told otherwise.
     return env | {"GUARD_API_SERVERS": str(cfg.api_server_count or cfg.dp)}
 

@@ -76,7 +76,7 @@ class EnvConfig:
     max_wait_s: float = _key(10.0, "longest estimated seconds before a call's first pair starts (429 beyond); 0 = off", "guard", low=0)
     max_tokens_per_doc: int | None = _key(None, "cuts documents of calls that say nothing themselves; unset: vLLM does not cut", "guard", low=1)
     max_tokens_per_query: int | None = _key(None, "cuts queries of calls that say nothing themselves; unset: vLLM does not cut", "guard", low=1)
-    long_documents: str = _key("truncate", "pairs longer than MAX_MODEL_LEN: cut as the model card does, or vLLM's 400", "guard", choices=("truncate", "error"))
+    long_documents: str = _key("truncate", "pairs longer than MAX_MODEL_LEN: truncate as the model card does, error, or chunk (best of overlapping windows)", "guard", choices=("truncate", "error", "chunk"))
     allow_paths: str = _key("", "further paths to open, e.g. /tokenize,/docs; the key guards them too", "guard")
     slow_call_ms: float = _key(30000.0, "log one line for a scoring call that takes longer; 0 = off", "guard", low=0)
     # fmt: on

@@ -1,9 +1,14 @@
 """Cuts and windows: query and document texts whose prompt fits the model, cut as the family's reference cuts.
 
-Used by server_guard.py inside the server. Needs nothing but a tokenizer.
+Used by server_guard.py inside the server and by vllm_usage.py. Needs nothing but a tokenizer.
 """
 
 import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+
+# What happens to a pair that is longer than the model takes: cut it, refuse it, or score overlapping windows of it.
+MODES = ("truncate", "error", "chunk")
 
 MARK = "\ue000"  # a private character: stands for a field while the template's frame is measured
 OVERLAP = 64  # tokens that two neighbouring windows share, so that no sentence is lost at a border
@@ -26,6 +31,13 @@ class Fitter:
         self.tokenizer, self.template, self.max_length, self.separate = tokenizer, template, max_length, separate
         # Bytes that surely fit: a token is at least one byte, and the frame is the same for every pair.
         self.frame_tokens = len(self._ids("", "", None))
+        # vLLM hands a pair's empty second text to the tokenizer as "", which takes it for none and leaves its separator
+        # out. A space has the reference's ids, those of the lists [query], [""], as sentence-transformers gives them.
+        self.blank = ""
+        if template is None and not separate:
+            wanted = tokenizer(["q"], [""])["input_ids"][0]
+            if tokenizer("q", "")["input_ids"] != wanted == tokenizer("q", " ")["input_ids"]:
+                self.blank = " "
 
     def fits_surely(self, query: str, document: str, instruction: str | None = None) -> bool:
         """A cheap yes for the common short pair; False means that fit() must count."""
@@ -60,22 +72,29 @@ class Fitter:
             fitted = self._fit_template(query, document, instruction)
         return *fitted, fitted != whole
 
-    def windows(self, query: str, document: str, instruction: str | None = None) -> list[str]:
-        """The document as overlapping windows that each fit beside the query; [document] when it fits as a whole."""
-        _, first, cut = self.fit(query, document, instruction)
-        if not cut:
-            return [document]
+    def windows(self, query: str, document: str, instruction: str | None = None) -> tuple[str, list[str], bool]:
+        """The document as overlapping windows that each fit beside the query.
+
+        Returns:
+            (query, windows, cut): [document] where the pair fits as a whole. cut: the query itself was too long, and
+            what is given back is the part of it that the model sees; without room for a document one window is left.
+        """
+        if self.fits_surely(query, document, instruction):
+            return query, [document], False
+        shorter, first, cut = self.fit(query, document, instruction)
+        if not cut or not first:
+            return shorter, [first], cut
         offsets = self._offsets(document)
         room = max(2, len(self._offsets(first)))
-        step = max(1, room - OVERLAP) if room > 2 * OVERLAP else max(1, room // 2)
+        step = room - OVERLAP if room > 2 * OVERLAP else max(1, room // 2)
         out = []
         for start in range(0, len(offsets), step):
             end = min(start + room, len(offsets))
             window = document[offsets[start][0] : offsets[end - 1][1]]
-            out.append(self.fit(query, window, instruction)[1])
+            out.append(self._shorten(shorter, window, instruction))
             if end == len(offsets):
                 break
-        return out
+        return shorter, out, shorter != query
 
     # --- how each kind cuts ---
 
@@ -91,9 +110,15 @@ class Fitter:
         whole = self._render(query, document, instruction)
         text = whole[: len(whole) - len(after)]
         document = document[: max(0, self._end(text, room) - len(before))]
+        return query, self._shorten(query, document, instruction)
+
+    def _shorten(self, query: str, document: str, instruction: str | None) -> str:
+        """The beginning of the document that fits beside the query, which stays whole."""
+        if self.separate:
+            return self._fit_alone(document)
         while document and (over := len(self._ids(query, document, instruction)) - self.max_length) > 0:
             document = self._head(document, len(self._offsets(document)) - over)
-        return query, document
+        return document
 
     def _fit_query(self, query: str, instruction: str | None) -> str:
         frame = len(self._ids("", "", instruction))
@@ -190,13 +215,15 @@ def _instruction(payload: dict) -> str | None:
 
 
 def payload_fits_surely(fitter: Fitter, payload: dict) -> bool:
-    """No text of this body can be too long; True also for shapes that are left to vLLM."""
+    """No text of this body can be too long or needs another spelling; True also for shapes that are left to vLLM."""
     fields = _fields(payload)
     if fields is None:
         return True
     _, queries, _, documents = fields
     limit = payload.get("max_tokens_per_doc")
     if isinstance(limit, int) and limit > 0 and any(len(d.encode()) > limit for d in documents):
+        return False
+    if fitter.blank and "" in documents:
         return False
     longest = max(queries, key=lambda q: len(q.encode()))
     instruction = _instruction(payload)
@@ -212,18 +239,81 @@ def fit_payload(fitter: Fitter, payload: dict) -> list[int]:
     fields = _fields(payload)
     if fields is None:
         return []
-    first, queries, second, documents = fields
+    _, queries, _, documents = fields
     limit = payload.get("max_tokens_per_doc")
     limit = limit if isinstance(limit, int) and limit > 0 else 0
     many = queries if len(queries) == len(documents) else queries * len(documents)
     fitted = [fitter.fit(q, d, _instruction(payload), limit) for q, d in zip(many, documents, strict=True)]
-    cut = [index for index, (*_, is_cut) in enumerate(fitted) if is_cut]
-    if cut:
-        new_queries = [query for query, _, _ in fitted]
-        if len(queries) == 1:
-            # One query for all: the shortest that any document left room for.
-            new_queries = [min(new_queries, key=len)]
-        new_documents = [document for _, document, _ in fitted]
-        payload[first] = new_queries if isinstance(payload[first], list) else new_queries[0]
-        payload[second] = new_documents if isinstance(payload[second], list) else new_documents[0]
-    return cut
+    _put(payload, fields, [query for query, *_ in fitted], [document or fitter.blank for _, document, _ in fitted])
+    return [index for index, (*_, is_cut) in enumerate(fitted) if is_cut]
+
+
+def _put(payload: dict, fields: tuple, queries: list[str], documents: list[str]) -> None:
+    """Write texts back into the body's own fields, in its own shape where that still holds them."""
+    first, old_queries, second, _ = fields
+    if len(old_queries) == 1:
+        # One query for all: the shortest that any document left room for.
+        queries = [min(queries, key=len)]
+    payload[first] = queries if isinstance(payload[first], list) else queries[0]
+    payload[second] = documents if isinstance(payload[second], list) or len(documents) > 1 else documents[0]
+
+
+@dataclass(frozen=True)
+class Split:
+    """A body whose long documents became windows, and how to read its answer."""
+
+    owners: list[int]  # owners[i] = index of the document that window i belongs to
+    documents: list[str]  # as they came
+    top_n: int  # of the call; 0 = all
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """{document: windows} of the documents that have several."""
+        return {index: n for index, n in Counter(self.owners).items() if n > 1}
+
+
+def split_payload(fitter: Fitter, payload: dict) -> tuple[Split | None, list[int]]:
+    """Replace the long documents of a rerank or score body by their windows, in place.
+
+    Returns:
+        (split, cut): None where every document is one window; indices of the documents whose query was cut.
+    """
+    fields = _fields(payload)
+    if fields is None:
+        return None, []
+    _, queries, _, documents = fields
+    many = queries if len(queries) == len(documents) else queries * len(documents)
+    parts = [fitter.windows(q, d, _instruction(payload)) for q, d in zip(many, documents, strict=True)]
+    owners = [index for index, (_, windows, _) in enumerate(parts) for _ in windows]
+    texts = [window or fitter.blank for _, windows, _ in parts for window in windows]
+    _put(payload, fields, [parts[index][0] for index in owners], texts)
+    cut = [index for index, (*_, is_cut) in enumerate(parts) if is_cut]
+    if len(owners) == len(documents):
+        return None, cut
+    top_n = payload.get("top_n", 0)
+    if isinstance(top_n, int) and top_n >= 0:  # else it is vLLM's to refuse
+        payload.pop("top_n", None)  # the best documents may be several windows each: all are asked for
+    return Split(owners, documents, top_n), cut
+
+
+def merge_windows(split: Split, answer: dict) -> dict:
+    """vLLM's answer for windows as the answer for their documents: each document has its best window's score.
+
+    Source: the maximum over chunks is what Cohere's rerank documents for long texts.
+    """
+    rows_name, score_name = ("results", "relevance_score") if "results" in answer else ("data", "score")
+    best: dict[int, dict] = {}
+    for row in answer[rows_name]:
+        owner = split.owners[row["index"]]
+        if owner not in best or row[score_name] > best[owner][score_name]:
+            best[owner] = row
+    rows = []
+    for owner, row in sorted(best.items()):
+        row = {**row, "index": owner}
+        if isinstance(row.get("document"), dict):
+            row["document"] = {**row["document"], "text": split.documents[owner]}
+        rows.append(row)
+    if rows_name == "results":
+        rows.sort(key=lambda row: -row[score_name])
+        rows = rows[: split.top_n or None]
+    return {**answer, rows_name: rows}

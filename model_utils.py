@@ -7,6 +7,7 @@ import asyncio
 import itertools
 import math
 import operator
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +30,7 @@ class RerankItem:
 
 
 Items = list[RerankItem]
-LongDocuments = Literal["truncate", "error"]
+LongDocuments = Literal["truncate", "error", "chunk"]
 
 
 def rerank(
@@ -41,7 +42,7 @@ def rerank(
     timeout_s: float | None = None,
     *,
     instruction: str | None = None,
-    long_documents: LongDocuments = "truncate",
+    long_documents: LongDocuments | None = None,
     batch_size: int | None = None,
     deadline_s: float | None = None,
     max_tokens_per_doc: int | None = None,
@@ -57,8 +58,9 @@ def rerank(
         base_url: the service, or several separated by commas in order of preference; None = BASE_URL.
         timeout_s: seconds for one answer (and at most for one connect); None = TIMEOUT_S.
         instruction: task instruction for the prompt; None = the server's.
-        long_documents: "truncate" cuts each document to max_tokens_per_doc; without a number the server decides
-            (its guard's MAX_TOKENS_PER_DOC, else vLLM answers 400). "error" forbids the server to cut: 400.
+        long_documents: what happens to a pair that is longer than the model takes. "truncate" cuts it as the model
+            card does, "error" is an HTTP 400, "chunk" scores overlapping windows of the document and takes the best;
+            None = the server's LONG_DOCUMENTS. Bare vLLM (GUARD=0) knows "error" only.
         batch_size: most documents in one request, longer lists are split; None = CLIENT_BATCH_SIZE.
         deadline_s: seconds for everything, with all requests and retries; None = no further limit.
         max_tokens_per_doc: tokens of a document that count; the query and the template come on top.
@@ -66,8 +68,10 @@ def rerank(
     Returns:
         (items, scores, raw). items: min(top_n, N) RerankItem, best first, equal scores in input order.
         scores: N values; scores[i] belongs to documents[i], None where top_n left it out.
-        raw: the server's JSON plus "_client_cost_ms" (wall clock) and "_client_calls" (requests that it was
-        split into); of several, results and usage are merged and the ids joined by commas.
+        raw: the server's JSON plus "_cut" (indices of documents of which, or of whose query, the model saw a part
+        only), "_windows" ({index: windows} of the documents that were split), "_client_cost_ms" (wall clock) and
+        "_client_calls" (requests that it was split into); of several, results and usage are merged and the ids
+        joined by commas.
 
     Raises:
         ValueError: an argument that cannot be used; nothing was sent.
@@ -87,7 +91,7 @@ def score(
     timeout_s: float | None = None,
     *,
     instruction: str | None = None,
-    long_documents: LongDocuments = "truncate",
+    long_documents: LongDocuments | None = None,
     batch_size: int | None = None,
     deadline_s: float | None = None,
     max_tokens_per_doc: int | None = None,
@@ -117,7 +121,7 @@ async def arerank(
     timeout_s: float | None = None,
     *,
     instruction: str | None = None,
-    long_documents: LongDocuments = "truncate",
+    long_documents: LongDocuments | None = None,
     batch_size: int | None = None,
     deadline_s: float | None = None,
     max_tokens_per_doc: int | None = None,
@@ -135,7 +139,7 @@ async def ascore(
     timeout_s: float | None = None,
     *,
     instruction: str | None = None,
-    long_documents: LongDocuments = "truncate",
+    long_documents: LongDocuments | None = None,
     batch_size: int | None = None,
     deadline_s: float | None = None,
     max_tokens_per_doc: int | None = None,
@@ -157,7 +161,7 @@ def rerank_many(
     progress: bool = False,
     return_errors: bool = False,
     instruction: str | None = None,
-    long_documents: LongDocuments = "truncate",
+    long_documents: LongDocuments | None = None,
     batch_size: int | None = None,
     deadline_s: float | None = None,
     max_tokens_per_doc: int | None = None,
@@ -215,7 +219,7 @@ class _Call:
         base_url: str | None,
         timeout_s: float | None,
         instruction: str | None,
-        long_documents: str,
+        long_documents: str | None,
         batch_size: int | None,
         deadline_s: float | None,
         max_tokens_per_doc: int | None,
@@ -233,14 +237,18 @@ class _Call:
         self.extra: dict[str, Any] = {}
         if instruction is not None:
             self.extra["instruction"] = _text("instruction", instruction)
-        if long_documents not in ("truncate", "error"):
-            raise ValueError(f'long_documents={long_documents!r} is neither "truncate" nor "error"')
+        if long_documents not in (None, "truncate", "error", "chunk"):
+            raise ValueError(f'long_documents={_shown(long_documents)} is none of "truncate", "error", "chunk"')
+        self.chunk = long_documents == "chunk"
         if max_tokens_per_doc is not None:
-            if long_documents == "error":
-                raise ValueError(f'max_tokens_per_doc={max_tokens_per_doc!r} cuts: it excludes long_documents="error"')
+            if long_documents in ("error", "chunk"):
+                cuts = f"max_tokens_per_doc={_shown(max_tokens_per_doc)} cuts"
+                raise ValueError(f'{cuts}: it excludes long_documents="{long_documents}"')
             self.extra["max_tokens_per_doc"] = _at_least("max_tokens_per_doc", 1, max_tokens_per_doc, None)
-        elif long_documents == "error":
-            self.extra["max_tokens_per_doc"] = 0  # vLLM: not cut; the guard's default does not apply
+        if long_documents == "error":
+            self.extra["max_tokens_per_doc"] = 0  # vLLM's own word for it: also a server without the guard obeys
+        elif long_documents:
+            self.extra["long_documents"] = long_documents
         size = _at_least("batch_size", 1, batch_size, cfg.client_batch_size)
         n_docs = len(self.documents) if self.top_n else 0
         self.parts = [range(i, min(i + size, n_docs)) for i in range(0, n_docs, size)]
@@ -267,6 +275,8 @@ class _Call:
             RerankResponseError: results missing, twice, too many, of another document or model, not a finite score.
         """
         rows_name, score_name = self.names
+        if self.chunk and reply.windows is None:
+            raise reply.error("without X-Rerank-Windows: it splits no documents (GUARD=0, or another server)")
         model, rows = reply.data.get("model"), reply.data.get(rows_name)
         if model is not None and model != self.model:
             raise reply.error(f"as model {str(model)[:100]!r}, asked was {self.model!r}")
@@ -290,7 +300,9 @@ class _Call:
                 raise reply.error(f"another document at index {index}")
         # Documents of which the model saw a part only; the guard names them.
         numbers = [int(i) for i in reply.cut.split(",") if i.isdecimal() and len(i) < 10]  # int() refuses 4301 digits
-        return reply.data | {"_cut": {part.start + i for i in numbers if i < len(part)}}
+        split = re.findall(r"(?:^|,)(\d{1,9}):(\d{1,9})(?=,|$)", reply.windows or "")
+        windows = {part.start + int(i): int(n) for i, n in split if int(i) < len(part)}
+        return reply.data | {"_cut": {part.start + i for i in numbers if i < len(part)}, "_windows": windows}
 
     @property
     def names(self) -> tuple[str, str]:
@@ -321,8 +333,9 @@ class _Call:
         for item in items:
             scores[item.index] = item.score
         cost_ms = (time.perf_counter() - self.t0) * 1e3
-        cut = sorted(index for answer in answers for index in answer["_cut"])
-        return items, scores, {**raw, "_cut": cut, "_client_cost_ms": cost_ms, "_client_calls": len(answers)}
+        told = {"_cut": sorted(index for answer in answers for index in answer["_cut"])}
+        told["_windows"] = {index: n for answer in answers for index, n in answer["_windows"].items()}
+        return items, scores, {**raw, **told, "_client_cost_ms": cost_ms, "_client_calls": len(answers)}
 
 
 def _run(call: _Call, n_threads: int | None = None) -> tuple[Items, list, dict]:

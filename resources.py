@@ -245,19 +245,21 @@ class SharedResources:
 
 @dataclass(slots=True)
 class Reply:
-    """A 2xx answer: its JSON object, the URL it came from, its bytes, and the guard's X-Rerank-Cut."""
+    """A 2xx answer: its JSON object, the URL it came from, its bytes, the guard's X-Rerank-Cut and X-Rerank-Windows."""
 
     data: dict
     url: str
     body: bytes
     cut: str = ""
+    windows: str | None = None
 
     def error(self, what: str) -> RerankResponseError:
         return RerankResponseError(f"{self.url} answered {excerpt(what)}: {excerpt(self.body)}")
 
 
 def _reply(step: Step, answer: Answer) -> Reply:
-    reply = Reply({}, step.url, bytes(answer.body), answer.headers.get("X-Rerank-Cut", ""))
+    told = answer.headers.get("X-Rerank-Cut", ""), answer.headers.get("X-Rerank-Windows")
+    reply = Reply({}, step.url, bytes(answer.body), *told)
     kind = answer.headers.get("Content-Type", "application/json").partition(";")[0].strip().lower()
     if not answer.whole:
         raise reply.error(f"more than {answer.limit} bytes")

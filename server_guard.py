@@ -22,6 +22,9 @@ import types
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
+from guard_rules import FIRST_PAIRS, MAX_DEPTH, Load, Refusal, parse
+from long_documents import MODES, Fitter, Split, fit_payload, merge_windows, payload_fits_surely, split_payload
+
 RERANK_FIELDS = ("documents",)
 # The four spellings that vLLM's score routes take. All are counted: a body may hold several.
 SCORE_FIELDS = ("queries", "documents", "items", "text_1", "text_2", "data_1", "data_2")
@@ -33,91 +36,12 @@ NO_KEY_PATHS = frozenset(("/health", "/live", "/ready"))
 PATHS = NO_KEY_PATHS | {"/ping", "/version", "/metrics", "/load", "/v1/models", *SCORING}
 MEDIA_FIELDS = frozenset(("image_url", "image_embeds", "video_url", "audio_url"))  # base64, not text
 
-MAX_DEPTH = 32  # JSON levels; a rerank body needs 5
-FIRST_PAIRS = 1024  # pairs taken before the first speed is known, where only MAX_WAIT_S limits (GUARD_FIRST_PAIRS)
-LOADED_PAIRS = 64  # pairs in flight on average, below which a first sample is no measure of the engine
-SAMPLE_S = 1.0  # busy seconds behind one sample of the speed
-EWMA_WEIGHT = 0.3  # weight of a new sample
 DRAIN_RETRY_S = 5
 
 ERROR_TYPES = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 413: "ContentTooLargeError"}
 ERROR_TYPES |= {422: "UnprocessableEntityError", 429: "TooManyRequestsError", 503: "ServiceUnavailableError"}
 
 logger = logging.getLogger("vllm.server_guard")  # below "vllm": its handler and level
-
-
-class Refusal(Exception):
-    """A request that is not passed on. reason labels the metric, param names the field at fault."""
-
-    def __init__(self, status: int, reason: str, message: str, *, param: str | None = None, retry_s: float = 0):
-        super().__init__(message)
-        self.status, self.reason, self.param, self.retry_s = status, reason, param, retry_s
-
-
-class Load:
-    """Pairs in flight and the speed at which they are served. No locks: all calls come from one event loop.
-
-    The speed is an average over busy time, so idle time does not lower it. A first sample counts only under load
-    (LOADED_PAIRS in flight on average), a slower one only where calls waited (MAX_WAIT_S / 4 or more): a few small
-    calls, or the first one with its compilation, say nothing about what the engine can do.
-    """
-
-    def __init__(self, max_pairs: int, max_wait_s: float, first_pairs: int = FIRST_PAIRS, clock=time.monotonic):
-        self.max_pairs, self.max_wait_s, self.first_pairs = max_pairs, max_wait_s, first_pairs
-        self.in_flight = 0
-        self.pairs_per_s = 0.0  # 0 = not known yet
-        self._clock, self._last = clock, clock()
-        self._busy_s = self._pair_seconds = 0.0
-        self._served = 0
-
-    @property
-    def wait_s(self) -> float:
-        """Seconds until a pair that comes now would start, by what is in flight; 0 while the speed is unknown."""
-        return self.in_flight / self.pairs_per_s if self.pairs_per_s else 0.0
-
-    def check(self, n_pairs: int) -> None:
-        """Raise Refusal (429) if a call of n_pairs does not fit now. Into an idle process every call fits."""
-        if not self.in_flight:
-            return
-        limit = self.max_pairs or (self.first_pairs if self.max_wait_s and not self.pairs_per_s else 0)
-        work = f"{self.in_flight} pairs are in flight, about {self.wait_s:.1f} s of work"
-        advice = "send the call again after Retry-After seconds, or send fewer documents at a time"
-        if limit and self.in_flight + n_pairs > limit:
-            over_s = (self.in_flight + n_pairs - limit) / self.pairs_per_s if self.pairs_per_s else 1
-            message = f"the server is busy: {work}, and {n_pairs} more exceed the limit of {limit} pairs: {advice}"
-            raise Refusal(429, "pairs", message, retry_s=over_s)
-        if self.max_wait_s and self.wait_s > self.max_wait_s:
-            message = f"the server is busy: {work}, and calls wait {self.max_wait_s:g} s at most: {advice}"
-            raise Refusal(429, "wait", message, retry_s=self.wait_s - self.max_wait_s)
-
-    def take(self, n_pairs: int) -> None:
-        """Count a whole call in, or raise Refusal."""
-        self.check(n_pairs)
-        self._advance()
-        self.in_flight += n_pairs
-
-    def release(self, n_pairs: int, served: bool) -> None:
-        """Count a whole call out; served = it was answered with scores."""
-        self._advance()
-        self.in_flight -= n_pairs
-        self._served += n_pairs * served
-        if self._served and self._busy_s >= SAMPLE_S:
-            sample = self._served / self._busy_s
-            waited_s = self._pair_seconds / self._served  # Little's law
-            loaded = self._pair_seconds >= LOADED_PAIRS * self._busy_s
-            if not self.pairs_per_s:
-                self.pairs_per_s = sample if loaded else 0.0
-            elif sample > self.pairs_per_s or waited_s >= self.max_wait_s / 4:
-                self.pairs_per_s += EWMA_WEIGHT * (sample - self.pairs_per_s)
-            self._busy_s = self._pair_seconds = 0.0
-            self._served = 0
-
-    def _advance(self) -> None:
-        now = self._clock()
-        if self.in_flight:
-            self._busy_s += now - self._last
-            self._pair_seconds += self.in_flight * (now - self._last)
-        self._last = now
 
 
 class Call:
@@ -131,7 +55,9 @@ class Call:
         given = self.headers.get(b"x-request-id", b"")
         self.request_id = given if re.fullmatch(rb"[!-~]{1,128}", given) else uuid.uuid4().hex.encode()
         self.payload: dict = {}
+        self.mode = ""  # what happens to pairs that are too long: one of MODES; "" = vLLM's 400
         self.cut: list[int] = []  # documents of which the model sees a part only
+        self.split: Split | None = None
         self.start_s = time.perf_counter()
         self.status = 0  # 0 = no answer yet
         self.pairs = self.n_bytes = 0
@@ -163,7 +89,10 @@ class Guard:
         first_pairs = math.ceil((_setting("FIRST_PAIRS") or FIRST_PAIRS) / share)
         self.load = Load(max_pairs, _setting("MAX_WAIT_S", float), first_pairs)
         self.metrics = _metrics()
-        self.cut_long = os.environ.get("GUARD_LONG_DOCUMENTS") == "truncate"
+        self.long_mode = os.environ.get("GUARD_LONG_DOCUMENTS", "")
+        if self.long_mode not in ("", *MODES):
+            raise ValueError(f"GUARD_LONG_DOCUMENTS={self.long_mode!r} is unknown: allowed is {', '.join(MODES)}")
+        self.takes_instruction = os.environ.get("GUARD_TAKES_INSTRUCTION", "1") != "0"
         self.fitter = None  # made by the first scoring call, which is start's own probe
         self.worker = ThreadPoolExecutor(1, "guard-tokenizer")  # one thread: a fast tokenizer is not thread-safe
         self.draining = False
@@ -192,6 +121,11 @@ class Guard:
                 headers.append((b"x-request-id", call.request_id))
                 if call.cut:
                     headers.append((b"x-rerank-cut", ",".join(map(str, call.cut)).encode()))
+                if call.mode == "chunk":
+                    counts = call.split.counts if call.split else {}
+                    # Never empty: a proxy may drop an empty header, by which the client knows that windows were made.
+                    text = ",".join(f"{index}:{n}" for index, n in counts.items()) or "none"
+                    headers.append((b"x-rerank-windows", text.encode()))
                 message = {**message, "headers": headers}
             await send(message)
 
@@ -213,7 +147,8 @@ class Guard:
                     return None
                 body = await self._fit(scope, call, body)
                 scope = {**scope, "headers": _inner_headers(scope["headers"], call, len(body))}
-                return await self.app(scope, _replay(body, watched_receive), answer)
+                reply = self._merged(call.split, answer) if call.split else answer
+                return await self.app(scope, _replay(body, watched_receive), reply)
             return await self.app(scope, watched_receive, answer)
         except Refusal as exc:
             self.metrics.refusals.labels(exc.reason).inc()
@@ -253,7 +188,7 @@ class Guard:
         payload = parse(body)
         for name, value in payload.items():
             self._check_size(name, value, MAX_DEPTH)
-        changed = self._complete(payload)
+        changed = self._complete(call, payload)
         if changed or b"\\u" in body:
             try:
                 encoded = self.encode(payload)
@@ -273,24 +208,59 @@ class Guard:
         return body
 
     async def _fit(self, scope, call: Call, body: bytes) -> bytes:
-        """Cut texts that are too long for the model, as the family's reference does; X-Rerank-Cut names them.
-
-        A call that says max_tokens_per_doc: 0 is left whole: vLLM answers 400 to what is too long.
-        """
-        if not self.cut_long or call.payload.get("max_tokens_per_doc") == 0:
+        """Cut or split texts that are too long for the model; X-Rerank-Cut and X-Rerank-Windows tell."""
+        if call.mode not in ("truncate", "chunk"):
             return body
         loop = asyncio.get_running_loop()
         if self.fitter is None:
             self.fitter = await loop.run_in_executor(self.worker, _make_fitter, scope)
         if not self.fitter:
+            if call.mode == "chunk":
+                raise Refusal(422, "long", "this server cannot split documents: see its log", param="long_documents")
             return body
-        from long_documents import fit_payload, payload_fits_surely
-
         if payload_fits_surely(self.fitter, call.payload):
             return body
-        call.cut = await loop.run_in_executor(self.worker, fit_payload, self.fitter, call.payload)
+        if call.mode == "chunk":
+            call.split, call.cut = await loop.run_in_executor(self.worker, split_payload, self.fitter, call.payload)
+        else:
+            call.cut = await loop.run_in_executor(self.worker, fit_payload, self.fitter, call.payload)
+        if call.split:
+            self._take_windows(call)
         self.metrics.cut.inc(len(call.cut))
-        return self.encode(call.payload) if call.cut else body
+        return self.encode(call.payload)
+
+    def _take_windows(self, call: Call) -> None:
+        """Count a call's windows as pairs. It was let in by its documents: only their number is limited."""
+        n = len(call.split.owners)
+        if self.max_docs and n > self.max_docs:
+            limit = f"the limit is {self.max_docs} (MAX_DOCS_PER_CALL)"
+            text = f"the documents make {n} windows, {limit}: send fewer documents a call, or long_documents=truncate"
+            raise Refusal(413, "docs", text, param="long_documents")
+        self.load.add(n - call.pairs)
+        call.pairs = n
+        self._show_load()
+
+    def _merged(self, split: Split, send):
+        """A send() that holds vLLM's answer for windows until it is whole, and sends the documents' scores instead."""
+        start, chunks = {}, []
+
+        async def merged(message):
+            nonlocal start
+            if message["type"] == "http.response.start":
+                start = message
+                return
+            chunks.append(message.get("body", b""))
+            if message.get("more_body"):
+                return
+            body = b"".join(chunks)
+            if start["status"] == 200:
+                body = self.encode(merge_windows(split, json.loads(body)))
+            headers = [pair for pair in start.get("headers", ()) if pair[0].lower() != b"content-length"]
+            headers.append((b"content-length", str(len(body)).encode()))
+            await send({**start, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+
+        return merged
 
     async def _read(self, receive) -> bytes | None:
         chunks, size = [], 0
@@ -329,8 +299,8 @@ class Guard:
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 self._check_size(name, item, levels - 1, media or key in MEDIA_FIELDS)
 
-    def _complete(self, payload: dict) -> bool:
-        """Drop nulls, fill in defaults; True = payload has changed."""
+    def _complete(self, call: Call, payload: dict) -> bool:
+        """Drop nulls, take our own fields out, fill in defaults; True = payload has changed."""
         nulls = [name for name, value in payload.items() if value is None]
         for name in nulls:  # vLLM takes null for some fields only; langchain-cohere sends max_tokens_per_doc: null
             del payload[name]
@@ -340,9 +310,35 @@ class Guard:
                 "the scores wrong: send max_tokens_per_doc instead"
             )
             raise Refusal(422, "truncate", text, param="truncate_prompt_tokens")
+        more = payload.get("chat_template_kwargs")
+        if not self.takes_instruction and (
+            payload.get("instruction") or (isinstance(more, dict) and more.get("instruction"))
+        ):
+            text = "this model takes no instruction, and its score would not change: leave instruction out"
+            raise Refusal(422, "instruction", text, param="instruction")
+        asked = self._choose_mode(call, payload)
+        whole = call.mode == "chunk" or asked == "error"  # the default for documents would cut
         added = {name: value for name, value in self.defaults.items() if value and name not in payload}
+        if whole:
+            added.pop("max_tokens_per_doc", None)
         payload |= added
-        return bool(nulls or added)
+        return bool(nulls or added or asked)
+
+    def _choose_mode(self, call: Call, payload: dict) -> str | None:
+        """Set what happens to this call's long pairs; gives back what the call said itself."""
+        asked = payload.pop("long_documents", None)
+        if asked is not None and asked not in MODES:
+            text = f"long_documents={ascii(asked)[:40]} is unknown: allowed is {', '.join(MODES)}"
+            raise Refusal(422, "long", text, param="long_documents")
+        limit = payload.get("max_tokens_per_doc")
+        if asked in ("error", "chunk") and limit:
+            text = f"max_tokens_per_doc cuts documents: it excludes long_documents={asked}"
+            raise Refusal(422, "long", text, param="max_tokens_per_doc")
+        # max_tokens_per_doc: 0 says "whole, or an error" in vLLM's own words.
+        call.mode = asked or ("error" if limit == 0 and limit is not False else self.long_mode)
+        if call.mode == "chunk" and limit:  # the server's way, but this call asks for a cut
+            call.mode = "truncate"
+        return asked
 
     async def _ready(self, scope, receive, answer) -> None:
         """200 while the engine is healthy (vLLM's /health) and no stop is under way."""
@@ -416,43 +412,10 @@ class Guard:
         engine.shutdown = drain_then_stop
 
 
-def parse(body: bytes) -> dict:
-    """Strict JSON: one UTF-8 object, no repeated key, no NaN or infinity. Raises Refusal (400)."""
-    try:
-        payload = _DECODER.decode(body.decode("utf-8"))
-    except UnicodeDecodeError as exc:
-        raise Refusal(400, "json", f"the body is not UTF-8 text: {exc.reason} at byte {exc.start}") from exc
-    except RecursionError as exc:
-        raise Refusal(400, "json", f"the body is nested deeper than {MAX_DEPTH} levels") from exc
-    except ValueError as exc:
-        raise Refusal(400, "json", f"the body is not valid JSON: {exc}") from exc
-    if not isinstance(payload, dict):
-        raise Refusal(400, "json", 'the body is not a JSON object: send {"query": ..., "documents": [...]}')
-    return payload
-
-
-def _unique(pairs: list) -> dict:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):  # parsers differ in which of two equal keys they take
-        raise ValueError(f"a key stands there twice: {ascii([name for name, _ in pairs])[:200]}")
-    return fields
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):  # NaN, Infinity, 1e999
-        raise ValueError(f"{text[:20]} is not a finite number")
-    return value
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
-
-
 def _make_fitter(scope):
     """A long_documents.Fitter for the model that this process serves; False where it cannot be known."""
     try:
         from transformers import AutoTokenizer
-
-        from long_documents import Fitter
 
         served = scope["app"].state.serving_scores.io_processor  # vLLM's own, not a documented interface
         template, separate = getattr(served, "chat_template", None), served.name == "bi-encoder"

@@ -5,8 +5,9 @@
 
 Model: MODEL_PATH, through the same profile as the service. Input lines: {"query": ..., "document": ...,
 "instruction": optional, "id": optional}. Output, a line for each input line in the same order:
-{"line": N, "score": float, "id": ...} or {"line": N, "error": "...", "id": ...}; "cut": true when the pair was longer
-than MAX_MODEL_LEN and the model saw only its first part.
+{"line": N, "score": float, "id": ...} or {"line": N, "error": "...", "id": ...}. LONG_DOCUMENTS says what becomes of a
+pair longer than MAX_MODEL_LEN: truncate cuts it ("cut": true), error reports it, chunk gives it the best score of
+overlapping windows of its document ("windows": n).
 """
 
 import argparse
@@ -14,13 +15,16 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine_args import Plan, make_plan
 from env_utils import ConfigError, get_config
+from long_documents import Fitter
 
 EXAMPLE_QUERY = "What is the capital of China?"
 EXAMPLE_DOCUMENTS = (
@@ -116,6 +120,18 @@ class Result:
     score: float | None
     cut: bool = False
     error: str | None = None
+    windows: int = 1  # of which the score is the best
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """N pairs ready for the engine: what is scored for them, and for which of the N."""
+
+    n_pairs: int
+    owners: list[int]  # owners[i] = index of the pair that scored[i] is, or is a window of
+    scored: list[Pair]
+    prompts: list[Prompt]  # of `scored`; empty for embedding models
+    cut: set[int]  # indices of pairs whose query was cut beside its windows
 
 
 class OfflineReranker:
@@ -131,28 +147,47 @@ class OfflineReranker:
         # Copies of the model need a server in front of them; offline, one engine takes every pair.
         engine = {k: v for k, v in plan.engine.items() if k != "data_parallel_size"}
         self.plan = plan
+        self.embeds = plan.profile.reference == "embedding"
         self.encoder = PairEncoder(plan)
+        self.fitter = None
+        if plan.cfg.long_documents == "chunk":
+            # A tokenizer of its own: prepare() runs in another thread than _cosine(), and one is not thread-safe.
+            tokenizer, length = deepcopy(self.encoder.tokenizer), plan.engine["max_model_len"]
+            self.fitter = Fitter(tokenizer, plan.template, length, separate=self.embeds)
         self.llm = LLM(**engine)
 
     def score(self, pairs: list[Pair]) -> list[Result]:
         """Score N pairs; N results in the same order."""
         return self.run(self.prepare(pairs))
 
-    def prepare(self, pairs: list[Pair]) -> tuple[list[Pair], list[Prompt]]:
+    def prepare(self, pairs: list[Pair]) -> Prepared:
         """The part that needs no engine, so that a thread can do it while the engine runs."""
-        embedding = self.plan.profile.reference == "embedding"
-        return pairs, [] if embedding else self.encoder.encode([p for p in pairs if self._takes(p)])
+        owners, scored, cut = [], [], set()
+        for index, pair in enumerate(pairs):
+            if not self._takes(pair):
+                continue
+            parts = [pair]
+            if self.fitter:
+                query, windows, is_cut = self.fitter.windows(pair.query, pair.document, pair.instruction)
+                parts = [replace(pair, query=query, document=window) for window in windows]
+                cut |= {index} if is_cut else set()
+            owners += [index] * len(parts)
+            scored += parts
+        return Prepared(len(pairs), owners, scored, [] if self.embeds else self.encoder.encode(scored), cut)
 
-    def run(self, prepared: tuple[list[Pair], list[Prompt]]) -> list[Result]:
+    def run(self, prepared: Prepared) -> list[Result]:
         """Results of prepare()'s pairs, in their order."""
-        pairs, prompts = prepared
-        taken = [p for p in pairs if self._takes(p)]
-        if self.plan.profile.reference == "embedding":
-            results = iter(self._cosine(taken))
-        else:
-            results = iter(self._classify(prompts))
+        results = self._cosine(prepared.scored) if self.embeds else self._classify(prepared.prompts)
         refused = Result(None, error=f"profile {self.plan.profile.name} takes no instruction")
-        return [next(results) if self._takes(p) else refused for p in pairs]
+        out = [refused] * prepared.n_pairs
+        windows = Counter(prepared.owners)
+        for owner, result in zip(prepared.owners, results, strict=True):
+            if result.cut and self.plan.cfg.long_documents == "error":
+                limit = self.encoder.max_length
+                out[owner] = Result(None, error=f"longer than MAX_MODEL_LEN={limit} (LONG_DOCUMENTS=error)")
+            elif out[owner].score is None or result.score > out[owner].score:
+                out[owner] = replace(result, cut=result.cut or owner in prepared.cut, windows=windows[owner])
+        return out
 
     def __enter__(self):
         return self
@@ -290,7 +325,7 @@ def score_file(reranker: OfflineReranker, source: Path, output: Path, skip: int,
     return scored, failed
 
 
-def _ahead(reranker: OfflineReranker, chunks: Iterator[list]) -> Iterator[tuple[list, tuple]]:
+def _ahead(reranker: OfflineReranker, chunks: Iterator[list]) -> Iterator[tuple[list, Prepared]]:
     """Chunks with their prepared pairs; the next chunk is tokenized while the engine scores the present one."""
 
     def prepare_next():
@@ -308,7 +343,8 @@ def _ahead(reranker: OfflineReranker, chunks: Iterator[list]) -> Iterator[tuple[
 def _output_row(pair: Pair, result: Result) -> dict:
     row = {"line": pair.line}
     row |= {"error": result.error} if result.score is None else {"score": result.score}
-    return row | ({"cut": True} if result.cut else {}) | dict(pair.extra)
+    row |= {"cut": True} if result.cut else {}
+    return row | ({"windows": result.windows} if result.windows > 1 else {}) | dict(pair.extra)
 
 
 def example_pairs() -> list[Pair]:

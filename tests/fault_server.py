@@ -28,7 +28,7 @@ KEYS = {
     "/v1/rerank": ({"model": str, "query": str, "documents": list}, {"top_n": int}),
     "/v1/score": ({"model": str, "text_1": str, "text_2": list}, {}),
 }
-OPTIONAL = {"instruction": str, "max_tokens_per_doc": int}
+OPTIONAL = {"long_documents": str, "instruction": str, "max_tokens_per_doc": int}
 
 
 def score_of(query: str, document: str) -> float:

@@ -1,5 +1,6 @@
 """Texts that are too long: cut as the reference cuts, on every route; the caller learns which."""
 
+import asyncio
 import json
 import urllib.request
 
@@ -7,7 +8,7 @@ import pytest
 
 from engine_args import make_plan
 from env_utils import get_config
-from long_documents import Fitter, fit_payload, payload_fits_surely
+from long_documents import Fitter, fit_payload, merge_windows, payload_fits_surely, split_payload
 from vllm_usage import Pair
 from vllm_usage_tiny import qwen3_prompt_ids, reference_scores
 
@@ -86,7 +87,8 @@ def test_pairs_and_single_texts(checkpoints):
 def test_windows_cover_the_document_and_overlap(fitter):
     words = [f"w{n}" for n in range(150)]
     document = " ".join(words)
-    windows = fitter.windows("q", document)
+    query, windows, cut = fitter.windows("q", document)
+    assert (query, cut) == ("q", False)
     assert len(windows) > 3 and windows[0] == document[: len(windows[0])]
     position = 0
     for window in windows:
@@ -95,7 +97,79 @@ def test_windows_cover_the_document_and_overlap(fitter):
         position = start + len(window)
         assert len(fitter._ids("q", window, None)) <= LENGTH
     assert position == len(document)
-    assert fitter.windows("q", "short") == ["short"]
+    assert fitter.windows("q", "short") == ("q", ["short"], False)
+    assert fitter.windows("q", "") == ("q", [""], False)
+
+
+def test_windows_of_a_query_that_leaves_little_room(fitter):
+    query, windows, cut = fitter.windows("why " * 500, "7" * 500)
+    assert cut and windows == [""] and query in "why " * 500
+    room = LENGTH - len(fitter._ids("", "", None))
+    query, windows, cut = fitter.windows("7" * (room - 5), "x" * 50)  # five tokens are left for the document
+    assert not cut and query == "7" * (room - 5) and len(windows) > 10
+    assert all(len(fitter._ids(query, window, None)) <= LENGTH for window in windows)
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_windows_without_a_template(checkpoints, separate):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["bert"])
+    fitter = Fitter(tokenizer, None, 32, separate=separate)
+    words = ["capital", "of", "china", "gravity", "attracts", "bodies", "beijing"]
+    document = " ".join(words[i % 7] for i in range(90))
+    query, windows, cut = fitter.windows("query " * 50, document)
+    assert cut and len(windows) > 4 and query and query < "query " * 50
+    assert windows[0] == document[: len(windows[0])] and document.endswith(windows[-1])
+    for window in windows:
+        assert window in document
+        assert len(tokenizer(*((window,) if separate else (query, window)))["input_ids"]) <= 32
+
+
+def test_split_and_merge_give_each_document_its_best_window(fitter):
+    long = "7" * 300
+    n = len(fitter.windows("q", long)[1])
+    payload = {"query": "q", "documents": ["a", long, "b"], "top_n": 2}
+    split, cut = split_payload(fitter, payload)
+    assert (split.counts, cut, split.top_n) == ({1: n}, [], 2) and n > 3
+    assert "top_n" not in payload and len(payload["documents"]) == n + 2
+    assert payload["documents"][0] == "a" and payload["documents"][-1] == "b"
+    # Windows 1 to n belong to document 1; its best is window 2.
+    values = {0: 0.5, 2: 0.9, n + 1: 0.5}
+    rows = [
+        {"index": i, "relevance_score": values.get(i, 0.1), "document": {"text": text, "multi_modal": None}}
+        for i, text in enumerate(payload["documents"])
+    ]
+    merged = merge_windows(split, {"id": "x", "results": rows[::-1]})
+    assert [(row["index"], row["relevance_score"]) for row in merged["results"]] == [(1, 0.9), (0, 0.5)]
+    assert merged["results"][0]["document"] == {"text": long, "multi_modal": None} and merged["id"] == "x"
+
+    payload = {"text_1": ["q", "r"], "text_2": [long, "b"]}
+    split, _ = split_payload(fitter, payload)
+    assert payload["text_1"] == ["q"] * n + ["r"]
+    merged = merge_windows(split, {"data": [{"index": i, "score": -1.0 * i} for i in range(n + 1)]})
+    assert [(row["index"], row["score"]) for row in merged["data"]] == [(0, 0.0), (1, -1.0 * n)]
+
+    payload = {"text_1": "q", "text_2": long}
+    assert split_payload(fitter, payload)[0].counts == {0: n} and len(payload["text_2"]) == n
+    for payload in ({"query": "q", "documents": ["a"], "top_n": 1}, {"query": 5, "documents": [long]}):
+        before = dict(payload)
+        assert split_payload(fitter, payload) == (None, []) and payload == before
+    payload = {"query": "q", "documents": [long], "top_n": -1}
+    split_payload(fitter, payload)
+    assert payload["top_n"] == -1, "vLLM refuses it"
+
+
+def test_an_empty_document_of_a_pair_keeps_its_separator(checkpoints):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["bert"])
+    fitter = Fitter(tokenizer, None, 32)
+    payload = {"query": "q", "documents": ["a", ""]}
+    assert not payload_fits_surely(fitter, payload) and fit_payload(fitter, payload) == []
+    # vLLM calls the tokenizer with two strings; the reference (sentence-transformers) with two lists.
+    as_vllm = tokenizer(text="q", text_pair=payload["documents"][1])["input_ids"]
+    assert as_vllm == tokenizer(["q"], [""])["input_ids"][0] != tokenizer(text="q", text_pair="")["input_ids"]
 
 
 @pytest.mark.parametrize(
@@ -164,3 +238,38 @@ def test_client_learns_what_was_cut(service, monkeypatch):
         assert raw["_cut"] == [1, 2]
         with pytest.raises(RerankHTTPError, match="1024"):
             function("q", documents, base_url=f"{service.url}/v1", long_documents="error")
+
+
+@pytest.mark.server
+def test_chunk_scores_a_document_by_its_best_window(service, monkeypatch):
+    import env_utils
+    from model_utils import arerank, rerank, score
+
+    monkeypatch.setattr(env_utils, "_cache", {})
+    fitter = Fitter(*service_tokenizer_and_template(service), 1024)
+    documents = ["The capital of China is Beijing.", "word " * 3000 + "The capital of China is Beijing.", "中文" * 2000]
+    windows = [fitter.windows("capital of China", document)[1] for document in documents]
+    assert [len(w) > 2 for w in windows] == [False, True, True]
+    pairs = [Pair("capital of China", window) for w in windows for window in w]
+    reference = iter(reference_scores(service.model, "causal_yes_no", pairs, None, 1024))
+    expected = [max(next(reference) for _ in w) for w in windows]
+    cut = reference_scores(service.model, "causal_yes_no", [Pair("capital of China", d) for d in documents], None, 1024)
+    assert max(abs(a - b) for a, b in zip(expected, cut, strict=True)) > 1e-3, "another window must be the best"
+
+    told = {"base_url": f"{service.url}/v1", "long_documents": "chunk"}
+    calls = [rerank("capital of China", documents, **told), score("capital of China", documents, **told)]
+    calls.append(asyncio.run(arerank("capital of China", documents, **told)))
+    for items, scores, raw in calls:
+        assert scores == pytest.approx(expected, abs=1e-4)
+        assert raw["_windows"] == {i: len(w) for i, w in enumerate(windows) if len(w) > 1} and raw["_cut"] == []
+        assert [item.doc for item in items] == [documents[item.index] for item in items]
+    best = max(range(3), key=expected.__getitem__)
+    items, scores, raw = rerank("capital of China", documents, 1, **told)
+    assert [item.index for item in items] == [best] and len(raw["results"]) == 1
+    assert rerank("capital of China", documents[:1], **told)[2]["_windows"] == {}
+
+
+def service_tokenizer_and_template(service):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(service.model), make_plan(get_config(), service.model).template

@@ -114,8 +114,25 @@ def test_long_documents_error_forbids_cutting(client, serve):
     server = serve()
     client.rerank(QUERY, ["a"], base_url=server.url, long_documents="error")
     assert server.requests[0].json["max_tokens_per_doc"] == 0
+    assert "long_documents" not in server.requests[0].json  # a server without the guard obeys too
+    bare = {"model": "qwen3-reranker", "query": QUERY, "documents": ["a"]}
     client.rerank(QUERY, ["a"], base_url=server.url, long_documents="truncate")
-    assert "max_tokens_per_doc" not in server.requests[1].json
+    assert server.requests[1].json == {**bare, "long_documents": "truncate"}
+    client.rerank(QUERY, ["a"], base_url=server.url)
+    assert server.requests[2].json == bare
+
+
+def test_long_documents_chunk_names_what_was_split(client, serve):
+    """Windows of each part become those of the whole list; a server that does not say that it splits is an error."""
+    server = serve(default=reply(lambda request: request.results(), {"X-Rerank-Windows": "1:3,x,0:2,7:9"}))
+    for call in (client.rerank, client.score):
+        raw = call(QUERY, list("abc"), base_url=server.url, batch_size=2, long_documents="chunk")[2]
+        assert raw["_windows"] == {0: 2, 1: 3, 2: 2}
+    assert {request.json["long_documents"] for request in server.requests} == {"chunk"}
+    server = serve(default=reply(lambda request: request.results(), {"X-Rerank-Windows": "none"}))
+    assert client.rerank(QUERY, ["a"], base_url=server.url, long_documents="chunk")[2]["_windows"] == {}
+    with pytest.raises(RerankResponseError, match="splits no documents"):
+        client.rerank(QUERY, ["a"], base_url=serve().url, long_documents="chunk")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +202,9 @@ BAD = [
     ({"deadline_s": 1e300}, "deadline_s=1e+300"),
     ({"instruction": 5}, "instruction is a int"),
     ({"instruction": "\ud800"}, "instruction has a lone surrogate"),
-    ({"long_documents": "chunk"}, "long_documents='chunk'"),
+    ({"long_documents": "split"}, "long_documents='split'"),
+    ({"long_documents": []}, "long_documents=[]"),
+    ({"max_tokens_per_doc": 5, "long_documents": "chunk"}, "max_tokens_per_doc=5"),
     ({"batch_size": 0}, "batch_size=0"),
     ({"batch_size": 2.5}, "batch_size=2.5"),
     ({"max_tokens_per_doc": 0}, "max_tokens_per_doc=0"),

@@ -20,8 +20,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import guard_rules
 import server_guard
-from server_guard import Guard, Load, Refusal
+from guard_rules import Load, Refusal
+from server_guard import Guard
 
 pytest.importorskip("msgspec")  # both come with vLLM
 pytest.importorskip("prometheus_client")
@@ -119,6 +121,154 @@ def metric(name, **labels):
     from prometheus_client import REGISTRY
 
     return REGISTRY.get_sample_value(f"rerank_guard_{name}", labels) or 0.0
+
+
+# ---- long documents ----
+
+
+class Fake:
+    """Stands for long_documents.Fitter: texts above 4 characters are long, a window has 4."""
+
+    blank = ""
+
+    def fits_surely(self, query, document, instruction=None):
+        return len(document) <= 4
+
+    def fit(self, query, document, instruction=None, limit=0):
+        return query, document[:4], len(document) > 4
+
+    def windows(self, query, document, instruction=None):
+        return query, [document[i : i + 4] for i in range(0, len(document), 4)], False
+
+
+class Scorer(Inner):
+    """Scores a text by its last digit, as vLLM answers."""
+
+    async def __call__(self, scope, receive, send):
+        body = (await receive())["body"]
+        self.calls.append((scope["path"], dict(scope["headers"]), body))
+        rows = [
+            {"index": i, "relevance_score": int(text[-1]) / 10, "document": {"text": text}}
+            for i, text in enumerate(json.loads(body)["documents"])
+        ]
+        text = json.dumps({"results": rows}).encode()
+        await send(
+            {"type": "http.response.start", "status": self.status, "headers": [(b"content-length", b"%d" % len(text))]}
+        )
+        await send({"type": "http.response.body", "body": text[:9], "more_body": True})
+        await send({"type": "http.response.body", "body": text[9:]})
+
+
+@pytest.fixture
+def scorer(monkeypatch):
+    """(inner app, guard around it that knows when a text is long)."""
+
+    def make(default="truncate", status=200):
+        monkeypatch.setenv("GUARD_LONG_DOCUMENTS", default)
+        inner = Scorer(status)
+        guard = Guard(inner)
+        guard.fitter = Fake()
+        return inner, guard
+
+    return make
+
+
+LONG = {"query": "q", "documents": ["xxx1", "xxx2xxx9xxx3", "xxx5"]}
+
+
+@pytest.mark.parametrize(("default", "asked"), [("truncate", "chunk"), ("chunk", None), ("error", "chunk")])
+def test_chunk_answers_one_score_a_document(scorer, monkeypatch, default, asked):
+    monkeypatch.setenv("GUARD_MAX_TOKENS_PER_DOC", "3")  # would cut
+    inner, guard = scorer(default)
+    answer = one(guard, RERANK, {**LONG, "top_n": 2} | ({"long_documents": asked} if asked else {}))
+    assert json.loads(inner.calls[0][2]) == {"query": "q", "documents": ["xxx1", "xxx2", "xxx9", "xxx3", "xxx5"]}
+    rows = json.loads(answer.body)["results"]
+    assert [(r["index"], r["relevance_score"], r["document"]["text"]) for r in rows] == [
+        (1, 0.9, LONG["documents"][1]),
+        (2, 0.5, "xxx5"),
+    ]
+    assert answer.headers["x-rerank-windows"] == "1:3" and "x-rerank-cut" not in answer.headers
+    assert int(answer.headers["content-length"]) == len(answer.body)
+    assert guard.load.in_flight == 0
+    answer = one(guard, RERANK, {"query": "q", "documents": ["xxx1"], "long_documents": "chunk"})
+    assert answer.headers["x-rerank-windows"] == "none" and len(json.loads(answer.body)["results"]) == 1
+
+
+def test_chunk_counts_windows_and_limits_them(scorer, monkeypatch):
+    monkeypatch.setenv("GUARD_MAX_DOCS_PER_CALL", "5")
+    inner, guard = scorer("chunk")
+    before = metric("pairs_total")
+    assert one(guard, RERANK, LONG).status == 200
+    assert metric("pairs_total") == before + 5
+    answer = one(guard, RERANK, {"query": "q", "documents": ["x" * 24]})
+    assert answer.status == 413 and "6 windows" in answer.message and len(inner.calls) == 1
+    assert guard.load.in_flight == 0
+    _, guard = scorer("chunk", status=400)
+    answer = one(guard, RERANK, LONG)
+    assert answer.status == 400 and len(json.loads(answer.body)["results"]) == 5  # vLLM's own text
+
+
+@pytest.mark.parametrize(
+    ("default", "body", "documents_sent"),
+    [
+        ("truncate", {}, ["xxx1", "xxx2", "xxx5"]),
+        ("error", {}, LONG["documents"]),
+        ("error", {"long_documents": "truncate"}, ["xxx1", "xxx2", "xxx5"]),
+        ("chunk", {"long_documents": "truncate"}, ["xxx1", "xxx2", "xxx5"]),
+        ("truncate", {"long_documents": "error"}, LONG["documents"]),
+        ("truncate", {"max_tokens_per_doc": 0}, LONG["documents"]),
+        ("chunk", {"max_tokens_per_doc": 0}, LONG["documents"]),
+        ("chunk", {"max_tokens_per_doc": 9}, ["xxx1", "xxx2", "xxx5"]),
+    ],
+)
+def test_the_call_may_choose_what_happens_to_long_documents(scorer, default, body, documents_sent):
+    inner, guard = scorer(default)
+    answer = one(guard, RERANK, {**LONG, **body})
+    sent = json.loads(inner.calls[0][2])
+    assert sent["documents"] == documents_sent and "long_documents" not in sent
+    cut = documents_sent != LONG["documents"]
+    assert answer.headers.get("x-rerank-cut") == ("1" if cut else None)
+    assert "x-rerank-windows" not in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"long_documents": "split"}, "long_documents='split' is unknown: allowed is truncate, error, chunk"),
+        ({"long_documents": ["chunk"]}, "long_documents=['chunk'] is unknown"),
+        ({"long_documents": "chunk", "max_tokens_per_doc": 3}, "max_tokens_per_doc cuts documents"),
+        ({"long_documents": "error", "max_tokens_per_doc": 3}, "max_tokens_per_doc cuts documents"),
+    ],
+)
+def test_what_cannot_be_done_with_long_documents_is_refused(scorer, body, said):
+    inner, guard = scorer()
+    answer = one(guard, RERANK, {**LONG, **body})
+    assert answer.status == 422 and said in answer.message and not inner.calls
+
+
+def test_chunk_is_refused_where_the_tokenizer_is_not_known(scorer):
+    inner, guard = scorer()
+    guard.fitter = False
+    answer = one(guard, RERANK, {**LONG, "long_documents": "chunk"})
+    assert answer.status == 422 and "cannot split" in answer.message and not inner.calls
+    assert one(guard, RERANK, LONG).status == 200  # vLLM judges
+
+
+def test_a_wrong_mode_stops_the_server(monkeypatch):
+    monkeypatch.setenv("GUARD_LONG_DOCUMENTS", "cut")
+    with pytest.raises(ValueError, match="GUARD_LONG_DOCUMENTS='cut'"):
+        Guard(Inner())
+
+
+@pytest.mark.parametrize("body", [{"instruction": "Find"}, {"chat_template_kwargs": {"instruction": "Find"}}])
+def test_an_instruction_is_refused_by_a_model_that_takes_none(monkeypatch, body):
+    inner = Inner()
+    assert one(Guard(inner), RERANK, documents(**body)).status == 200
+    monkeypatch.setenv("GUARD_TAKES_INSTRUCTION", "0")
+    answer = one(Guard(inner), RERANK, documents(**body))
+    assert answer.status == 422 and "takes no instruction" in answer.message and len(inner.calls) == 1
+    for empty in ({"instruction": None}, {"instruction": ""}, {"chat_template_kwargs": {}}):
+        assert one(Guard(inner), RERANK, documents(**empty)).status == 200
 
 
 # ---- access ----
@@ -707,7 +857,7 @@ def test_load_learns_one_sample_at_a_time():
     load, clock = loaded()
     serve(load, clock, 100, 1.0)
     serve(load, clock, 200, 1.0)
-    assert load.pairs_per_s == pytest.approx(100 + server_guard.EWMA_WEIGHT * 100)
+    assert load.pairs_per_s == pytest.approx(100 + guard_rules.EWMA_WEIGHT * 100)
 
 
 def test_load_is_not_slowed_by_small_calls():

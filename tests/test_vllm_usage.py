@@ -125,14 +125,42 @@ def test_lines_done_refuses_another_file(tmp_path):
     assert other.read_text() == "something else\n"
 
 
-def test_score_refuses_an_instruction_where_there_is_none():
+class Windows:
+    """Stands for long_documents.Fitter: a window has 4 characters, a query 2."""
+
+    def windows(self, query, document, instruction):
+        return query[:2], [document[i : i + 4] for i in range(0, len(document), 4)], len(query) > 2
+
+
+def without_engine(long_documents="truncate", instruction=True):
+    """An OfflineReranker whose engine scores a document by its last character and cuts those above 4 characters."""
     reranker = object.__new__(vllm_usage.OfflineReranker)
-    profile = SimpleNamespace(instruction=False, name="cross_encoder", reference="sequence_classification")
-    reranker.plan = SimpleNamespace(profile=profile)
-    reranker.encoder = SimpleNamespace(encode=lambda pairs: pairs)
-    reranker._classify = lambda pairs: [Result(len(p.document)) for p in pairs]
-    results = reranker.score([Pair("q", "d"), Pair("q", "d", "do this"), Pair("q", "dd")])
-    assert [r.score for r in results] == [1, None, 2]
+    profile = SimpleNamespace(instruction=instruction, name="cross_encoder")
+    cfg = SimpleNamespace(long_documents=long_documents)
+    reranker.plan, reranker.embeds = SimpleNamespace(profile=profile, cfg=cfg), False
+    reranker.fitter = Windows() if long_documents == "chunk" else None
+    reranker.encoder = SimpleNamespace(encode=lambda pairs: pairs, max_length=4)
+    reranker._classify = lambda pairs: [Result(ord(p.document[-1]) - ord("a"), len(p.document) > 4) for p in pairs]
+    return reranker
+
+
+def test_chunk_keeps_the_best_window():
+    pairs = [Pair("q", "b"), Pair("q", "xxxbxxxdxxxc"), Pair("long", "xxxexxxd"), Pair("q", "a")]
+    results = without_engine("chunk").score(pairs)
+    assert [(r.score, r.windows, r.cut) for r in results] == [(1, 1, False), (3, 3, False), (4, 2, True), (0, 1, False)]
+    assert vllm_usage._output_row(pairs[2], results[2]) == {"line": 0, "score": 4, "cut": True, "windows": 2}
+
+
+def test_error_reports_what_would_be_cut():
+    results = without_engine("error").score([Pair("q", "b"), Pair("q", "xxxxxxb")])
+    assert [r.score for r in results] == [1, None] and "longer than MAX_MODEL_LEN=4" in results[1].error
+    assert [r.score for r in without_engine("truncate").score([Pair("q", "xxxxxxb")])] == [1]
+
+
+def test_score_refuses_an_instruction_where_there_is_none():
+    reranker = without_engine(instruction=False)
+    results = reranker.score([Pair("q", "d"), Pair("q", "d", "do this"), Pair("q", "de")])
+    assert [r.score for r in results] == [3, None, 4]
     assert results[1].error == "profile cross_encoder takes no instruction"
 
 
