@@ -3,12 +3,14 @@
 `python engine_args.py cfg` explains them, `python engine_args.py exec` becomes the server.
 """
 
+import ipaddress
 import json
 import os
 import re
 import shlex
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -293,6 +295,9 @@ def serve_args(plan: Plan) -> list[str]:
         args += ["--chat-template", str(_template_file(plan))]
     if cfg.api_server_count:
         args += ["--api-server-count", str(cfg.api_server_count)]
+    if cfg.ssl_certfile:
+        certificate, key = _tls_files(cfg)
+        args += ["--ssl-certfile", certificate, "--ssl-keyfile", key]
     if cfg.guard:
         args += ["--middleware", "server_guard.Guard"]
     args += ["--shutdown-timeout", str(cfg.stop_timeout_s), "--disable-uvicorn-access-log"]
@@ -344,8 +349,8 @@ def vllm_command() -> str:
     return found
 
 
-def become_server(plan: Plan) -> None:
-    """Replace this process by `vllm serve`. The API key travels in the environment, not in the process list."""
+def server_command(plan: Plan) -> tuple[list[str], dict[str, str]]:
+    """(argv, environment) of `vllm serve`. The API key travels in the environment, not in the process list."""
     args = serve_args(plan)
     if plan.cfg.instruction and plan.template is not None:
         plan.cfg.log_path.mkdir(parents=True, exist_ok=True)
@@ -358,8 +363,40 @@ def become_server(plan: Plan) -> None:
     if plan.cfg.api_key:
         env["VLLM_API_KEY"] = plan.cfg.api_key
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(KIT_DIR), env.get("PYTHONPATH")]))
-    command = vllm_command()
-    os.execve(command, [command, *args], env)
+    return [vllm_command(), *args], env
+
+
+def become_server(plan: Plan) -> None:
+    """Replace this process by `vllm serve`."""
+    command, env = server_command(plan)
+    os.execve(command[0], command, env)
+
+
+def check_network(cfg: EnvConfig) -> None:
+    """Raise ConfigError for a service that strangers could use, and for TLS files that cannot be read."""
+    try:
+        own = ipaddress.ip_address(cfg.host).is_loopback
+    except ValueError:
+        own = cfg.host == "localhost"
+    if not own and not (cfg.api_key and cfg.guard) and not cfg.allow_no_key:
+        lacks = "there is no API_KEY" if not cfg.api_key else "with GUARD=0 vLLM asks for the key on /v1 paths only"
+        raise ConfigError(
+            f"HOST={cfg.host} opens the service to the network, and {lacks}: set API_KEY or API_KEY_FILE and GUARD=1, "
+            "or ALLOW_NO_KEY=1 where the network itself keeps strangers out"
+        )
+    if bool(cfg.ssl_certfile) != bool(cfg.ssl_keyfile):
+        raise ConfigError("SSL_CERTFILE and SSL_KEYFILE belong together: set both, or none")
+    if cfg.ssl_certfile:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*_tls_files(cfg))
+        except (OSError, ValueError) as exc:
+            files = f"SSL_CERTFILE={cfg.ssl_certfile!r} SSL_KEYFILE={cfg.ssl_keyfile!r}"
+            raise ConfigError(f"{files} cannot be used: {exc.strerror or exc}") from exc
+
+
+def _tls_files(cfg: EnvConfig) -> tuple[str, str]:
+    """Paths of certificate and key; relative ones lie beside the kit."""
+    return tuple(str(KIT_DIR / Path(name).expanduser()) for name in (cfg.ssl_certfile, cfg.ssl_keyfile))
 
 
 def check_port(cfg: EnvConfig) -> None:
@@ -378,9 +415,9 @@ def check_port(cfg: EnvConfig) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """`cfg` explains, `check` validates, `vllm` names the release, `exec` and `daemon` become the server."""
-    if len(argv) != 1 or argv[0] not in ("cfg", "check", "vllm", "exec", "daemon"):
-        print("usage: engine_args.py cfg | check | vllm | exec | daemon", file=sys.stderr)
+    """`cfg` explains, `check` validates, `vllm` names the release, `exec` becomes the server."""
+    if len(argv) != 1 or argv[0] not in ("cfg", "check", "vllm", "exec"):
+        print("usage: engine_args.py cfg | check | vllm | exec", file=sys.stderr)
         return 2
     try:
         if argv[0] == "vllm":
@@ -392,10 +429,9 @@ def main(argv: list[str]) -> int:
         elif argv[0] == "check":
             vllm_command()
             serve_args(plan)
+            check_network(plan.cfg)
             check_port(plan.cfg)
         else:
-            if argv[0] == "daemon":
-                os.setsid()  # an own session: a closing terminal does not reach it, and stop finds all that is in it
             become_server(plan)
     except NoVllm as exc:
         print(f"ConfigError: {exc}", file=sys.stderr)

@@ -49,6 +49,15 @@ class EnvConfig:
     log_dir: str = _key("log", "folder of logs and PID files; relative to the kit", "service")
     start_timeout_s: int = _key(900, "seconds that start waits for a scored probe", "service", low=1)
     stop_timeout_s: int = _key(30, "seconds that calls in flight get to finish on stop", "service", low=0)
+    restart: str = _key("yes", "yes: a server that died or hangs is started again; no: it stays down (systemd and Kubernetes restart by themselves)", "service", choices=("yes", "no"))
+    restart_max: int = _key(5, "most restarts in RESTART_WINDOW_S; then the service stays down", "service", low=0)
+    restart_window_s: int = _key(600, "seconds within which restarts are counted", "service", low=1)
+    health_timeout_s: int = _key(120, "seconds without any score after which a server counts as hung; 0 = never", "service", low=0)
+    log_max_mib: int = _key(100, "MiB above which the log is rotated while the server runs; 0 = never", "service", low=0)
+    log_keep: int = _key(5, "old logs that are kept", "service", low=0, high=1000)
+    allow_no_key: int = _key(0, "1: a HOST that others reach is served without a key", "service", low=0, high=1)
+    ssl_certfile: str | None = _key(None, "TLS certificate (PEM, with its chain); needs SSL_KEYFILE", "service")
+    ssl_keyfile: str | None = _key(None, "private key of SSL_CERTFILE (PEM)", "service")
     startup_check: int = _key(1, "1: start checks prompt, head and known answers before it says ready; 0: a scored probe only", "service", low=0, high=1)
     cuda_visible_devices: str | None = _key(None, "GPUs to use, e.g. 0,1; unset: the first TP x DP", "gpu")
     tp: int = _key(1, "tensor parallel size: one model over several GPUs", "gpu", low=1)
@@ -86,7 +95,8 @@ class EnvConfig:
         """Base URL of the service that this configuration starts, without a trailing slash."""
         # An address to listen on everywhere is not one to connect to.
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}/v1" if ":" in host else f"http://{host}:{self.port}/v1"
+        scheme = "https" if self.ssl_certfile else "http"
+        return f"{scheme}://[{host}]:{self.port}/v1" if ":" in host else f"{scheme}://{host}:{self.port}/v1"
 
     @property
     def local_base_url(self) -> str:

@@ -42,6 +42,8 @@ ERROR_TYPES = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoun
 ERROR_TYPES |= {422: "UnprocessableEntityError", 429: "TooManyRequestsError", 503: "ServiceUnavailableError"}
 
 logger = logging.getLogger("vllm.server_guard")  # below "vllm": its handler and level
+# vLLM 0.32 warns at each call of /v1/score (api_router.py) that the route is not part of OpenAI's API.
+SCORE_LOGGER, SCORE_WARNING = "vllm.entrypoints.pooling.scoring.api_router", "Score API is not part of standard OpenAI"
 
 
 class Call:
@@ -89,6 +91,7 @@ class Guard:
         first_pairs = math.ceil((_setting("FIRST_PAIRS") or FIRST_PAIRS) / share)
         self.load = Load(max_pairs, _setting("MAX_WAIT_S", float), first_pairs)
         self.metrics = _metrics()
+        logging.getLogger(SCORE_LOGGER).addFilter(_once(SCORE_WARNING))
         self.long_mode = os.environ.get("GUARD_LONG_DOCUMENTS", "")
         if self.long_mode not in ("", *MODES):
             raise ValueError(f"GUARD_LONG_DOCUMENTS={self.long_mode!r} is unknown: allowed is {', '.join(MODES)}")
@@ -439,6 +442,20 @@ def _setting(name: str, kind=int):
     if not 0 <= value < math.inf:
         raise ValueError(f"GUARD_{name}={text!r} is not {'an integer' if kind is int else 'a number'} of 0 or more")
     return value
+
+
+@functools.cache  # one filter a process, however often the class is made
+def _once(text: str):
+    """A logging filter that lets the first record with this text pass, and all records without it."""
+    seen = False
+
+    def passes(record: logging.LogRecord) -> bool:
+        nonlocal seen
+        found, before = text in record.getMessage(), seen
+        seen = seen or found
+        return not (found and before)
+
+    return passes
 
 
 def _inner_headers(headers, call: Call, length: int) -> list:

@@ -1,12 +1,15 @@
-"""Is the service of this configuration ready, loading or dead, and why? Asked by start_rerank.sh.
+"""Is the service of this configuration ready, loading or dead, and why? Asked by start_rerank.sh and supervisor.py.
 
-Standard library only, and one process for a whole wait: the machine is busy loading the model.
+Standard library only, and one process for a whole wait: the machine is busy loading the model. service_status.py shows
+the whole picture.
 """
 
 import http.client
 import json
 import os
 import re
+import socket
+import ssl
 import sys
 import time
 from pathlib import Path
@@ -64,7 +67,8 @@ CAUSES = (
     (r"ConfigError: .*", "the configuration cannot be used"),
     (r"(?m)^(?!.*initialization failed\. See root cause above).*\b\w*(?:Error|Exception): .+$", "an error in vLLM"),
 )
-QUIET = re.compile(r"^(\(\w[\w -]* pid=\d+\) )?(DEBUG|INFO|WARNING) ", re.MULTILINE)
+START_MARK = re.compile(r"^\[kit\] \S+ start ", re.MULTILINE)  # supervisor.py, before each start
+QUIET = re.compile(r"^(\(\w[\w -]* pid=\d+\) )?(DEBUG|INFO|WARNING) |^\[kit\] ", re.MULTILINE)
 
 
 def request(
@@ -79,7 +83,12 @@ def request(
         OSError or http.client.HTTPException: no answer.
     """
     url = urlsplit(cfg.service_url)
-    connection = http.client.HTTPConnection(url.hostname, url.port, timeout=timeout_s)
+    if url.scheme == "https":
+        # The certificate has the name that clients use; this goes to the host's own port.
+        context = ssl._create_unverified_context()
+        connection = http.client.HTTPSConnection(url.hostname, url.port, timeout=timeout_s, context=context)
+    else:
+        connection = http.client.HTTPConnection(url.hostname, url.port, timeout=timeout_s)
     headers = {"Content-Type": "application/json"}
     if cfg.api_key:
         headers["Authorization"] = f"Bearer {cfg.api_key}"
@@ -111,6 +120,37 @@ def probe(cfg: EnvConfig, timeout_s: float = 60.0) -> str | None:
     return None
 
 
+def listens(cfg: EnvConfig) -> bool:
+    """Something accepts connections on the service's port."""
+    url = urlsplit(cfg.service_url)
+    try:
+        with socket.create_connection((url.hostname, url.port), timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+def metrics(cfg: EnvConfig) -> dict[str, float]:
+    """Sums of the server's metrics over their labels, by name; empty without an answer."""
+    try:
+        status, data = request(cfg, "GET", "/metrics")
+    except (OSError, http.client.HTTPException):
+        return {}
+    out: dict[str, float] = {}
+    for line in data.decode("utf-8", "replace").splitlines() if status == 200 else ():
+        match = re.fullmatch(r"([a-z_:]+)(?:\{.*\})? (\S+)", line)
+        if match:
+            out[match[1]] = out.get(match[1], 0.0) + float(match[2])
+    return out
+
+
+def progress(cfg: EnvConfig) -> float | None:
+    """A number that grows while the server scores: pairs answered and engine steps; None = it does not tell."""
+    now = metrics(cfg)
+    found = [now[name] for name in ("rerank_guard_pairs_total", "vllm:prompt_tokens_total") if name in now]
+    return sum(found) if found else None
+
+
 def phase(log_text: str) -> str:
     """What the server is doing, from its log so far."""
     found = "importing vLLM"
@@ -137,21 +177,69 @@ def root_cause(log_text: str) -> str:
 
 
 def read_log(path: Path, limit: int = 4_000_000) -> str:
-    """The last `limit` bytes of a log; empty if there is none yet."""
+    """The log since the last start, its last `limit` bytes at most; empty if there is none yet."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - limit))
-            return file.read().decode("utf-8", "replace")
+            text = file.read().decode("utf-8", "replace")
     except OSError:
         return ""
+    marks = list(START_MARK.finditer(text))
+    return text[marks[-1].start() :] if marks else text
+
+
+def pid_file(cfg: EnvConfig) -> Path:
+    """Two numbers: PID and start time of the supervisor, which leads the service's session."""
+    return cfg.log_path / f"rerank-{cfg.port}.pid"
+
+
+def state_file(cfg: EnvConfig) -> Path:
+    """What supervisor.py knows, as JSON."""
+    return cfg.log_path / f"rerank-{cfg.port}.state"
+
+
+def log_file(cfg: EnvConfig) -> Path:
+    """Output of the server and its supervisor."""
+    return cfg.log_path / f"rerank-{cfg.port}.log"
+
+
+def supervised_state(cfg: EnvConfig, pid: int) -> str | None:
+    """The state by the supervisor `pid`; None when that process writes none (start_rerank.sh run)."""
+    try:
+        known = json.loads(state_file(cfg).read_text("utf-8"))
+        return known["state"] if known["pid"] == pid else None
+    except (OSError, ValueError, LookupError):
+        return None
+
+
+def stat_fields(pid: int) -> list[str]:
+    """/proc/PID/stat from the state letter on; empty when there is no such process."""
+    try:
+        # The name may hold spaces and brackets; count from behind it.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def born(pid: int) -> int | None:
+    """Start time in clock ticks: with the PID it names one process for ever. None for what is dead or a zombie."""
+    fields = stat_fields(pid)
+    return int(fields[19]) if fields and fields[0] not in ("Z", "X") else None
+
+
+def session_pids(session: int) -> list[int]:
+    """PIDs of the living processes of a session."""
+    out = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        fields = stat_fields(int(folder.name))
+        if fields and fields[0] not in ("Z", "X") and int(fields[3]) == session:
+            out.append(int(folder.name))
+    return sorted(out)
 
 
 def is_alive(pid: int) -> bool:
     """The process exists and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except (OSError, IndexError):
-        return False
+    return born(pid) is not None
 
 
 def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
@@ -163,7 +251,7 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
         READY, DIED or LOADING.
     """
     begin = time.monotonic()
-    shown, shown_at, last = "", -10.0, "no answer yet"
+    shown, shown_at, last, answered = "", -10.0, "no answer yet", 0.0
     while True:
         waited = time.monotonic() - begin
         if not is_alive(pid):
@@ -171,10 +259,13 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
             print(f"[ERR] died after {waited:.0f} s: {cause}", file=sys.stderr)
             return DIED
         now = phase(read_log(log)) if log.is_file() else "loading"
-        # A port that does not answer yet must not cost a scored probe.
-        if now in ("opening the port", "warming up") or waited > 10:
+        if listens(cfg):  # a server that loads must not be asked for scores
             last = probe(cfg)
-            if last is None:
+            answered = answered or (time.monotonic() if last is None else 0.0)
+            # A supervisor must have seen it too: a death before that is a failed start to it. Where it cannot say so
+            # (full disk), its silence does not count for long.
+            seen = supervised_state(cfg, pid) in ("ready", None) or time.monotonic() - answered > 5
+            if last is None and seen:
                 print(f"ready after {time.monotonic() - begin:.0f} s")
                 return READY
         if now != shown or waited - shown_at >= 15:

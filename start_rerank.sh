@@ -1,8 +1,9 @@
 #!/bin/sh
 # The reranker service: set up, start, watch and stop one `vllm serve`.
-#   sh start_rerank.sh setup|demo|start|run|stop|restart|status|check|tail|cfg|python|help
-# setup installs, demo shows all of it once, run serves in the foreground, check proves the scores (--reference: against
-# transformers), cfg explains the settings and the command, python prints the Python that serves.
+#   sh start_rerank.sh setup|demo|start|run|stop|restart|wait|status|check|tail|cfg|python|help
+# setup installs, demo shows all of it once, run serves in the foreground, wait blocks until ready or dead, status tells
+# (--json), check proves the scores (--reference: against transformers), cfg explains the settings and the command, python
+# prints the Python that serves.
 # Settings: environment > .env > default, see .env.example. Values come from env_utils.py, never from here.
 # Exit codes: 0 done, 1 failed, 2 usage, 5 vllm not installed, 6 not configured;
 # status: 0 ready, 1 dead with a PID file, 3 not running, 150 alive but loading.
@@ -56,6 +57,7 @@ load_config() {
   eval "$values"
   "$PY" "$KIT/env_utils.py" warnings | while read -r line; do [ -z "$line" ] || warn "$line"; done
   PID_FILE=$LOG_DIR/rerank-$PORT.pid
+  STATE_FILE=$LOG_DIR/rerank-$PORT.state
   LOCK_FILE=$LOG_DIR/rerank-$PORT.lock
   LOG_FILE=$LOG_DIR/rerank-$PORT.log
 }
@@ -75,14 +77,14 @@ born() {
   [ "$1" != Z ] && shift 19 && printf '%s\n' "$1"
 }
 
-# PID of our server; fails if it is gone or the PID belongs to another process now.
+# PID of our supervisor; fails if it is gone or the PID belongs to another process now.
 server_pid() {
   [ -f "$PID_FILE" ] || return 1
   read -r pid since <"$PID_FILE" || return 1
   [ -n "$since" ] && [ "$(born "$pid")" = "$since" ] && printf '%s\n' "$pid"
 }
 
-# PIDs of our server's session: it, its engine and its workers, also when the server itself is gone already.
+# PIDs of our session: supervisor, server, engine and workers, also when the supervisor itself is gone already.
 session_pids() {
   [ -f "$PID_FILE" ] || return 0
   read -r pid since <"$PID_FILE" || return 0
@@ -187,15 +189,19 @@ do_start() {
     say "already running: PID $pid, $SERVICE_URL"
     return 0
   fi
+  if pid=$("$PY" "$KIT/service_status.py" server-pid); then
+    die 1 "PID $pid serves without its supervisor, which was killed: run \"sh start_rerank.sh restart\""
+  fi
   if [ -n "$(session_pids)" ]; then
     warn "killing what a dead server left: $(session_pids | tr '\n' ' ')"
     kill_session || die 1 "processes do not end: $(session_pids | tr '\n' ' ')"
   fi
   rm -f "$PID_FILE"
   "$PY" "$KIT/engine_args.py" check || exit $?
-  [ ! -f "$LOG_FILE" ] || mv -f "$LOG_FILE" "$LOG_FILE.1"
+  "$PY" "$KIT/supervisor.py" rotate || die 1 "$LOG_FILE cannot be rotated"
   (umask 077; : >"$LOG_FILE") || die 1 "$LOG_FILE cannot be written"
-  "$PY" "$KIT/engine_args.py" daemon </dev/null >>"$LOG_FILE" 2>&1 &
+  rm -f "$STATE_FILE"
+  "$PY" "$KIT/supervisor.py" </dev/null >>"$LOG_FILE" 2>&1 &
   pid=$!
   printf '%s %s\n' "$pid" "$(born "$pid")" >"$PID_FILE"
   say "starting: PID $pid, log $LOG_FILE"
@@ -205,7 +211,7 @@ do_start() {
       if [ "$STARTUP_CHECK" = 1 ] && ! "$PY" "$KIT/check_rerank.py" --quiet >&2; then
         err "the service answers, but its scores cannot be right: stopped (STARTUP_CHECK=0 starts it all the same)"
         kill_session
-        rm -f "$PID_FILE"
+        rm -f "$PID_FILE" "$STATE_FILE"
         return 1
       fi
       say "ready: $SERVICE_URL (model name $SERVED_MODEL_NAME)"
@@ -214,9 +220,9 @@ do_start() {
     130) warn "interrupted; the server goes on loading, \"stop\" ends it"; return 130 ;;
     *)
       err "the last lines of $LOG_FILE:"
-      tail -n 15 "$LOG_FILE" >&2
+      grep -v '^\[kit\]' "$LOG_FILE" | tail -n 15 >&2
       kill_session
-      rm -f "$PID_FILE"
+      rm -f "$PID_FILE" "$STATE_FILE"
       return 1
       ;;
   esac
@@ -234,38 +240,34 @@ kill_session() {
 do_stop() {
   take_lock
   if [ ! -f "$PID_FILE" ]; then say "not running"; return 0; fi
-  if pid=$(server_pid); then
+  # Without its supervisor, the server itself is told to stop.
+  pid=$(server_pid) || pid=$("$PY" "$KIT/service_status.py" server-pid) || pid=
+  if [ -n "$pid" ]; then
     say "stopping PID $pid: calls in flight get $STOP_TIMEOUT_S s"
-    # TERM goes to the server alone: it drains and then ends its engine. KILL there would orphan the GPU workers.
+    # TERM goes to one process, the supervisor, which tells the server alone; that drains and then ends its engine. TERM
+    # to the group loses every call in flight, and KILL on the server orphans the GPU workers.
+    since=$(born "$pid")
     kill -TERM "$pid"
     waited=0
-    while [ "$waited" -lt $((STOP_TIMEOUT_S + 10)) ] && server_pid >/dev/null; do sleep 1; waited=$((waited + 1)); done
+    while [ "$waited" -lt $((STOP_TIMEOUT_S + 20)) ] && [ "$(born "$pid")" = "$since" ]; do sleep 1; waited=$((waited + 1)); done
   fi
   if [ -n "$(session_pids)" ]; then
     sleep 2
     [ -z "$(session_pids)" ] || warn "killing what is left: $(session_pids | tr '\n' ' ')"
     kill_session || die 1 "processes do not end: $(session_pids | tr '\n' ' ')"
   fi
-  rm -f "$PID_FILE"
+  rm -f "$PID_FILE" "$STATE_FILE"
   say "stopped"
 }
 
-do_status() {
-  if pid=$(server_pid); then
-    if state=$("$PY" "$KIT/service_health.py" probe); then
-      say "ready: PID $pid, $SERVICE_URL, model name $SERVED_MODEL_NAME"
-      return 0
-    fi
-    say "alive but not ready: PID $pid, $state"
-    return 150
-  fi
-  if [ -f "$PID_FILE" ]; then
-    say "dead: $("$PY" "$KIT/service_health.py" why "$LOG_FILE")"
-    return 1
-  fi
-  say "not running"
-  return 3
+do_wait() {
+  [ -f "$PID_FILE" ] || { say "not running"; return 3; }
+  pid=$(server_pid) || { do_status "$@"; return; }
+  "$PY" "$KIT/service_health.py" wait "$pid" "$LOG_FILE"
+  case $? in 0) return 0 ;; 4) return 150 ;; 130) return 130 ;; *) return 1 ;; esac
 }
+
+do_status() { "$PY" "$KIT/service_status.py" "$@"; }
 
 do_tail() {
   [ -f "$LOG_FILE" ] || die 1 "no log yet: $LOG_FILE"
@@ -306,16 +308,16 @@ do_demo() {
   say "The service runs on at $SERVICE_URL. Stop it with: sh start_rerank.sh stop"
 }
 
-usage() { sed -n '2,8s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
 
 main() {
   case "$#:$*" in
-    1:* | "2:check --reference") ;;
+    1:* | "2:check --reference" | "2:status --json") ;;
     *) usage >&2; exit 2 ;;
   esac
   case $1 in help | -h | --help) usage; exit 0 ;; esac
   case $1 in
-    setup | demo | start | stop | restart | status | check | tail | cfg | run | python) ;;
+    setup | demo | start | stop | restart | wait | status | check | tail | cfg | run | python) ;;
     *) err "unknown action: $1"; usage >&2; exit 2 ;;
   esac
   find_python
@@ -323,7 +325,7 @@ main() {
   load_config
   case $1 in
     restart) do_stop && rm -f "$LOCK_FILE" && do_start ;;
-    check) shift; do_check "$@" ;;
+    check | status) action=$1; shift; "do_$action" "$@" ;;
     *) "do_$1" ;;
   esac
 }

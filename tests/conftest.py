@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -114,6 +115,18 @@ def service(checkpoints, tmp_path_factory):
     yield Service(settings["PORT"], checkpoints["qwen3"], settings)
     stopped = run_kit("stop", **settings)
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+
+
+@pytest.fixture
+def kit(tmp_path, checkpoints):
+    """The kit with the stand-in (fake_kit.py); nothing of it outlives the test."""
+    from fake_kit import FakeKit, session_of
+
+    made = FakeKit(tmp_path, checkpoints["qwen3"])
+    yield made
+    pids = session_of(made.pid) if made.pid_file.exists() else []
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture

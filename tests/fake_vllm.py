@@ -1,5 +1,7 @@
 """Stand-in for the vllm program, for ends that the real one reaches rarely. FAKE_MODE says what it does:
-ok, die (with FAKE_LOG on stderr), slow (never ready), stubborn (ignores TERM), family (a child outlives it)."""
+ok, die (with FAKE_LOG on stderr), slow (never ready), stubborn (ignores TERM), family (a child outlives it).
+It dies at start while the file FAKE_DIE exists, and refuses calls with 429 while FAKE_BUSY does; its counters grow then
+only if that file says so."""
 
 import json
 import os
@@ -8,8 +10,11 @@ import subprocess
 import sys
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 MODE = os.environ.get("FAKE_MODE", "ok")
+DIE, BUSY = (os.environ.get(name, "/nonexistent") for name in ("FAKE_DIE", "FAKE_BUSY"))
+pairs = 0
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -22,13 +27,24 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
-        self.answer(200, {})
+        global pairs
+        if self.path != "/metrics":
+            return self.answer(200, {})
+        if os.path.exists(BUSY) and "grow" in Path(BUSY).read_text():
+            pairs += 1
+        data = f'rerank_guard_pairs_total {pairs}\nvllm:num_requests_running{{engine="0"}} 2.0\n'.encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         key = os.environ.get("VLLM_API_KEY")
         if key and self.headers.get("Authorization") != f"Bearer {key}":
             return self.answer(401, {"error": "no key"})
+        if os.path.exists(BUSY):
+            return self.answer(429, {"error": "busy"})
         results = [
             {"index": i, "relevance_score": 0.5, "document": {"text": d}} for i, d in enumerate(body["documents"])
         ]
@@ -43,7 +59,7 @@ def main():
     if os.environ.get("FAKE_ARGS"):
         with open(os.environ["FAKE_ARGS"], "w") as file:
             json.dump({"args": args, "env": dict(os.environ)}, file)
-    if MODE == "die":
+    if MODE == "die" or os.path.exists(DIE):
         print(os.environ.get("FAKE_LOG", "RuntimeError: boom"), file=sys.stderr)
         return 1
     if MODE == "slow":

@@ -271,6 +271,24 @@ def test_an_instruction_is_refused_by_a_model_that_takes_none(monkeypatch, body)
         assert one(Guard(inner), RERANK, documents(**empty)).status == 200
 
 
+# ---- log ----
+
+
+def test_the_warning_of_every_score_call_is_logged_once(caplog):
+    server_guard._once.cache_clear()
+    log = logging.getLogger(server_guard.SCORE_LOGGER)
+    log.filters.clear()
+    for _ in range(2):
+        Guard(Inner())
+    for _ in range(3):
+        log.warning("To indicate that %s API, we have moved it", server_guard.SCORE_WARNING)
+        log.warning("another warning")
+    texts = [record.getMessage() for record in caplog.records]
+    assert sum(server_guard.SCORE_WARNING in text for text in texts) == 1
+    assert texts.count("another warning") == 3
+    log.filters.clear()
+
+
 # ---- access ----
 
 

@@ -12,81 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import KIT, free_port, http, kit_environment, run_kit
-
-FAKE = Path(__file__).parent / "fake_vllm.py"
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def session_of(pid: int) -> list[int]:
-    """PIDs in the session that `pid` leads or led."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == pid and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
-
-
-class FakeKit:
-    """The kit with a Python environment whose vllm is the stand-in."""
-
-    def __init__(self, root: Path, model: Path, version: str | None = "0.32.0+cpu"):
-        bin_dir = root / "fake env" / "bin"
-        bin_dir.mkdir(parents=True)
-        site = bin_dir.parent / "lib" / f"python3.{sys.version_info[1]}" / "site-packages"
-        site.mkdir(parents=True)
-        (bin_dir.parent / "pyvenv.cfg").write_text(f"home = {Path(sys._base_executable).parent}\n")
-        (bin_dir / "python").symlink_to(sys._base_executable)
-        if version:
-            info = site / f"vllm-{version}.dist-info"
-            info.mkdir()
-            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
-        vllm = bin_dir / "vllm"
-        vllm.write_text(f'#!/bin/sh\nexec "{sys._base_executable}" "{FAKE}" "$@"\n')
-        vllm.chmod(0o755)
-        self.logs = root / "logs"
-        self.settings = {
-            "PYTHON": bin_dir / "python",
-            "MODEL_PATH": model,
-            "PORT": free_port(),
-            "LOG_DIR": self.logs,
-            "STARTUP_CHECK": 0,
-            "START_TIMEOUT_S": 30,
-            "STOP_TIMEOUT_S": 2,
-        }
-
-    def __call__(self, *args, shell="dash", timeout_s=90, **settings):
-        return run_kit(*args, shell=shell, timeout_s=timeout_s, **{**self.settings, **settings})
-
-    @property
-    def pid_file(self) -> Path:
-        return self.logs / f"rerank-{self.settings['PORT']}.pid"
-
-    @property
-    def log(self) -> str:
-        return (self.logs / f"rerank-{self.settings['PORT']}.log").read_text()
-
-    @property
-    def pid(self) -> int:
-        return int(self.pid_file.read_text().split()[0])
-
-
-@pytest.fixture
-def kit(tmp_path, checkpoints):
-    made = FakeKit(tmp_path, checkpoints["qwen3"])
-    yield made
-    pids = session_of(made.pid) if made.pid_file.exists() else []
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+from fake_kit import FakeKit, alive, session_of
 
 
 @pytest.mark.parametrize("shell", ["dash", "busybox sh", "bash --posix"])
@@ -98,7 +24,9 @@ def test_life_of_a_service(kit, shell):
     assert started.returncode == 0, started.stderr
     assert f"ready: http://127.0.0.1:{kit.settings['PORT']}/v1" in started.stdout
     first = kit.pid
-    assert session_of(first) == [first], "the server leads its own session"
+    assert sorted(session_of(first)) == sorted([first, kit.server_pid]), (
+        "supervisor and server in a session of their own"
+    )
     assert kit("status", shell=shell).returncode == 0
     again = kit("start", shell=shell)
     assert (again.returncode, kit.pid) == (0, first) and "already running" in again.stdout
@@ -148,35 +76,49 @@ def test_start_still_loading_at_the_deadline(kit):
     done = kit("start", FAKE_MODE="slow", START_TIMEOUT_S=2)
     assert done.returncode == 1 and "still" in done.stderr
     status = kit("status", PROBE_TIMEOUT_S=1)
-    assert status.returncode == 150 and "alive but not ready" in status.stdout
+    assert status.returncode == 150 and status.stdout.startswith("loading: importing vLLM, PID")
     assert kit("stop").returncode == 0 and not alive(kit.pid if kit.pid_file.exists() else 0)
 
 
 def test_stop_kills_what_ignores_term(kit):
-    kit("start", FAKE_MODE="stubborn")
-    pid = kit.pid
+    kit("start", FAKE_MODE="stubborn", STOP_TIMEOUT_S=0)
+    pids = session_of(kit.pid)
     done = kit("stop", STOP_TIMEOUT_S=0)
-    assert done.returncode == 0 and not alive(pid)
-    assert "killing what is left" in done.stderr
+    assert done.returncode == 0 and len(pids) == 2 and not any(map(alive, pids))
+    assert "killing what is left" in kit.log
 
 
-def test_orphans_of_a_killed_server_are_found_and_stopped(kit):
+def test_stop_leaves_no_process_of_a_family(kit):
     kit("start", FAKE_MODE="family")
-    pid = kit.pid
-    family = session_of(pid)
-    assert len(family) == 2
-    os.kill(pid, signal.SIGKILL)
-    time.sleep(0.3)
-    assert kit("status").returncode == 1
+    pids = session_of(kit.pid)
+    assert len(pids) == 3
     assert kit("stop").returncode == 0
-    assert session_of(pid) == [] and not any(alive(p) for p in family)
+    assert not any(map(alive, pids))
 
 
-def test_start_after_a_crash_cleans_up_first(kit):
+def test_a_killed_supervisor_leaves_a_service_that_can_be_stopped_and_restarted(kit):
+    for action in ("stop", "restart"):
+        kit("start", FAKE_MODE="family")
+        first, family = kit.pid, session_of(kit.pid)
+        os.kill(first, signal.SIGKILL)
+        time.sleep(0.3)
+        status = kit("status")
+        assert status.returncode == 0 and "its supervisor was killed" in status.stdout
+        started = kit("start")
+        assert started.returncode == 1 and "restart" in started.stderr
+        assert kit(action).returncode == 0
+        assert session_of(first) == [] and not any(alive(p) for p in family)
+    assert kit("status").returncode == 0
+
+
+def test_start_after_everything_was_killed_cleans_up_first(kit):
     kit("start", FAKE_MODE="family")
     pid = kit.pid
-    os.kill(pid, signal.SIGKILL)
+    for victim in (pid, kit.server_pid):
+        os.kill(victim, signal.SIGKILL)
     time.sleep(0.3)
+    assert len(session_of(pid)) == 1
+    assert kit("status").returncode == 1
     done = kit("start")
     assert done.returncode == 0 and "killing what a dead server left" in done.stderr
     assert session_of(pid) == []
@@ -241,9 +183,10 @@ def test_api_key_is_in_no_process_list_log_or_cfg(kit, tmp_path):
     seen = tmp_path / "seen.json"
     done = kit("start", API_KEY=secret, FAKE_ARGS=seen)
     assert done.returncode == 0, "the probe sends the key"
-    cmdline = Path(f"/proc/{kit.pid}/cmdline").read_bytes().decode()
+    cmdline = "".join(Path(f"/proc/{pid}/cmdline").read_bytes().decode() for pid in (kit.pid, kit.server_pid))
+    state = json.dumps(kit.state)
     cfg = kit("cfg", API_KEY=secret)
-    for text in (cmdline, kit.log, cfg.stdout, cfg.stderr, done.stdout, done.stderr):
+    for text in (cmdline, state, kit.log, cfg.stdout, cfg.stderr, done.stdout, done.stderr):
         assert secret not in text
     given = json.loads(seen.read_text())
     assert given["env"]["VLLM_API_KEY"] == secret and secret not in " ".join(given["args"])
@@ -330,11 +273,20 @@ def test_real_service_status_and_second_start(service):
 
 
 @pytest.mark.server
+def test_score_calls_do_not_fill_the_log(service):
+    body = {"model": "qwen3-reranker", "text_1": "q", "text_2": "d"}
+    for _ in range(5):
+        assert http("POST", f"{service.url}/v1/score", body)[0] == 200
+    log = (Path(service.settings["LOG_DIR"]) / f"rerank-{service.port}.log").read_text()
+    assert log.count("Score API is not part of standard") == 1
+
+
+@pytest.mark.server
 def test_cfg_prints_the_command_that_runs(service):
     cfg = run_kit("cfg", **service.settings)
     assert cfg.returncode == 0, cfg.stderr
     command = cfg.stdout.strip().splitlines()[-1]
-    pid = int((Path(service.settings["LOG_DIR"]) / f"rerank-{service.port}.pid").read_text().split()[0])
+    pid = json.loads(run_kit("status", "--json", **service.settings).stdout)["server_pid"]
     running = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
     import shlex
 

@@ -1,0 +1,353 @@
+"""Keeps one `vllm serve` running: starts it, restarts it after a crash or a hang, rotates its log, stops it.
+
+`sh start_rerank.sh start` runs this in a session of its own; the server and all its processes are in that session. What
+it does stands in the log, what it knows in LOG_DIR/rerank-PORT.state (JSON, read by status). RESTART=no: a server that
+dies stays down. Standard library only: it must outlive whatever breaks in the server.
+"""
+
+import ctypes
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from engine_args import Plan, make_plan, serve_args, server_command
+from env_utils import ConfigError, EnvConfig, get_config
+from service_health import (
+    born,
+    is_alive,
+    listens,
+    log_file,
+    pid_file,
+    probe,
+    progress,
+    read_log,
+    root_cause,
+    session_pids,
+    state_file,
+)
+
+TICK_S = 0.2
+PROBE_EVERY_S = 10.0
+LONGEST_BACKOFF_S = 60.0
+END_OF_ENGINE_S = 10  # beyond STOP_TIMEOUT_S, for the engine's own end
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+
+
+@dataclass
+class State:
+    """What status shows; times are seconds since the epoch."""
+
+    state: str  # starting | ready | backoff | stopping | failed
+    pid: int  # of the supervisor
+    server_pid: int = 0
+    server_born: int = 0
+    began: float = field(default_factory=time.time)  # of the supervisor
+    server_began: float = 0.0
+    ready_since: float = 0.0
+    restarts: int = 0
+    next_start: float = 0.0
+    why: str = ""  # the last death, in one line
+    died: float = 0.0
+    vllm: str = ""
+    model: str = ""
+    url: str = ""
+
+
+class Watch(threading.Thread):
+    """Asks the server for a score every PROBE_EVERY_S, so that the loop below never waits for an answer.
+
+    Alive is a server that scores, or that refuses or is slow because it is busy: then its counters grow. A server whose
+    API answers while its engine hangs is not: it takes no pair any more, and its counters stand still.
+    """
+
+    def __init__(self, cfg: EnvConfig):
+        super().__init__(daemon=True)
+        self.cfg = cfg
+        limit = cfg.health_timeout_s or 10 * PROBE_EVERY_S
+        self.every_s = min(PROBE_EVERY_S, limit / 4)
+        self.ready = False
+        self.alive_at = time.monotonic()
+        self.stopped = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        seen = None
+        while not self.stopped.wait(self.every_s if self.ready else 0.5):
+            if not self.ready and not listens(self.cfg):
+                continue
+            if probe(self.cfg, self.every_s if self.ready else 60.0) is None:
+                self.ready, self.alive_at = True, time.monotonic()
+                continue
+            now = progress(self.cfg)
+            if now is not None and now != seen:
+                self.alive_at = time.monotonic()
+            seen = now if now is not None else seen
+
+    def hangs(self) -> bool:
+        limit = self.cfg.health_timeout_s
+        return bool(limit) and self.ready and time.monotonic() - self.alive_at > limit
+
+
+class Supervisor:
+    """The loop around one service. Single-threaded but for Watch."""
+
+    def __init__(self, plan: Plan):
+        self.cfg, self.log = plan.cfg, log_file(plan.cfg)
+        self.command, self.env = server_command(plan)
+        url, version = plan.cfg.service_url, plan.machine.vllm_version
+        self.state = State("starting", os.getpid(), vllm=version, model=str(plan.checkpoint.path), url=url)
+        self.header = f"vLLM {version}: {shlex.join(['vllm', *serve_args(plan)])}"
+        self.header += "".join(f" {k}={shlex.quote(v)}" for k, v in sorted(plan.env.items()))
+        self.asked_to_stop = False
+        self.crashes: list[float] = []  # monotonic times, within RESTART_WINDOW_S
+        self.server = 0
+
+    def run(self) -> int:
+        """0 after a stop; 1 when the service is down for good."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_stop)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        adopt_orphans()
+        while True:
+            self._start()
+            why = self._watch_until_death()
+            if why is None:
+                return self._end()
+            was_ready = self.state.ready_since > 0
+            self._note(f"died: {why}")
+            kill_rest()
+            now = time.monotonic()
+            self.crashes = [t for t in self.crashes if now - t < self.cfg.restart_window_s] + [now]
+            give_up = self._verdict(was_ready)
+            why = f"{why}; {give_up}" if give_up else why
+            self._save(
+                server_pid=0, ready_since=0.0, why=why, died=time.time(), state="failed" if give_up else "backoff"
+            )
+            if give_up:
+                self._note(give_up)
+                return 1
+            if not self._back_off():
+                return self._end()
+
+    def _end(self) -> int:
+        """After a stop: nothing is left that status could take for a death."""
+        self._note("stopped")
+        state_file(self.cfg).unlink(missing_ok=True)
+        with suppress(OSError, IndexError):
+            if pid_file(self.cfg).read_text().split()[0] == str(os.getpid()):
+                pid_file(self.cfg).unlink()
+        return 0
+
+    def _verdict(self, was_ready: bool) -> str:
+        """Why there is no further start; empty = there is one."""
+        if self.cfg.restart == "no":
+            return "stays down: RESTART=no"
+        if not was_ready and not self.state.restarts:
+            return "stays down: it was never ready, a restart would meet the same cause"
+        if len(self.crashes) > self.cfg.restart_max:
+            limit = f"RESTART_MAX={self.cfg.restart_max} restarts in RESTART_WINDOW_S={self.cfg.restart_window_s} s"
+            return f"stays down: {limit} were not enough"
+        return ""
+
+    def _back_off(self) -> bool:
+        """Wait before the next start; False when a stop was asked for meanwhile."""
+        wait_s = min(LONGEST_BACKOFF_S, 2.0 ** (len(self.crashes) - 1))
+        end = time.monotonic() + wait_s
+        self._save(restarts=self.state.restarts + 1, next_start=time.time() + wait_s)
+        self._note(f"restart {self.state.restarts} in {wait_s:.0f} s")
+        while time.monotonic() < end and not self.asked_to_stop:
+            time.sleep(TICK_S)
+        return not self.asked_to_stop
+
+    def _start(self) -> None:
+        self._note(f"start {self.header}")
+        _ended.clear()  # PIDs come again
+        unignore = [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE]
+        self.server = os.posix_spawn(self.command[0], self.command, self.env, setsigdef=unignore)
+        now = time.time()
+        self._save(
+            state="starting",
+            server_pid=self.server,
+            server_born=born(self.server) or 0,
+            server_began=now,
+            ready_since=0.0,
+        )
+
+    def _watch_until_death(self) -> str | None:
+        """Why the server died, or None after a stop that was asked for."""
+        watch, next_rotation = Watch(self.cfg), 0.0
+        try:
+            while True:
+                status = reap(self.server)
+                if self.asked_to_stop:
+                    self._stop_server()
+                    return None
+                if status is not None:
+                    return describe_end(status, read_log(self.log))
+                if watch.ready and not self.state.ready_since:
+                    self._save(state="ready", ready_since=time.time())
+                    self._note(f"ready after {time.time() - self.state.server_began:.0f} s")
+                if hung := self._hangs(watch):
+                    kill_rest()
+                    return hung
+                if time.monotonic() >= next_rotation:
+                    next_rotation = time.monotonic() + 5
+                    rotate_if_large(self.log, self.cfg.log_max_mib * 2**20, self.cfg.log_keep)
+                time.sleep(TICK_S)
+        finally:
+            watch.stopped.set()
+
+    def _hangs(self, watch: Watch) -> str:
+        """Why this server counts as dead although it lives; empty = it does not."""
+        if watch.hangs():
+            return f"it hung: no answer for HEALTH_TIMEOUT_S={self.cfg.health_timeout_s} s, killed"
+        # The first start has start's own deadline, at which it is left alone.
+        loading_s = time.time() - self.state.server_began
+        if self.state.restarts and not watch.ready and loading_s > self.cfg.start_timeout_s:
+            return f"it hung: not ready after START_TIMEOUT_S={self.cfg.start_timeout_s} s, killed"
+        return ""
+
+    def _stop_server(self) -> None:
+        """TERM to the server alone: it drains, then ends its engine. KILL there would orphan the GPU workers."""
+        self._save(state="stopping")
+        self._note(f"stopping: calls in flight get {self.cfg.stop_timeout_s} s")
+        if is_alive(self.server):
+            os.kill(self.server, signal.SIGTERM)
+        end = time.monotonic() + self.cfg.stop_timeout_s + END_OF_ENGINE_S
+        while time.monotonic() < end and is_alive(self.server):
+            reap(self.server)
+            time.sleep(TICK_S)
+        # What its end takes along (the engine) is nearly gone by now.
+        end = time.monotonic() + 2
+        while time.monotonic() < end and rest_of_session():
+            reap(self.server)
+            time.sleep(TICK_S)
+        if left := rest_of_session():
+            self._note(f"killing what is left: {' '.join(map(str, left))}")
+            kill_rest()
+
+    def _on_stop(self, *_) -> None:
+        self.asked_to_stop = True
+
+    def _note(self, text: str) -> None:
+        # A full disk must not end the service.
+        with suppress(OSError):
+            stamp = datetime.now().astimezone().isoformat(timespec="seconds")
+            print(f"[kit] {stamp} {text}", flush=True)
+
+    def _save(self, **changes) -> None:
+        for name, value in changes.items():
+            setattr(self.state, name, value)
+        path = state_file(self.cfg)
+        with suppress(OSError):
+            scratch = path.with_suffix(".part")
+            scratch.write_text(json.dumps(asdict(self.state)), "utf-8")
+            scratch.replace(path)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of what a killed server leaves, so that nothing stays behind as a zombie."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+_ended: dict[int, int] = {}
+
+
+def reap(pid: int) -> int | None:
+    """Collect every child that has ended; the wait status of `pid` if it is one of them, else None."""
+    with suppress(ChildProcessError):
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            _ended[found[0]] = found[1]
+    return _ended.pop(pid, None)
+
+
+def describe_end(status: int, log_text: str) -> str:
+    """One line: how the server ended and why."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        how = f"killed by signal {number} ({signal.Signals(number).name})"
+    else:
+        how = f"exit code {os.waitstatus_to_exitcode(status)}"
+    return f"{how}: {root_cause(log_text)}"
+
+
+def rest_of_session() -> list[int]:
+    """PIDs in this session but our own."""
+    return [pid for pid in session_pids(os.getsid(0)) if pid != os.getpid()]
+
+
+def kill_rest() -> None:
+    """KILL what is left of the server and wait until it is gone: the next start needs the memory."""
+    end = time.monotonic() + 30
+    while (left := rest_of_session()) and time.monotonic() < end:
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(TICK_S)
+        reap(0)
+
+
+def rotate(log: Path, keep: int) -> None:
+    """log.1 becomes log.2 and so on; `keep` old ones stay, the log's own place is free for a copy or a new file."""
+    with suppress(FileNotFoundError):
+        log.with_name(f"{log.name}.{keep}").unlink()
+    for number in range(keep - 1, 0, -1):
+        with suppress(FileNotFoundError):
+            log.with_name(f"{log.name}.{number}").rename(log.with_name(f"{log.name}.{number + 1}"))
+
+
+def rotate_if_large(log: Path, limit: int, keep: int) -> bool:
+    """Copy a log above `limit` bytes to log.1 and empty it; True if it was.
+
+    The server keeps the file open (append mode), so it cannot be renamed. Lines written between the copy and the
+    truncation, milliseconds, are lost. Without room for the copy the log is emptied all the same: a full disk is worse.
+    """
+    try:
+        if not limit or log.stat().st_size <= limit:
+            return False
+        rotate(log, keep)
+        if keep:
+            with suppress(OSError):
+                shutil.copyfile(log, log.with_name(f"{log.name}.1"))
+        os.truncate(log, 0)
+    except OSError:
+        return False
+    return True
+
+
+def main(argv: list[str]) -> int:
+    """Without arguments: become a session of its own and run until stopped. `rotate`: make place for a new log."""
+    try:
+        cfg = get_config()
+        if argv == ["rotate"]:
+            log = log_file(cfg)
+            if log.exists() and cfg.log_keep:
+                rotate(log, cfg.log_keep)
+                log.rename(log.with_name(f"{log.name}.1"))
+            return 0
+        if argv:
+            print("usage: supervisor.py [rotate]", file=sys.stderr)
+            return 2
+        os.setsid()  # a closing terminal does not reach it, and stop finds all that is in it
+        os.umask(0o077)
+        return Supervisor(make_plan(cfg)).run()
+    except ConfigError as exc:
+        print(f"ConfigError: {exc}", file=sys.stderr)
+        return 6
+    except OSError as exc:
+        print(f"[ERR] {exc.filename}: {exc.strerror}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

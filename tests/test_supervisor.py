@@ -1,0 +1,327 @@
+"""supervisor.py: crashes, hangs, limits, logs; a stand-in for the server here, the real one at the end."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import KIT, free_port, http, kit_environment, run_kit
+from fake_kit import alive, session_of
+
+import supervisor
+from env_utils import get_config
+from service_health import progress
+
+
+def until(what, timeout_s=30):
+    """Wait until what() is true, and give that value back."""
+    end = time.monotonic() + timeout_s
+    while not (value := what()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.1)
+    return value
+
+
+def has(kit, **wanted):
+    """The state file says all of this."""
+
+    def ask():
+        try:
+            state = kit.state
+        except (OSError, ValueError):
+            return None
+        return state if all(state[name] == value for name, value in wanted.items()) else None
+
+    return ask
+
+
+def test_a_killed_server_comes_back_by_itself(kit):
+    kit("start", FAKE_MODE="family")
+    leader, first = kit.pid, kit.server_pid
+    (child,) = [pid for pid in session_of(leader) if pid not in (leader, first)]
+    os.kill(first, signal.SIGKILL)
+    state = until(has(kit, state="ready", restarts=1))
+    assert kit.pid == leader and state["server_pid"] != first
+    assert not alive(child), "what the dead server left is gone before the next start"
+    assert len(session_of(leader)) == 3
+    status = kit("status")
+    assert status.returncode == 0 and "1 restart, last death" in status.stdout and "SIGKILL" in status.stdout
+    told = json.loads(kit("status", "--json").stdout)
+    assert (told["state"], told["restarts"], told["pid"], told["requests_running"]) == ("ready", 1, leader, 2)
+    assert told["vllm"] == "0.32.0+cpu" and told["uptime_s"] >= 0 and told["memory_mib"] > 5
+    starts = [
+        line
+        for line in kit.log.splitlines()
+        if line.startswith("[kit]") and " start vLLM 0.32.0+cpu: vllm serve" in line
+    ]
+    assert len(starts) == 2 and "--max-model-len" in starts[0] and "GUARD_MAX_WAIT_S=" in starts[0]
+    assert kit("stop").returncode == 0 and not alive(leader)
+    assert list(kit.logs.glob("*.state")) == list(kit.logs.glob("*.pid")) == []
+
+
+def test_a_hanging_server_is_restarted(kit):
+    kit("start", HEALTH_TIMEOUT_S=2)
+    first = kit.server_pid
+    os.kill(first, signal.SIGSTOP)
+    state = until(has(kit, state="ready", restarts=1))
+    assert state["server_pid"] != first and not alive(first)
+    assert "it hung: no answer for HEALTH_TIMEOUT_S=2 s" in state["why"]
+
+
+@pytest.mark.parametrize("grows", [True, False])
+def test_a_busy_server_is_not_taken_for_a_hanging_one(kit, tmp_path, grows):
+    """Refused probes are no proof of a hang while pairs are still scored, but they are when none is."""
+    busy = tmp_path / "busy"
+    kit("start", HEALTH_TIMEOUT_S=2, FAKE_BUSY=busy)
+    first = kit.server_pid
+    busy.write_text("grow" if grows else "stand")
+    time.sleep(5)
+    busy.unlink()
+    assert (kit.server_pid == first) == grows
+
+
+def test_health_timeout_0_never_kills(kit):
+    kit("start", HEALTH_TIMEOUT_S=0)
+    first = kit.server_pid
+    os.kill(first, signal.SIGSTOP)
+    time.sleep(4)
+    assert kit.server_pid == first and kit.state["restarts"] == 0
+    os.kill(first, signal.SIGCONT)
+
+
+def test_it_gives_up_after_restart_max(kit, tmp_path):
+    die = tmp_path / "die"
+    kit("start", RESTART_MAX=2, FAKE_DIE=die, FAKE_LOG="RuntimeError: CUDA error: device lost")
+    leader = kit.pid
+    die.touch()
+    os.kill(kit.server_pid, signal.SIGKILL)
+    until(lambda: not alive(leader))
+    status = kit("status")
+    assert status.returncode == 1
+    assert "CUDA error" in status.stdout and "RESTART_MAX=2" in status.stdout and "2 restarts" in status.stdout
+    assert kit.log.count(" start vLLM ") == 3 and "restart 2 in 2 s" in kit.log
+    assert kit("wait").returncode == 1
+    die.unlink()
+    assert kit("start").returncode == 0 and kit.state["restarts"] == 0
+    assert kit("status").returncode == 0
+
+
+def test_restart_no_leaves_it_down(kit):
+    kit("start", RESTART="no")
+    leader = kit.pid
+    os.kill(kit.server_pid, signal.SIGKILL)
+    until(lambda: not alive(leader))
+    status = kit("status")
+    assert status.returncode == 1 and "SIGKILL" in status.stdout and "RESTART=no" in status.stdout
+    assert kit("restart").returncode == 0
+
+
+def test_stop_works_in_every_state(kit, tmp_path):
+    die = tmp_path / "die"
+    kit("start", FAKE_DIE=die)
+    leader = kit.pid
+    die.touch()
+    os.kill(kit.server_pid, signal.SIGKILL)
+    until(has(kit, state="backoff", restarts=3))  # 4 s long
+    status = kit("status")
+    assert status.returncode == 150 and status.stdout.startswith("restarting: ")
+    assert kit("stop").returncode == 0 and session_of(leader) == []
+    assert kit("start", FAKE_MODE="slow", START_TIMEOUT_S=1).returncode == 1
+    leader = kit.pid
+    assert kit("stop").returncode == 0 and session_of(leader) == []
+
+
+def test_term_to_the_supervisor_is_a_stop(kit):
+    kit("start")
+    pids = session_of(kit.pid)
+    os.kill(kit.pid, signal.SIGTERM)
+    until(lambda: not any(map(alive, pids)))
+    assert kit("status").returncode == 3
+
+
+def test_wait_blocks_until_ready_or_dead(kit):
+    assert kit("wait").returncode == 3
+    kit("start", FAKE_MODE="slow", START_TIMEOUT_S=1)
+    assert kit("wait", START_TIMEOUT_S=1).returncode == 150
+    kit("stop")
+    kit("start")
+    os.kill(kit.server_pid, signal.SIGKILL)
+    done = kit("wait")
+    assert done.returncode == 0 and "ready after" in done.stdout
+
+
+def test_the_first_start_that_dies_is_not_repeated(kit):
+    assert kit("start", FAKE_MODE="die").returncode == 1
+    assert kit.log.count(" start vLLM ") == 1
+
+
+def test_log_is_rotated_while_the_server_runs(kit):
+    kit("start", LOG_MAX_MIB=1, LOG_KEEP=2)
+    path = kit.logs / f"rerank-{kit.settings['PORT']}.log"
+    for generation in range(3):
+        with path.open("a") as log:  # as the server has it open
+            log.write(f"generation {generation}\n" + "x" * 2**20)
+        until(lambda: path.stat().st_size < 2**20, 15)
+    names = sorted(p.name for p in kit.logs.glob("*.log*"))
+    assert names == [path.name, f"{path.name}.1", f"{path.name}.2"]
+    assert "generation 2" in path.with_name(f"{path.name}.1").read_text()
+    assert path.with_name(f"{path.name}.1").stat().st_mode & 0o077 == 0
+    assert kit("status").returncode == 0
+
+
+def test_old_logs_are_kept_in_order_and_bounded(kit):
+    for number in range(4):
+        kit("start", FAKE_MODE="die", FAKE_LOG=f"RuntimeError: number {number}", LOG_KEEP=2)
+    path = kit.logs / f"rerank-{kit.settings['PORT']}.log"
+    texts = [p.read_text() for p in sorted(kit.logs.glob("*.log*"))]
+    assert len(texts) == 3
+    assert [f"number {n}" in text for n, text in zip((3, 2, 1), texts, strict=True)] == [True] * 3
+    kit("start", FAKE_MODE="die", LOG_KEEP=0)
+    assert "number" not in path.read_text()
+
+
+def test_tail_follows_across_restarts(kit):
+    kit("start")
+    command = ["dash", str(KIT / "start_rerank.sh"), "tail"]
+    with subprocess.Popen(command, env=kit_environment(**kit.settings), stdout=subprocess.PIPE, text=True) as tail:
+        lines = []
+        threading.Thread(target=lambda: lines.extend(tail.stdout), daemon=True).start()
+        until(lambda: any("ready after" in line for line in lines))
+        kit("restart", SERVED_MODEL_NAME="renamed")
+        until(lambda: any("renamed" in line for line in lines))
+        tail.terminate()
+
+
+def test_a_full_disk_does_not_end_the_service(kit):
+    kit.logs.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", kit.logs], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        assert kit("start").returncode == 0
+        (kit.logs / "filler").write_bytes(b"")
+        with (kit.logs / "filler").open("wb", buffering=0) as filler:
+            while True:
+                try:
+                    filler.write(b"x" * 512)
+                except OSError:
+                    break
+        first = kit.server_pid
+        os.kill(first, signal.SIGKILL)
+        port = kit.settings["PORT"]
+        until(lambda: not alive(first) and _answers(port))
+        (kit.logs / "filler").unlink()
+        assert kit("stop").returncode == 0
+    finally:
+        if kit.pid_file.exists():
+            kit("stop")
+        subprocess.run(["umount", "-l", kit.logs], check=True)
+
+
+def _answers(port):
+    try:
+        return http("GET", f"http://127.0.0.1:{port}/health", timeout_s=2)[0] == 200
+    except OSError:
+        return False
+
+
+def test_rotate_if_large_without_room_for_a_copy(tmp_path, monkeypatch):
+    log = tmp_path / "a.log"
+    log.write_text("x" * 100)
+    assert not supervisor.rotate_if_large(log, 100, 3) and not supervisor.rotate_if_large(log, 0, 3)
+
+    def no_room(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", no_room)
+    assert supervisor.rotate_if_large(log, 99, 3) and log.stat().st_size == 0
+    assert not supervisor.rotate_if_large(tmp_path / "none.log", 1, 3)
+
+
+# --- the real server ---
+
+
+@pytest.fixture(scope="module")
+def real(checkpoints, tmp_path_factory):
+    """A real service of its own, to be killed."""
+    settings = {
+        "MODEL_PATH": checkpoints["qwen3"],
+        "PORT": free_port(),
+        "LOG_DIR": tmp_path_factory.mktemp("logs"),
+        "DTYPE": "float32",
+        "MAX_MODEL_LEN": 512,
+        "STOP_TIMEOUT_S": 10,
+        "HEALTH_TIMEOUT_S": 12,
+        "STARTUP_CHECK": 0,
+    }
+    started = run_kit("start", **settings)
+    assert started.returncode == 0, started.stdout + started.stderr
+    yield settings
+    assert run_kit("stop", **settings).returncode == 0
+
+
+def ask(port):
+    body = {"model": "qwen3-reranker", "text_1": "capital", "text_2": ["The capital of China is Beijing.", "yes"]}
+    status, answer = http("POST", f"http://127.0.0.1:{port}/v1/score", body)
+    return [row["score"] for row in answer["data"]] if status == 200 else status
+
+
+class Load(threading.Thread):
+    """Calls without end; counts what came of them."""
+
+    def __init__(self, port):
+        super().__init__(daemon=True)
+        self.port, self.seen, self.over = port, Counter(), threading.Event()
+        self.start()
+
+    def run(self):
+        while not self.over.is_set():
+            try:
+                answer = ask(self.port)
+                self.seen["ok" if isinstance(answer, list) else answer] += 1
+            except OSError:
+                self.seen["none"] += 1
+                time.sleep(0.2)
+
+
+def members(leader):
+    """{process title: PID} of a session."""
+    found = {}
+    for pid in session_of(leader):
+        name = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        for kind in ("vllm serve", "EngineCore", "Worker"):
+            if kind in name:
+                found[kind] = pid
+    return found
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("victim", "how"), [("vllm serve", "KILL"), ("EngineCore", "KILL"), ("Worker", "KILL"), ("EngineCore", "STOP")]
+)
+def test_the_real_service_comes_back_under_load(real, victim, how):
+    status = json.loads(run_kit("status", "--json", **real).stdout)
+    leader, before, port = status["pid"], status["restarts"], real["PORT"]
+    expected = ask(port)
+    assert isinstance(expected, list) and progress(get_config(port=port)) > 0
+    old = members(leader)
+    assert set(old) == {"vllm serve", "EngineCore", "Worker"}
+    load = Load(port)
+    until(lambda: load.seen["ok"] > 3)
+    began = time.monotonic()
+    os.kill(old[victim], getattr(signal, f"SIG{how}"))
+    until(lambda: json.loads(run_kit("status", "--json", **real).stdout)["restarts"] == before + 1, 60)
+    assert run_kit("wait", **real).returncode == 0
+    print(f"back after {time.monotonic() - began:.0f} s, {dict(load.seen)}", file=sys.stderr)
+    good = load.seen["ok"]
+    until(lambda: load.seen["ok"] > good + 3)
+    load.over.set()
+    load.join(70)
+    assert not any(map(alive, old.values())), "nothing of the dead server is left"
+    assert ask(port) == pytest.approx(expected, abs=1e-6)
