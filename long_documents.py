@@ -4,6 +4,7 @@ Used by server_guard.py inside the server and by vllm_usage.py. Needs nothing bu
 """
 
 import unicodedata
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
 
@@ -12,6 +13,10 @@ MODES = ("truncate", "error", "chunk")
 
 MARK = "\ue000"  # a private character: stands for a field while the template's frame is measured
 OVERLAP = 64  # tokens that two neighbouring windows share, so that no sentence is lost at a border
+
+
+class TooManyWindows(ValueError):
+    """A body whose documents make more windows than are allowed; str() is how many at least."""
 
 
 class Fitter:
@@ -33,6 +38,7 @@ class Fitter:
         self.frame_tokens = len(self._ids("", "", None))
         # vLLM hands a pair's empty second text to the tokenizer as "", which takes it for none and leaves its separator
         # out. A space has the reference's ids, those of the lists [query], [""], as sentence-transformers gives them.
+        self._counted: tuple = (None, None, 0)
         self.blank = ""
         if template is None and not separate:
             wanted = tokenizer(["q"], [""])["input_ids"][0]
@@ -44,9 +50,22 @@ class Fitter:
         texts = (query, document, instruction or "")
         if not all(unicodedata.is_normalized("NFC", text) for text in texts):
             return False  # normalising may lengthen a text
-        length = sum(len(t.encode()) for t in texts)
         # A neutralised control token is longer by one byte than it was.
-        return self.frame_tokens + length + sum(t.count("<|") for t in texts) < self.max_length
+        return self.frame_tokens + sum(len(t.encode()) + t.count("<") for t in texts) < self.max_length
+
+    def _fits_beside(self, query: str, document: str, instruction: str | None) -> bool:
+        """A cheap yes for a short document beside a long query, whose tokens are counted once for a whole call."""
+        if self.separate or not unicodedata.is_normalized("NFC", document):
+            return False
+        # 16: tokens that may come out otherwise where the texts touch.
+        room = self.max_length - self._beside(query, instruction) - 16
+        return len(document.encode()) + document.count("<") <= room
+
+    def _beside(self, query: str, instruction: str | None) -> int:
+        """Tokens of a prompt without its document; the last count is kept, since a call has one query."""
+        if (query, instruction) != self._counted[:2]:
+            self._counted = query, instruction, len(self._ids(query, "", instruction))
+        return self._counted[2]
 
     def fit(self, query: str, document: str, instruction: str | None = None, limit: int = 0) -> tuple[str, str, bool]:
         """Cut what does not fit.
@@ -57,13 +76,17 @@ class Fitter:
         Returns:
             (query, document, cut).
         """
-        if not limit and self.fits_surely(query, document, instruction):
+        if not limit and (
+            self.fits_surely(query, document, instruction) or self._fits_beside(query, document, instruction)
+        ):
             return query, document, False
+        if self.template and self._beside(query, instruction) >= self.max_length and document:
+            return self.fit(query, "", instruction)[0], "", True
         # Tokenizing a book to use its first page would cost seconds.
         whole = query, document
         query, document = self._enough(query), self._enough(document)
         if limit:
-            document = self._head(document, limit)
+            document = self.head(document, limit)
         if self.separate:
             fitted = self._fit_alone(query), self._fit_alone(document)
         elif self.template is None:
@@ -72,28 +95,47 @@ class Fitter:
             fitted = self._fit_template(query, document, instruction)
         return *fitted, fitted != whole
 
-    def windows(self, query: str, document: str, instruction: str | None = None) -> tuple[str, list[str], bool]:
+    def windows(
+        self, query: str, document: str, instruction: str | None = None, most: int = 0
+    ) -> tuple[str, list[str], bool]:
         """The document as overlapping windows that each fit beside the query.
+
+        Args:
+            most: windows that are allowed; 0 = any number.
 
         Returns:
             (query, windows, cut): [document] where the pair fits as a whole. cut: the query itself was too long, and
             what is given back is the part of it that the model sees; without room for a document one window is left.
+
+        Raises:
+            TooManyWindows: more than `most`, before they are all made.
         """
-        if self.fits_surely(query, document, instruction):
-            return query, [document], False
         shorter, first, cut = self.fit(query, document, instruction)
-        if not cut or not first:
-            return shorter, [first], cut
+        if not cut:
+            return query, [document], False
+        if not first:
+            return shorter, [first], True
         offsets = self._offsets(document)
+        if not offsets:  # white space that the tokenizer drops
+            return shorter, [first], cut
         room = max(2, len(self._offsets(first)))
-        step = room - OVERLAP if room > 2 * OVERLAP else max(1, room // 2)
-        out = []
-        for start in range(0, len(offsets), step):
+        n_about = len(offsets) // room
+        if most and n_about > most:
+            raise TooManyWindows(n_about)
+        out, start = [], 0
+        while True:
+            if most and len(out) >= most:
+                raise TooManyWindows(most + 1)
             end = min(start + room, len(offsets))
-            window = document[offsets[start][0] : offsets[end - 1][1]]
+            begin = offsets[start][0]
+            window = document[begin : offsets[end - 1][1]]
             out.append(self._shorten(shorter, window, instruction))
+            if len(out[-1]) < len(window):  # the template made it longer than its tokens are
+                end = bisect_right(offsets, begin + len(out[-1]), lo=start + 1, key=lambda offset: offset[1])
             if end == len(offsets):
                 break
+            seen = end - start
+            start = max(start + 1, end - (OVERLAP if seen > 2 * OVERLAP else seen // 2))
         return shorter, out, shorter != query
 
     # --- how each kind cuts ---
@@ -117,27 +159,32 @@ class Fitter:
         if self.separate:
             return self._fit_alone(document)
         while document and (over := len(self._ids(query, document, instruction)) - self.max_length) > 0:
-            document = self._head(document, len(self._offsets(document)) - over)
+            n = len(self._offsets(document))
+            document = self.head(document, n - over if over < n else n // 2)
         return document
 
     def _fit_query(self, query: str, instruction: str | None) -> str:
         frame = len(self._ids("", "", instruction))
-        query = self._head(query, max(0, self.max_length - frame))
+        query = self.head(query, max(0, self.max_length - frame))
         while query and len(self._ids(query, "", instruction)) > self.max_length:
-            query = self._head(query, len(self._offsets(query)) - 1)
+            query = self.head(query, len(self._offsets(query)) - 1)
         return query
 
     def _fit_pair(self, query: str, document: str) -> tuple[str, str]:
         length = self.max_length
+        if len(self.tokenizer(query, document)["input_ids"]) <= length:
+            return query, document
         while True:
             batch = self.tokenizer(
                 query, document, truncation="longest_first", max_length=length, return_offsets_mapping=True
             )
-            ends = [0, 0]
+            ends, counts = [0, 0], [0, 0]
             for segment, (_, end) in zip(batch.sequence_ids(0), batch["offset_mapping"], strict=True):
                 if segment is not None:
-                    ends[segment] = max(ends[segment], end)
-            fitted = query[: ends[0]], document[: ends[1]]
+                    ends[segment], counts[segment] = max(ends[segment], end), counts[segment] + 1
+            # Offsets end before white space at a text's end: a text that lost no token stays as it is.
+            kept = [counts[i] == len(self._offsets(text)) for i, text in enumerate((query, document))]
+            fitted = query if kept[0] else query[: ends[0]], document if kept[1] else document[: ends[1]]
             if len(self.tokenizer(*fitted)["input_ids"]) <= self.max_length or length < 8:
                 return fitted
             length -= 1  # a text that is cut inside a word may get one token more
@@ -146,7 +193,7 @@ class Fitter:
         fixed = len(self.tokenizer("")["input_ids"])
         room = self.max_length - fixed
         while len(self.tokenizer(text)["input_ids"]) > self.max_length and room > 0:
-            text = self._head(text, room)
+            text = self.head(text, room)
             room -= 1
         return text
 
@@ -180,7 +227,8 @@ class Fitter:
             return len(text)
         return min(offsets[n_tokens - 1][1], offsets[n_tokens][0]) if n_tokens > 0 else 0
 
-    def _head(self, text: str, n_tokens: int) -> str:
+    def head(self, text: str, n_tokens: int) -> str:
+        """The first n tokens' text."""
         offsets = self._offsets(text)
         if len(offsets) <= n_tokens:
             return text
@@ -194,11 +242,10 @@ DOCUMENTS = ("documents", "items", "text_2", "data_2")
 
 def _fields(payload: dict) -> tuple[str, list, str, list] | None:
     """(query field, queries, document field, documents) of a rerank or score body; None for shapes that vLLM judges."""
-    try:
-        first = next(name for name in QUERIES if name in payload)
-        second = next(name for name in DOCUMENTS if name in payload)
-    except StopIteration:
-        return None
+    given = [name for name in QUERIES if name in payload], [name for name in DOCUMENTS if name in payload]
+    if [len(names) for names in given] != [1, 1]:
+        return None  # several spellings in one body: which counts is vLLM's to decide
+    (first,), (second,) = given
     queries, documents = payload[first], payload[second]
     queries = queries if isinstance(queries, list) else [queries]
     documents = documents if isinstance(documents, list) else [documents]
@@ -214,20 +261,37 @@ def _instruction(payload: dict) -> str | None:
     return given if isinstance(given, str) else None
 
 
+def _limit(payload: dict, name: str) -> int:
+    """max_tokens_per_doc or max_tokens_per_query; 0 = none, or one that is vLLM's to refuse."""
+    limit = payload.get(name)
+    return limit if isinstance(limit, int) and limit > 0 else 0
+
+
 def payload_fits_surely(fitter: Fitter, payload: dict) -> bool:
     """No text of this body can be too long or needs another spelling; True also for shapes that are left to vLLM."""
     fields = _fields(payload)
     if fields is None:
         return True
     _, queries, _, documents = fields
-    limit = payload.get("max_tokens_per_doc")
-    if isinstance(limit, int) and limit > 0 and any(len(d.encode()) > limit for d in documents):
-        return False
+    for texts, name in ((queries, "max_tokens_per_query"), (documents, "max_tokens_per_doc")):
+        if (limit := _limit(payload, name)) and any(len(text.encode()) > limit for text in texts):
+            return False
     if fitter.blank and "" in documents:
         return False
     longest = max(queries, key=lambda q: len(q.encode()))
     instruction = _instruction(payload)
     return all(fitter.fits_surely(longest, document, instruction) for document in documents)
+
+
+def _pairs(fitter: Fitter, payload: dict, fields: tuple) -> list[tuple[str, str]]:
+    """(query, document) of every pair, queries within max_tokens_per_query: vLLM cuts them before it joins the two."""
+    _, queries, _, documents = fields
+    if limit := _limit(payload, "max_tokens_per_query"):
+        queries = [fitter.head(query, limit) for query in queries]
+    if len(queries) == 1 and (fitter.template or fitter.separate):
+        queries = [fitter.fit(queries[0], "", _instruction(payload))[0]]  # once, not for every document
+    many = queries if len(queries) == len(documents) else queries * len(documents)
+    return list(zip(many, documents, strict=True))
 
 
 def fit_payload(fitter: Fitter, payload: dict) -> list[int]:
@@ -239,23 +303,36 @@ def fit_payload(fitter: Fitter, payload: dict) -> list[int]:
     fields = _fields(payload)
     if fields is None:
         return []
-    _, queries, _, documents = fields
-    limit = payload.get("max_tokens_per_doc")
-    limit = limit if isinstance(limit, int) and limit > 0 else 0
-    many = queries if len(queries) == len(documents) else queries * len(documents)
-    fitted = [fitter.fit(q, d, _instruction(payload), limit) for q, d in zip(many, documents, strict=True)]
-    _put(payload, fields, [query for query, *_ in fitted], [document or fitter.blank for _, document, _ in fitted])
-    return [index for index, (*_, is_cut) in enumerate(fitted) if is_cut]
+    limit, instruction = _limit(payload, "max_tokens_per_doc"), _instruction(payload)
+    fitted = [fitter.fit(q, d, instruction, limit)[:2] for q, d in _pairs(fitter, payload, fields)]
+    _put(payload, fields, [query for query, _ in fitted], [document or fitter.blank for _, document in fitted])
+    return _shorter(payload, fields, [document for _, document in fitted])
+
+
+def keep_separators(fitter: Fitter, payload: dict) -> None:
+    """Give empty documents the text that keeps their separator, in place (Fitter.blank)."""
+    if fitter.blank and (fields := _fields(payload)):
+        _, queries, _, documents = fields
+        _put(payload, fields, queries, [document or fitter.blank for document in documents])
 
 
 def _put(payload: dict, fields: tuple, queries: list[str], documents: list[str]) -> None:
-    """Write texts back into the body's own fields, in its own shape where that still holds them."""
+    """Write one query and one document a pair back into the body's own fields, in its shape where that holds them."""
     first, old_queries, second, _ = fields
-    if len(old_queries) == 1:
-        # One query for all: the shortest that any document left room for.
+    if len(old_queries) == 1 and (first == "query" or len(set(queries)) == 1):
+        # /rerank has one query for all: the shortest that any document left room for.
         queries = [min(queries, key=len)]
-    payload[first] = queries if isinstance(payload[first], list) else queries[0]
+    payload[first] = queries if isinstance(payload[first], list) or len(queries) > 1 else queries[0]
     payload[second] = documents if isinstance(payload[second], list) or len(documents) > 1 else documents[0]
+
+
+def _shorter(payload: dict, fields: tuple, kept: list[str]) -> list[int]:
+    """Indices of the pairs of which the model sees less than was sent, by what now stands in the body."""
+    first, old_queries, _, old_documents = fields
+    sent = payload[first] if isinstance(payload[first], list) else [payload[first]]
+    n = len(old_documents)
+    sent, old = (texts if len(texts) == n else texts[:1] * n for texts in (sent, old_queries))
+    return [i for i in range(n) if kept[i] != old_documents[i] or sent[i] != old[i]]
 
 
 @dataclass(frozen=True)
@@ -272,28 +349,55 @@ class Split:
         return {index: n for index, n in Counter(self.owners).items() if n > 1}
 
 
-def split_payload(fitter: Fitter, payload: dict) -> tuple[Split | None, list[int]]:
+def split_payload(fitter: Fitter, payload: dict, most: int = 0) -> tuple[Split | None, list[int]]:
     """Replace the long documents of a rerank or score body by their windows, in place.
+
+    Args:
+        most: windows that are allowed in all; 0 = any number.
 
     Returns:
         (split, cut): None where every document is one window; indices of the documents whose query was cut.
+
+    Raises:
+        TooManyWindows: more than `most`.
     """
     fields = _fields(payload)
-    if fields is None:
+    top_n = _top_n(payload)
+    if fields is None or top_n is None:
         return None, []
-    _, queries, _, documents = fields
-    many = queries if len(queries) == len(documents) else queries * len(documents)
-    parts = [fitter.windows(q, d, _instruction(payload)) for q, d in zip(many, documents, strict=True)]
+    instruction, parts, n = _instruction(payload), [], 0
+    pairs = _pairs(fitter, payload, fields)
+    for query, document in pairs:
+        # Each document still to come is one window at least.
+        room = most - n - (len(pairs) - len(parts) - 1) if most else 0
+        parts.append(fitter.windows(query, document, instruction, max(1, room) if most else 0))
+        n += len(parts[-1][1])
+    if most and n > most:
+        raise TooManyWindows(n)
     owners = [index for index, (_, windows, _) in enumerate(parts) for _ in windows]
     texts = [window or fitter.blank for _, windows, _ in parts for window in windows]
-    _put(payload, fields, [parts[index][0] for index in owners], texts)
-    cut = [index for index, (*_, is_cut) in enumerate(parts) if is_cut]
-    if len(owners) == len(documents):
+    queries = [parts[index][0] for index in owners]
+    _put(payload, fields, queries, texts)
+    first, old_queries, _, documents = fields
+    used = queries if first != "query" else [payload[first]] * len(queries)
+    old = old_queries if len(old_queries) == len(documents) else old_queries * len(documents)
+    cut = sorted({owner for owner, query in zip(owners, used, strict=True) if query != old[owner]})
+    # A document without room beside its query is lost as a whole.
+    cut = sorted({*cut, *(i for i, (_, w, is_cut) in enumerate(parts) if is_cut and len(w) == 1)})
+    if owners == list(range(len(documents))):
         return None, cut
-    top_n = payload.get("top_n", 0)
-    if isinstance(top_n, int) and top_n >= 0:  # else it is vLLM's to refuse
-        payload.pop("top_n", None)  # the best documents may be several windows each: all are asked for
+    payload.pop("top_n", None)  # the best documents may be several windows each: all are asked for
     return Split(owners, documents, top_n), cut
+
+
+def _top_n(payload: dict) -> int | None:
+    """top_n as vLLM reads it (also "2" and 2.0); 0 = all; None = vLLM refuses it."""
+    given = payload.get("top_n", 0)
+    try:
+        number = int(given)
+        return number if number == float(given) and number >= 0 else None
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def merge_windows(split: Split, answer: dict) -> dict:

@@ -296,13 +296,13 @@ class _Call:
             echo = row.get("document")
             echo = echo.get("text") if isinstance(echo, dict) else echo
             # Some servers echo the beginning or nothing; any other text is the answer to somebody else's request.
-            if isinstance(echo, str) and not self.documents[part.start + index].startswith(echo):
+            # The guard sends a space for an empty document of a cross-encoder.
+            if isinstance(echo, str) and not (self.documents[part.start + index] or " ").startswith(echo):
                 raise reply.error(f"another document at index {index}")
-        # Documents of which the model saw a part only; the guard names them.
-        numbers = [int(i) for i in reply.cut.split(",") if i.isdecimal() and len(i) < 10]  # int() refuses 4301 digits
-        split = re.findall(r"(?:^|,)(\d{1,9}):(\d{1,9})(?=,|$)", reply.windows or "")
-        windows = {part.start + int(i): int(n) for i, n in split if int(i) < len(part)}
-        return reply.data | {"_cut": {part.start + i for i in numbers if i < len(part)}, "_windows": windows}
+        # Documents of which the model saw a part only, and those that were split; the guard names them.
+        cut = {part.start + index for index in _listed(reply.cut, len(part))}
+        windows = {part.start + index: n for index, n in _listed(reply.windows or "", len(part)).items()}
+        return reply.data | {"_cut": cut, "_windows": windows}
 
     @property
     def names(self) -> tuple[str, str]:
@@ -336,6 +336,15 @@ class _Call:
         told = {"_cut": sorted(index for answer in answers for index in answer["_cut"])}
         told["_windows"] = {index: n for answer in answers for index, n in answer["_windows"].items()}
         return items, scores, {**raw, **told, "_client_cost_ms": cost_ms, "_client_calls": len(answers)}
+
+
+def _listed(text: str, n_docs: int) -> dict[int, int]:
+    """{index: value} of the guard's lists, `0-3,7` or `0-3:2,7:5`; what makes no sense is dropped."""
+    out = {}
+    for first, last, value in re.findall(r"(?:^|,)(\d{1,9})(?:-(\d{1,9}))?(?::(\d{1,9}))?(?=,|$)", text):
+        for index in range(int(first), min(int(last or first) + 1, n_docs)):
+            out[index] = int(value or 1)
+    return out
 
 
 def _run(call: _Call, n_threads: int | None = None) -> tuple[Items, list, dict]:

@@ -23,7 +23,17 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 from guard_rules import FIRST_PAIRS, MAX_DEPTH, Load, Refusal, parse
-from long_documents import MODES, Fitter, Split, fit_payload, merge_windows, payload_fits_surely, split_payload
+from long_documents import (
+    MODES,
+    Fitter,
+    Split,
+    TooManyWindows,
+    fit_payload,
+    keep_separators,
+    merge_windows,
+    payload_fits_surely,
+    split_payload,
+)
 
 RERANK_FIELDS = ("documents",)
 # The four spellings that vLLM's score routes take. All are counted: a body may hold several.
@@ -37,6 +47,7 @@ PATHS = NO_KEY_PATHS | {"/ping", "/version", "/metrics", "/load", "/v1/models", 
 MEDIA_FIELDS = frozenset(("image_url", "image_embeds", "video_url", "audio_url"))  # base64, not text
 
 DRAIN_RETRY_S = 5
+MAX_LIST_BYTES = 1500  # of one header that lists documents; two of them and the rest stay below 4 KB
 
 ERROR_TYPES = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 413: "ContentTooLargeError"}
 ERROR_TYPES |= {422: "UnprocessableEntityError", 429: "TooManyRequestsError", 503: "ServiceUnavailableError"}
@@ -123,12 +134,11 @@ class Guard:
                 headers = [pair for pair in message.get("headers", ()) if pair[0].lower() != b"x-request-id"]
                 headers.append((b"x-request-id", call.request_id))
                 if call.cut:
-                    headers.append((b"x-rerank-cut", ",".join(map(str, call.cut)).encode()))
+                    headers.append((b"x-rerank-cut", _listed(dict.fromkeys(call.cut, ""))))
                 if call.mode == "chunk":
                     counts = call.split.counts if call.split else {}
                     # Never empty: a proxy may drop an empty header, by which the client knows that windows were made.
-                    text = ",".join(f"{index}:{n}" for index, n in counts.items()) or "none"
-                    headers.append((b"x-rerank-windows", text.encode()))
+                    headers.append((b"x-rerank-windows", _listed({i: f":{n}" for i, n in counts.items()}) or b"none"))
                 message = {**message, "headers": headers}
             await send(message)
 
@@ -148,7 +158,9 @@ class Guard:
                 body = await self._admit(call, watched_receive)
                 if body is None:  # the client left while it sent
                     return None
-                body = await self._fit(scope, call, body)
+                body = await self._fit(scope, call, body, watched_receive)
+                if body is None:
+                    return None
                 scope = {**scope, "headers": _inner_headers(scope["headers"], call, len(body))}
                 reply = self._merged(call.split, answer) if call.split else answer
                 return await self.app(scope, _replay(body, watched_receive), reply)
@@ -210,36 +222,59 @@ class Guard:
         self._show_load()
         return body
 
-    async def _fit(self, scope, call: Call, body: bytes) -> bytes:
-        """Cut or split texts that are too long for the model; X-Rerank-Cut and X-Rerank-Windows tell."""
-        if call.mode not in ("truncate", "chunk"):
+    async def _fit(self, scope, call: Call, body: bytes, receive) -> bytes | None:
+        """Cut or split texts that are too long for the model, which two headers tell. None = the client left."""
+        if not call.mode:
             return body
-        loop = asyncio.get_running_loop()
         if self.fitter is None:
-            self.fitter = await loop.run_in_executor(self.worker, _make_fitter, scope)
+            self.fitter = await asyncio.get_running_loop().run_in_executor(self.worker, _make_fitter, scope)
         if not self.fitter:
             if call.mode == "chunk":
                 raise Refusal(422, "long", "this server cannot split documents: see its log", param="long_documents")
             return body
         if payload_fits_surely(self.fitter, call.payload):
             return body
-        if call.mode == "chunk":
-            call.split, call.cut = await loop.run_in_executor(self.worker, split_payload, self.fitter, call.payload)
+        if call.mode == "error":
+            keep_separators(self.fitter, call.payload)
+        elif call.mode == "chunk":
+            try:
+                done = await self._in_worker(call, receive, split_payload, self.fitter, call.payload, self.max_docs)
+            except TooManyWindows as exc:
+                limit = f"the limit is {self.max_docs} (MAX_DOCS_PER_CALL)"
+                text = f"the documents make {exc} windows or more, {limit}: send fewer documents a call, or truncate"
+                raise Refusal(413, "docs", text, param="long_documents") from exc
+            call.split, call.cut = done or (None, [])
+            if call.split:
+                self._take_windows(call)
         else:
-            call.cut = await loop.run_in_executor(self.worker, fit_payload, self.fitter, call.payload)
-        if call.split:
-            self._take_windows(call)
+            call.cut = await self._in_worker(call, receive, fit_payload, self.fitter, call.payload) or []
         self.metrics.cut.inc(len(call.cut))
-        return self.encode(call.payload)
+        return None if call.aborted else self.encode(call.payload)
+
+    async def _in_worker(self, call: Call, receive, work, *args):
+        """work(*args) in the tokenizer's thread; None when the client leaves first: its place in the queue is free."""
+        job = asyncio.get_running_loop().run_in_executor(self.worker, work, *args)
+        leaves = asyncio.ensure_future(receive())  # the body is read: what comes now is a disconnect
+        try:
+            await asyncio.wait((job, leaves), return_when=asyncio.FIRST_COMPLETED)
+            if job.done():
+                return job.result()
+            call.aborted = True
+            return None
+        finally:
+            job.cancel()
+            leaves.cancel()
 
     def _take_windows(self, call: Call) -> None:
-        """Count a call's windows as pairs. It was let in by its documents: only their number is limited."""
+        """Admit a call, let in by its documents, once more by its windows."""
         n = len(call.split.owners)
-        if self.max_docs and n > self.max_docs:
-            limit = f"the limit is {self.max_docs} (MAX_DOCS_PER_CALL)"
-            text = f"the documents make {n} windows, {limit}: send fewer documents a call, or long_documents=truncate"
-            raise Refusal(413, "docs", text, param="long_documents")
-        self.load.add(n - call.pairs)
+        self.load.add(-call.pairs)
+        try:
+            self.load.check(n)
+        except Refusal:
+            self.load.add(call.pairs)
+            raise
+        self.load.add(n)
         call.pairs = n
         self._show_load()
 
@@ -456,6 +491,21 @@ def _once(text: str):
         return not (found and before)
 
     return passes
+
+
+def _listed(values: dict[int, str]) -> bytes:
+    """`0-3,7` or `0-3:2,7:5` for a header: document, or a run of documents with the same value.
+
+    A long list ends with "...": nginx takes 4 KB of headers, aiohttp 8 KB a line.
+    """
+    runs: list[list] = []  # [first, last, value]
+    for index, value in sorted(values.items()):
+        if runs and runs[-1][1:] == [index - 1, value]:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index, value])
+    text = ",".join((f"{first}-{last}" if last > first else f"{first}") + value for first, last, value in runs)
+    return (text if len(text) <= MAX_LIST_BYTES else text[:MAX_LIST_BYTES].rpartition(",")[0] + ",...").encode()
 
 
 def _inner_headers(headers, call: Call, length: int) -> list:

@@ -12,6 +12,7 @@ overlapping windows of its document ("windows": n).
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -34,6 +35,7 @@ EXAMPLE_DOCUMENTS = (
     "中国的首都是北京。",
 )
 CHUNK = 4096  # pairs between two writes: what an interrupt can cost
+CHUNK_CHARS = 16_000_000  # or this many characters: token ids of books take gigabytes
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,9 @@ class OfflineReranker:
             if result.cut and self.plan.cfg.long_documents == "error":
                 limit = self.encoder.max_length
                 out[owner] = Result(None, error=f"longer than MAX_MODEL_LEN={limit} (LONG_DOCUMENTS=error)")
-            elif out[owner].score is None or result.score > out[owner].score:
+            elif not math.isfinite(result.score):
+                out[owner] = Result(None, error=f"the model gave the score {result.score}")
+            elif out[owner] is refused or (out[owner].score is not None and result.score > out[owner].score):
                 out[owner] = replace(result, cut=result.cut or owner in prepared.cut, windows=windows[owner])
         return out
 
@@ -281,6 +285,7 @@ def lines_done(output: Path) -> int:
 def read_chunks(path: Path, skip: int) -> Iterator[list[Pair | dict]]:
     """Chunks of parsed lines, from line skip + 1 on. Bytes that are no UTF-8 make a line broken, not the file."""
     chunk: list[Pair | dict] = []
+    n_chars = 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, 1):
             if number <= skip:
@@ -289,9 +294,10 @@ def read_chunks(path: Path, skip: int) -> Iterator[list[Pair | dict]]:
                 chunk.append(parse_line(raw.decode("utf-8-sig" if number == 1 else "utf-8"), number))
             except UnicodeDecodeError as exc:
                 chunk.append({"line": number, "error": f"not UTF-8: {exc.reason} at byte {exc.start}"})
-            if len(chunk) == CHUNK:
+            n_chars += len(raw)
+            if len(chunk) == CHUNK or n_chars > CHUNK_CHARS:
                 yield chunk
-                chunk = []
+                chunk, n_chars = [], 0
     if chunk:
         yield chunk
 

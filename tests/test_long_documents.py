@@ -8,7 +8,7 @@ import pytest
 
 from engine_args import make_plan
 from env_utils import get_config
-from long_documents import Fitter, fit_payload, merge_windows, payload_fits_surely, split_payload
+from long_documents import Fitter, TooManyWindows, fit_payload, merge_windows, payload_fits_surely, split_payload
 from vllm_usage import Pair
 from vllm_usage_tiny import qwen3_prompt_ids, reference_scores
 
@@ -110,6 +110,111 @@ def test_windows_of_a_query_that_leaves_little_room(fitter):
     assert all(len(fitter._ids(query, window, None)) <= LENGTH for window in windows)
 
 
+def test_windows_lose_no_text_where_the_template_lengthens_it(fitter):
+    """A control token is one token as it is sent, and several as the template breaks its spelling."""
+    turns = [f"<|im_start|>user\nturn{n:02} <|im_end|>\n" for n in range(40)]
+    document = "Gravity attracts bodies. " * 20 + "".join(turns)
+    _, windows, cut = fitter.windows("q", document)
+    assert not cut and all(windows)
+    position = 0
+    for window in windows:
+        start = document.rfind(window, 0, position + len(window))
+        assert start >= 0, "a gap between two windows"
+        position = max(position, start + len(window))
+    assert position == len(document.rstrip()) or position == len(document)
+    assert all(len(fitter._ids("q", window, None)) <= LENGTH for window in windows)
+
+
+def test_windows_overlap_by_half_where_there_is_little_room(fitter):
+    room = LENGTH - len(fitter._ids("", "", None))
+    _, windows, _ = fitter.windows("7" * (room - 10), "x y z " * 20)
+    assert 8 < len(windows) < 30
+
+
+def test_windows_stop_early(fitter):
+    assert len(fitter.windows("q", "7" * 300, None, 99)[1]) > 4
+    with pytest.raises(TooManyWindows):
+        fitter.windows("q", "7" * 300, None, 4)
+    with pytest.raises(TooManyWindows, match=r"\d{4}"):  # known from the length
+        fitter.windows("q", "7" * 500_000, None, 100)
+    payload = {"query": "q", "documents": ["7" * 100] * 5}
+    n = len(fitter.windows("q", "7" * 100)[1]) * 5
+    assert len(split_payload(fitter, dict(payload), n)[0].owners) == n
+    with pytest.raises(TooManyWindows):
+        split_payload(fitter, dict(payload), n - 1)
+
+
+def test_a_long_query_is_counted_once_for_all_documents(fitter, monkeypatch):
+    counted = []
+    ids = fitter._ids
+    monkeypatch.setattr(fitter, "_ids", lambda *args: counted.append(args) or ids(*args))
+    room = LENGTH - len(ids("", "", None))
+    for query in ("7" * (room - 40), "7" * 999):
+        counted.clear()
+        payload = {"query": query, "documents": ["x"] * 50}
+        cut = fit_payload(fitter, payload)
+        assert cut == (list(range(50)) if query == "7" * 999 else [])
+        assert len(counted) < (10 if query != "7" * 999 else 120), "once for each document"
+
+
+def test_the_query_limit_leaves_room_for_the_document(fitter):
+    """vLLM cuts the query to max_tokens_per_query; what is cut before it must not be cut for the whole query."""
+    for long in (fit_payload, split_payload):
+        payload = {"query": "7" * 999, "documents": ["x" * 20, "y"], "max_tokens_per_query": 5}
+        cut = long(fitter, payload)
+        assert payload["query"] == "7" * 5 and payload["documents"] == ["x" * 20, "y"]
+        assert (cut if long is fit_payload else cut[1]) == [0, 1]
+    assert not payload_fits_surely(fitter, {"query": "7" * 20, "documents": ["x"], "max_tokens_per_query": 5})
+
+
+def test_pairs_that_fit_are_not_named_as_cut(checkpoints):
+    from transformers import AutoTokenizer
+
+    fitter = Fitter(AutoTokenizer.from_pretrained(checkpoints["bert"]), None, 64)
+    payload = {"query": "capital\n", "documents": ["beijing " * 9 + "\n", "beijing " * 99]}
+    sent = dict(payload)
+    assert fit_payload(fitter, payload) == [1]
+    assert payload["documents"][0] == sent["documents"][0] and payload["query"] == sent["query"]
+
+
+def test_a_query_that_one_document_shortens_is_reported_for_all(checkpoints):
+    """/rerank has one query for all documents; /score can have one for each."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["bert"])
+    fitter = Fitter(tokenizer, None, 64)
+    query, documents = "capital " * 45, ["beijing", "beijing " * 99]
+    payload = {"query": query, "documents": list(documents)}
+    assert fit_payload(fitter, payload) == [0, 1] and payload["query"] in query and payload["query"] != query
+    payload = {"text_1": query, "text_2": list(documents)}
+    assert fit_payload(fitter, payload) == [1] and payload["text_1"][0] == query
+    expected = [tokenizer(query, d, truncation=True, max_length=64)["input_ids"] for d in documents]
+    assert [tokenizer(*p)["input_ids"] for p in zip(payload["text_1"], payload["text_2"], strict=True)] == expected
+
+
+def test_split_loses_no_document_that_has_no_tokens(checkpoints):
+    from transformers import AutoTokenizer
+
+    fitter = Fitter(AutoTokenizer.from_pretrained(checkpoints["bert"]), None, 32, separate=True)
+    for documents in (["beijing " * 63, "   "], ["   ", "beijing " * 63], ["   ", ""]):
+        payload = {"query": "query " * 99, "documents": list(documents)}
+        split, cut = split_payload(fitter, payload)
+        owners = split.owners if split else list(range(2))
+        assert set(owners) == {0, 1} and len(payload["documents"]) == len(owners) and cut == [0, 1]
+
+
+@pytest.mark.parametrize(("top_n", "kept"), [("1", 1), (1.0, 1), (0, 0), (2, 2)])
+def test_top_n_is_read_as_vllm_reads_it(fitter, top_n, kept):
+    payload = {"query": "q", "documents": ["7" * 300], "top_n": top_n}
+    assert split_payload(fitter, payload)[0].top_n == kept and "top_n" not in payload
+
+
+@pytest.mark.parametrize("top_n", [-1, "x", 1.5, [1], float("inf")])
+def test_a_top_n_that_vllm_refuses_is_left_to_it(fitter, top_n):
+    payload = {"query": "q", "documents": ["7" * 300], "top_n": top_n}
+    assert split_payload(fitter, payload) == (None, []) and payload["top_n"] == top_n
+
+
 @pytest.mark.parametrize("separate", [False, True])
 def test_windows_without_a_template(checkpoints, separate):
     from transformers import AutoTokenizer
@@ -155,9 +260,9 @@ def test_split_and_merge_give_each_document_its_best_window(fitter):
     for payload in ({"query": "q", "documents": ["a"], "top_n": 1}, {"query": 5, "documents": [long]}):
         before = dict(payload)
         assert split_payload(fitter, payload) == (None, []) and payload == before
-    payload = {"query": "q", "documents": [long], "top_n": -1}
-    split_payload(fitter, payload)
-    assert payload["top_n"] == -1, "vLLM refuses it"
+    # Several spellings in one body: which one counts is vLLM's to decide.
+    payload = {"text_1": "q", "text_2": ["a", "b"], "documents": [long]}
+    assert split_payload(fitter, payload) == (None, []) and fit_payload(fitter, payload) == []
 
 
 def test_an_empty_document_of_a_pair_keeps_its_separator(checkpoints):
@@ -238,6 +343,17 @@ def test_client_learns_what_was_cut(service, monkeypatch):
         assert raw["_cut"] == [1, 2]
         with pytest.raises(RerankHTTPError, match="1024"):
             function("q", documents, base_url=f"{service.url}/v1", long_documents="error")
+
+
+@pytest.mark.server
+def test_an_empty_document_is_scored(service, monkeypatch):
+    import env_utils
+    from model_utils import rerank
+
+    monkeypatch.setattr(env_utils, "_cache", {})
+    for mode in (None, "chunk", "error"):
+        _, scores, _ = rerank("q", ["beijing", "", " "], base_url=f"{service.url}/v1", long_documents=mode)
+        assert all(0 <= score <= 1 for score in scores)
 
 
 @pytest.mark.server

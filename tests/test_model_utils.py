@@ -124,7 +124,7 @@ def test_long_documents_error_forbids_cutting(client, serve):
 
 def test_long_documents_chunk_names_what_was_split(client, serve):
     """Windows of each part become those of the whole list; a server that does not say that it splits is an error."""
-    server = serve(default=reply(lambda request: request.results(), {"X-Rerank-Windows": "1:3,x,0:2,7:9"}))
+    server = serve(default=reply(lambda request: request.results(), {"X-Rerank-Windows": "1:3,x,0-0:2,7-9:9"}))
     for call in (client.rerank, client.score):
         raw = call(QUERY, list("abc"), base_url=server.url, batch_size=2, long_documents="chunk")[2]
         assert raw["_windows"] == {0: 2, 1: 3, 2: 2}
@@ -136,13 +136,32 @@ def test_long_documents_chunk_names_what_was_split(client, serve):
 
 
 @pytest.mark.parametrize(
-    ("header", "cut"), [("0,2", [0, 2, 3]), ("2,2", [2]), ("7,-1,x,", []), ("9" * 5000, []), (None, [])]
+    ("header", "cut"),
+    [
+        ("0,2", [0, 2, 3]),
+        ("2,2", [2]),
+        ("0-1,...", [0, 1, 3]),
+        ("1-999999999", [1, 2]),
+        ("7,-1,x,", []),
+        ("9" * 5000, []),
+        (None, []),
+    ],
 )
 def test_documents_that_the_guard_cut_are_named(client, serve, header, cut):
     """Indices of each part become those of the whole list; senseless ones are dropped."""
     server = serve(default=reply(lambda request: request.results(), {"X-Rerank-Cut": header}))
     raw = client.rerank(QUERY, list("abcd"), base_url=server.url, batch_size=3)[2]
     assert raw["_cut"] == cut
+
+
+def test_the_space_that_the_guard_sends_for_an_empty_document_is_no_other_document(client, serve):
+    def echo(texts):
+        rows = [{"index": i, "relevance_score": 0.5, "document": {"text": t}} for i, t in enumerate(texts)]
+        return reply(lambda request: {**request.results(), "results": rows})
+
+    assert client.rerank(QUERY, ["", "a"], base_url=serve(default=echo([" ", "a"])).url)[1] == [0.5, 0.5]
+    with pytest.raises(RerankResponseError, match="another document at index 0"):
+        client.rerank(QUERY, ["", "a"], base_url=serve(default=echo(["b", "a"])).url)
 
 
 def test_model_comes_from_the_configuration(client, serve, config):

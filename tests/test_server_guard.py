@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 import guard_rules
 import server_guard
 from guard_rules import Load, Refusal
+from long_documents import TooManyWindows
 from server_guard import Guard
 
 pytest.importorskip("msgspec")  # both come with vLLM
@@ -129,7 +130,7 @@ def metric(name, **labels):
 class Fake:
     """Stands for long_documents.Fitter: texts above 4 characters are long, a window has 4."""
 
-    blank = ""
+    blank, template, separate = "", None, False
 
     def fits_surely(self, query, document, instruction=None):
         return len(document) <= 4
@@ -137,8 +138,10 @@ class Fake:
     def fit(self, query, document, instruction=None, limit=0):
         return query, document[:4], len(document) > 4
 
-    def windows(self, query, document, instruction=None):
-        return query, [document[i : i + 4] for i in range(0, len(document), 4)], False
+    def windows(self, query, document, instruction=None, most=0):
+        if most and len(document) > 4 * most:
+            raise TooManyWindows(most + 1)
+        return query, [document[i : i + 4] for i in range(0, len(document), 4)] or [document], False
 
 
 class Scorer(Inner):
@@ -147,6 +150,8 @@ class Scorer(Inner):
     async def __call__(self, scope, receive, send):
         body = (await receive())["body"]
         self.calls.append((scope["path"], dict(scope["headers"]), body))
+        if self.gate:
+            await self.gate.wait()
         rows = [
             {"index": i, "relevance_score": int(text[-1]) / 10, "document": {"text": text}}
             for i, text in enumerate(json.loads(body)["documents"])
@@ -201,11 +206,74 @@ def test_chunk_counts_windows_and_limits_them(scorer, monkeypatch):
     assert one(guard, RERANK, LONG).status == 200
     assert metric("pairs_total") == before + 5
     answer = one(guard, RERANK, {"query": "q", "documents": ["x" * 24]})
-    assert answer.status == 413 and "6 windows" in answer.message and len(inner.calls) == 1
+    assert answer.status == 413 and "6 windows or more" in answer.message and len(inner.calls) == 1
     assert guard.load.in_flight == 0
     _, guard = scorer("chunk", status=400)
     answer = one(guard, RERANK, LONG)
     assert answer.status == 400 and len(json.loads(answer.body)["results"]) == 5  # vLLM's own text
+
+
+def test_windows_are_admitted_as_pairs(scorer, monkeypatch):
+    """Twenty calls of one document with five windows each: no more windows in flight than pairs are allowed."""
+    monkeypatch.setenv("GUARD_MAX_PAIRS_IN_FLIGHT", "20")
+    inner, guard = scorer("chunk")
+    inner.gate = asyncio.Event()
+    most = 0
+
+    async def watch():
+        nonlocal most
+        for _ in range(50):
+            await asyncio.sleep(0.01)
+            most = max(most, guard.load.in_flight)
+        inner.gate.set()
+
+    async def all_at_once():
+        calls = [ask(guard, RERANK, {"query": "q", "documents": ["xxx1" * 5]}) for _ in range(20)]
+        return (await asyncio.gather(watch(), *calls))[1:]
+
+    statuses = [answer.status for answer in asyncio.run(all_at_once())]
+    assert statuses.count(200) == 4 and statuses.count(429) == 16
+    assert 20 <= most < 40 and guard.load.in_flight == 0
+
+
+def test_a_client_that_left_holds_no_place_in_the_tokenizers_queue(scorer):
+    inner, guard = scorer("chunk")
+    started, go = threading.Event(), threading.Event()
+
+    def slow(query, document, instruction=None, most=0):
+        started.set()
+        go.wait(10)
+        return query, ["xxx1"], False
+
+    guard.fitter.windows = slow
+    body = {"query": "q", "documents": ["xxxxxx"]}
+
+    async def leave_while_waiting():
+        first = asyncio.create_task(ask(guard, RERANK, body))
+        await asyncio.to_thread(started.wait, 5)
+        assert await asyncio.wait_for(ask(guard, RERANK, body, leaves=True), 5) is None
+        assert guard.load.in_flight == 1, "only the first call's"
+        go.set()
+        return await first
+
+    assert asyncio.run(leave_while_waiting()).status == 200
+    assert len(inner.calls) == 1 and guard.load.in_flight == 0
+
+
+def test_lists_in_headers_are_short():
+    assert server_guard._listed({3: "", 0: "", 1: ""}) == b"0-1,3"
+    assert server_guard._listed({0: ":2", 1: ":2", 2: ":3"}) == b"0-1:2,2:3"
+    long = server_guard._listed(dict.fromkeys(range(0, 5000, 2), ""))
+    assert len(long) <= server_guard.MAX_LIST_BYTES + 4 and long.endswith(b",...")
+
+
+def test_an_empty_document_keeps_its_separator_in_every_mode(scorer):
+    for mode in ("truncate", "error", "chunk"):
+        inner, guard = scorer(mode)
+        guard.fitter.blank = " "
+        with contextlib.suppress(ValueError, IndexError):  # the stand-in reads a score from the text
+            one(guard, RERANK, {"query": "q", "documents": ["xxx1", ""]})
+        assert json.loads(inner.calls[0][2])["documents"] == ["xxx1", " "], mode
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Cold start: files in, files out, broken lines, resume; the real engine once."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -149,6 +150,20 @@ def test_chunk_keeps_the_best_window():
     results = without_engine("chunk").score(pairs)
     assert [(r.score, r.windows, r.cut) for r in results] == [(1, 1, False), (3, 3, False), (4, 2, True), (0, 1, False)]
     assert vllm_usage._output_row(pairs[2], results[2]) == {"line": 0, "score": 4, "cut": True, "windows": 2}
+
+
+def test_a_score_that_is_no_number_is_an_error():
+    reranker = without_engine("chunk")
+    reranker._classify = lambda pairs: [Result(math.nan if p.document == "xxxb" else 0.5) for p in pairs]
+    for document in ("xxxbxxxd", "xxxdxxxb"):
+        (result,) = reranker.score([Pair("q", document)])
+        assert result.score is None and "nan" in result.error
+
+
+def test_chunks_are_bounded_in_characters(tmp_path, monkeypatch):
+    monkeypatch.setattr(vllm_usage, "CHUNK_CHARS", 1000)
+    source = write_rows(tmp_path / "in.jsonl", [row(400)] * 7)
+    assert [len(chunk) for chunk in read_chunks(source, 0)] == [3, 3, 1]
 
 
 def test_error_reports_what_would_be_cut():
