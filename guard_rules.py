@@ -11,7 +11,7 @@ MAX_DEPTH = 32  # JSON levels; a rerank body needs 5
 FIRST_PAIRS = 1024  # pairs taken before the first speed is known, where only MAX_WAIT_S limits (GUARD_FIRST_PAIRS)
 LOADED_PAIRS = 64  # pairs in flight on average, below which a first sample is no measure of the engine
 SAMPLE_S = 1.0  # busy seconds behind one sample of the speed
-EWMA_WEIGHT = 0.3  # weight of a new sample
+FASTER_WEIGHT, SLOWER_WEIGHT = 0.7, 0.3  # of a new sample
 
 
 class Refusal(Exception):
@@ -25,9 +25,12 @@ class Refusal(Exception):
 class Load:
     """Pairs in flight and the speed at which they are served. No locks: all calls come from one event loop.
 
-    The speed is an average over busy time, so idle time does not lower it. A first sample counts only under load
-    (LOADED_PAIRS in flight on average), a slower one only where calls waited (MAX_WAIT_S / 4 or more): a few small
-    calls, or the first one with its compilation, say nothing about what the engine can do.
+    The speed is an average over busy time, so idle time does not lower it. After idle time a sample is complete
+    when as many pairs were served as were in flight on average: when a burst's first call is answered, most of the
+    others' work is done too. A first sample counts only under load (LOADED_PAIRS in flight on average), a slower
+    one only where calls waited (MAX_WAIT_S / 4 or more): a few small calls, or the first one with its compilation,
+    say nothing about what the engine can do. A faster sample has more weight than a slower one: what was just done
+    can be done.
     """
 
     def __init__(self, max_pairs: int, max_wait_s: float, first_pairs: int = FIRST_PAIRS, clock=time.monotonic):
@@ -36,7 +39,7 @@ class Load:
         self.pairs_per_s = 0.0  # 0 = not known yet
         self._clock, self._last = clock, clock()
         self._busy_s = self._pair_seconds = 0.0
-        self._served = 0
+        self._served, self._from_idle = 0, True
 
     @property
     def wait_s(self) -> float:
@@ -62,6 +65,7 @@ class Load:
         """Count a whole call in, or raise Refusal."""
         self.check(n_pairs)
         self._advance()
+        self._from_idle = self._from_idle or not self.in_flight
         self.in_flight += n_pairs
 
     def add(self, n_pairs: int) -> None:
@@ -74,16 +78,19 @@ class Load:
         self._advance()
         self.in_flight -= n_pairs
         self._served += n_pairs * served
-        if self._served and self._busy_s >= SAMPLE_S:
+        whole = not self._from_idle or self._served * self._busy_s >= self._pair_seconds
+        if self._served and self._busy_s >= SAMPLE_S and whole:
             sample = self._served / self._busy_s
             waited_s = self._pair_seconds / self._served  # Little's law
             loaded = self._pair_seconds >= LOADED_PAIRS * self._busy_s
             if not self.pairs_per_s:
                 self.pairs_per_s = sample if loaded else 0.0
-            elif sample > self.pairs_per_s or waited_s >= self.max_wait_s / 4:
-                self.pairs_per_s += EWMA_WEIGHT * (sample - self.pairs_per_s)
+            elif sample > self.pairs_per_s:
+                self.pairs_per_s += FASTER_WEIGHT * (sample - self.pairs_per_s)
+            elif waited_s >= self.max_wait_s / 4:
+                self.pairs_per_s += SLOWER_WEIGHT * (sample - self.pairs_per_s)
             self._busy_s = self._pair_seconds = 0.0
-            self._served = 0
+            self._served, self._from_idle = 0, False
 
     def _advance(self) -> None:
         now = self._clock()

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from env_utils import ConfigError, EnvConfig, get_config
 
 READY, DIED, LOADING = 0, 1, 4  # exit codes
+BUSY = "busy: it scores, and refuses further calls for now (429)"
 
 # What the log says while vLLM starts, in the order in which it happens.
 PHASES = (
@@ -101,13 +102,15 @@ def request(
 
 
 def probe(cfg: EnvConfig, timeout_s: float = 60.0) -> str | None:
-    """Score one pair. None when the score is a finite number, else what is wrong."""
+    """Score one pair. None when the score is a finite number, BUSY for a refusal by load, else what is wrong."""
     body = {"model": cfg.served_model_name, "query": "ping", "documents": ["pong"]}
     try:
         status, data = request(cfg, "GET", "/health", timeout_s=5)
         if status != 200:
             return f"/health answers {status}"
         status, data = request(cfg, "POST", "/v1/rerank", body, timeout_s)
+        if status == 429:
+            return BUSY
         if status != 200:
             return f"/v1/rerank answers {status}: {data[:300].decode('utf-8', 'replace')}"
         score = json.loads(data)["results"][0]["relevance_score"]
@@ -261,11 +264,11 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
         now = phase(read_log(log)) if log.is_file() else "loading"
         if listens(cfg):  # a server that loads must not be asked for scores
             last = probe(cfg)
-            answered = answered or (time.monotonic() if last is None else 0.0)
+            answered = answered or (time.monotonic() if last in (None, BUSY) else 0.0)
             # A supervisor must have seen it too: a death before that is a failed start to it. Where it cannot say so
             # (full disk), its silence does not count for long.
             seen = supervised_state(cfg, pid) in ("ready", None) or time.monotonic() - answered > 5
-            if last is None and seen:
+            if last in (None, BUSY) and seen:
                 print(f"ready after {time.monotonic() - begin:.0f} s")
                 return READY
         if now != shown or waited - shown_at >= 15:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from env_utils import ConfigError, EnvConfig, get_config
 from service_health import (
+    BUSY,
     born,
     log_file,
     metrics,
@@ -33,9 +34,10 @@ def gather(cfg: EnvConfig, probe_timeout_s: float = 30.0) -> dict:
     """What is known of the service.
 
     Returns:
-        state: ready, loading, not answering, restarting, stopping, dead or not running; exit_code; pid (of the
-        supervisor) and server_pid; why: what is wrong, or why it died last; supervised: something restarts it; times
-        in seconds, memory in MiB; requests as vLLM counts them, one a pair. What does not apply is None.
+        state: ready, busy (ready, but refusing calls for now), loading, not answering, restarting, stopping, dead or
+        not running; exit_code; pid (of the supervisor) and server_pid; why: what is wrong, or why it died last;
+        supervised: something restarts it; times in seconds, memory in MiB; requests as vLLM counts them, one a pair.
+        What does not apply is None.
     """
     known = _known(cfg)
     pid, alive = _leader(cfg)
@@ -78,6 +80,8 @@ def gather(cfg: EnvConfig, probe_timeout_s: float = 30.0) -> dict:
     for name in ("requests_running", "requests_waiting"):
         value = counted.get(f"vllm:num_{name}")
         out[name] = None if value is None else int(value)
+    if wrong == BUSY:
+        return out | {"state": "busy", "exit_code": READY}
     if wrong:
         return out | {"state": "not answering", "why": wrong}
     return out | {"state": "ready", "exit_code": READY}
@@ -143,7 +147,7 @@ def one_line(now: dict) -> str:
     """The line that an operator reads."""
     if now["exit_code"] == NOT_RUNNING:
         return "not running"
-    parts = [f"ready: {now['url']}"]
+    parts = [f"{'ready' if now['state'] == 'ready' else BUSY}: {now['url']}"]
     if now["exit_code"]:
         parts = [f"{now['state']}: {now['why']}" if now["why"] else now["state"]]
     if now["state"] == "dead":
@@ -162,7 +166,7 @@ def one_line(now: dict) -> str:
             parts.append(f"vLLM {now['vllm']}")
     if now["restarts"]:
         parts.append(f"{now['restarts']} restarts" if now["restarts"] > 1 else "1 restart")
-        if now["state"] == "ready":
+        if not now["exit_code"]:
             parts.append(f"last death {now['died_at']}: {now['why']}")
     if now["state"] not in ("dead", "stopping") and not now["supervised"]:
         parts.append("its supervisor was killed: nothing restarts it, so restart it yourself")

@@ -22,6 +22,7 @@ from pathlib import Path
 from engine_args import Plan, make_plan, serve_args, server_command
 from env_utils import ConfigError, EnvConfig, get_config
 from service_health import (
+    BUSY,
     born,
     is_alive,
     listens,
@@ -84,7 +85,8 @@ class Watch(threading.Thread):
         while not self.stopped.wait(self.every_s if self.ready else 0.5):
             if not self.ready and not listens(self.cfg):
                 continue
-            if probe(self.cfg, self.every_s if self.ready else 60.0) is None:
+            wrong = probe(self.cfg, self.every_s if self.ready else 60.0)
+            if wrong is None or (wrong == BUSY and not self.ready):
                 self.ready, self.alive_at = True, time.monotonic()
                 continue
             now = progress(self.cfg)

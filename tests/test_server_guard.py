@@ -943,7 +943,25 @@ def test_load_learns_one_sample_at_a_time():
     load, clock = loaded()
     serve(load, clock, 100, 1.0)
     serve(load, clock, 200, 1.0)
-    assert load.pairs_per_s == pytest.approx(100 + guard_rules.EWMA_WEIGHT * 100)
+    assert load.pairs_per_s == pytest.approx(100 + guard_rules.FASTER_WEIGHT * 100)
+
+
+@pytest.mark.parametrize("compile_s", [0.0, 4.0, 8.0])
+def test_load_is_not_fooled_by_the_start_of_a_burst(compile_s):
+    """Eight calls come at once after idle time; the first answer comes late, the others at once behind it."""
+    load, clock = loaded(first_pairs=10_000)
+    for _ in range(8):
+        load.take(32)
+    clock.now += 1.0 + compile_s
+    for _ in range(8):
+        load.release(32, True)
+        clock.now += 0.01
+        load.take(32)  # must never be refused: the work in flight is one second's
+    for _ in range(30):
+        clock.now += 0.125
+        load.release(32, True)
+        load.take(32)
+    assert load.pairs_per_s == pytest.approx(256, rel=0.15)
 
 
 def test_load_is_not_slowed_by_small_calls():

@@ -82,7 +82,10 @@ def test_a_busy_server_is_not_taken_for_a_hanging_one(kit, tmp_path, grows):
     kit("start", HEALTH_TIMEOUT_S=2, FAKE_BUSY=busy)
     first = kit.server_pid
     busy.write_text("grow" if grows else "stand")
-    time.sleep(5)
+    time.sleep(1)
+    status = kit("status")
+    assert status.returncode == 0 and status.stdout.startswith("busy: ") and "429" in status.stdout
+    time.sleep(4)
     busy.unlink()
     assert (kit.server_pid == first) == grows
 
