@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from engine_defaults import api_servers, count_weights, fastokens_agrees
 from env_utils import FIELDS, KIT_DIR, ConfigError, EnvConfig, get_config, passed_on_env
 from model_files import Checkpoint, Profile, find_profile, locate, read_checkpoint
 
@@ -48,6 +49,7 @@ class Plan:
     checkpoint: Checkpoint
     template: str | None  # Jinja text
     engine: dict  # keyword arguments of vllm.LLM; flags of vllm serve by the same names
+    api_servers: int | None = None  # None = vLLM's own choice, one for each data parallel rank
     env: dict[str, str] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)  # engine key -> one line
 
@@ -127,7 +129,7 @@ def make_plan(
     _check_gpus(cfg, machine)
     checkpoint = read_checkpoint(locate(str(model)))
     profile = find_profile(checkpoint, cfg.model_profile)
-    plan = Plan(cfg, machine, profile, checkpoint, profile.template_text(cfg.instruction), {})
+    plan = Plan(cfg, machine, profile, checkpoint, profile.template_text(cfg.instruction), {}, cfg.api_server_count)
     engine, why = plan.engine, plan.why
     engine["model"] = str(checkpoint.path)
     engine["runner"] = "pooling"
@@ -150,26 +152,29 @@ def make_plan(
         _plan_cpu(plan)
     else:
         _plan_gpu(plan, offline)
+        if not offline:
+            _plan_tokenizing(plan)
     plan.env |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     if cfg.guard:
-        plan.env |= _guard_env(cfg, machine, profile)
+        plan.env |= _guard_env(plan)
     for key in list(plan.env):
         if key in os.environ or key in passed_on_env():
             plan.env.pop(key)  # the user's own value wins
     return plan
 
 
-def _guard_env(cfg: EnvConfig, machine: Machine, profile: Profile) -> dict[str, str]:
+def _guard_env(plan: Plan) -> dict[str, str]:
     """Settings of server_guard.py, which reads nothing but the environment."""
+    cfg = plan.cfg
     values = {k: getattr(cfg, f.name) for k, f in FIELDS.items() if f.metadata["group"] == "guard" and k != "GUARD"}
     env = {f"GUARD_{k}": str(v) for k, v in values.items() if v not in (None, "")}
     # Pairs taken before the first measured speed: some seconds of work. 1024 refused 16 calls of 32 documents in
     # flight on an H100 with 8 API processes, each of which takes its share of 128.
-    env["GUARD_FIRST_PAIRS"] = "1024" if machine.is_cpu else "16384"
+    env["GUARD_FIRST_PAIRS"] = "1024" if plan.machine.is_cpu else "16384"
     # vLLM takes an instruction for any model and drops it where no template asks for it.
-    env["GUARD_TAKES_INSTRUCTION"] = str(int(profile.instruction))
+    env["GUARD_TAKES_INSTRUCTION"] = str(int(plan.profile.instruction))
     # vLLM runs one API process for each data parallel rank unless told otherwise.
-    return env | {"GUARD_API_SERVERS": str(cfg.api_server_count or cfg.dp)}
+    return env | {"GUARD_API_SERVERS": str(plan.api_servers or cfg.dp)}
 
 
 def _check_gpus(cfg: EnvConfig, machine: Machine) -> None:
@@ -227,6 +232,20 @@ def _plan_gpu(plan: Plan, offline: bool) -> None:
     why["gpu_memory_utilization"] = "GPU_MEMORY_UTILIZATION" if cfg.gpu_memory_utilization else "0.85 unless set"
     if cfg.cuda_visible_devices is None:
         plan.env["CUDA_VISIBLE_DEVICES"] = ",".join(str(i) for i in range(cfg.tp * cfg.dp))
+
+
+def _plan_tokenizing(plan: Plan) -> None:
+    """API processes and the tokenizer's implementation: they limit a small model on a large GPU."""
+    cfg = plan.cfg
+    if cfg.api_server_count is None and cfg.dp == 1:
+        n, why = api_servers(count_weights(plan.checkpoint.config), len(plan.machine.cores))
+        plan.api_servers = n if n > 1 else None
+        plan.why["api_server_count"] = f"{n}: {why}"
+    if "VLLM_USE_FASTOKENS" not in {**os.environ, **passed_on_env()}:
+        agrees, why = fastokens_agrees(plan.checkpoint.path)
+        if agrees:
+            plan.env["VLLM_USE_FASTOKENS"] = "1"
+        plan.why["fastokens"] = f"{'on' if agrees else 'off'}: {why}"
 
 
 def _plan_cpu(plan: Plan) -> None:
@@ -293,8 +312,8 @@ def serve_args(plan: Plan) -> list[str]:
             args += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
     if plan.template is not None:
         args += ["--chat-template", str(_template_file(plan))]
-    if cfg.api_server_count:
-        args += ["--api-server-count", str(cfg.api_server_count)]
+    if plan.api_servers:
+        args += ["--api-server-count", str(plan.api_servers)]
     if cfg.ssl_certfile:
         certificate, key = _tls_files(cfg)
         args += ["--ssl-certfile", certificate, "--ssl-keyfile", key]
@@ -334,7 +353,8 @@ def explain(plan: Plan) -> str:
         f"score={plan.profile.score}",
         "# why",
     ]
-    lines += [f"{key}: {plan.engine.get(key, '')} ({reason})" for key, reason in plan.why.items()]
+    for key, reason in plan.why.items():
+        lines.append(f"{key}: {plan.engine[key]} ({reason})" if key in plan.engine else f"{key}: {reason}")
     lines.append("# command")
     env = [f"{k}={shlex.quote(v)}" for k, v in plan.env.items()] + (["VLLM_API_KEY=***"] if cfg.api_key else [])
     return "\n".join(lines) + "\n" + " ".join([*env, "vllm", shlex.join(serve_args(plan))])

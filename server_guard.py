@@ -453,18 +453,32 @@ class Guard:
 def _make_fitter(scope):
     """A long_documents.Fitter for the model that this process serves; False where it cannot be known."""
     try:
-        from transformers import AutoTokenizer
-
         served = scope["app"].state.serving_scores.io_processor  # vLLM's own, not a documented interface
         template, separate = getattr(served, "chat_template", None), served.name == "bi-encoder"
         if not separate and (served.name != "cross-encoder" or not (template or served.use_sep_token)):
             raise LookupError(f"scoring of kind {served.name}")
         config = served.model_config
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer, trust_remote_code=config.trust_remote_code)
+        tokenizer = _plain_tokenizer(config.tokenizer, config.trust_remote_code)
         return Fitter(tokenizer, None if separate else template, config.max_model_len, separate=separate)
     except Exception as exc:  # another release of vLLM: long texts get vLLM's own 400
         logger.warning("guard: long documents are not cut (%s: %s)", type(exc).__name__, exc)
         return False
+
+
+def _plain_tokenizer(name: str, trust_remote_code: bool):
+    """transformers' own tokenizer, which knows the characters of its tokens; the one of fastokens does not."""
+    import transformers
+
+    patched = os.environ.get("VLLM_USE_FASTOKENS") == "1"  # vLLM has patched transformers in this process
+    if patched:
+        import fastokens
+
+        fastokens.unpatch_transformers()
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    finally:
+        if patched:
+            fastokens.patch_transformers()
 
 
 def _setting(name: str, kind=int):

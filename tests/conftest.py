@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import urllib.error
@@ -48,6 +49,22 @@ def kit_environment(**settings) -> dict[str, str]:
     }
 
 
+def self_signed(folder: Path) -> dict[str, str]:
+    """SSL_CERTFILE and SSL_KEYFILE of a new certificate for localhost."""
+    files = {"SSL_CERTFILE": str(folder / "cert.pem"), "SSL_KEYFILE": str(folder / "key.pem")}
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    command += [
+        "-addext",
+        "subjectAltName=DNS:localhost",
+        "-out",
+        files["SSL_CERTFILE"],
+        "-keyout",
+        files["SSL_KEYFILE"],
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    return files
+
+
 def run_kit(*args: str, shell: str = "dash", timeout_s: float = 300, cwd: Path | str = "/", **settings):
     """Run `start_rerank.sh ARGS` under a shell; the finished process with its output as text."""
     command = [*shell.split(), str(KIT / "start_rerank.sh"), *args]
@@ -60,7 +77,12 @@ def http(method: str, url: str, body: dict | None = None, headers: dict | None =
     data = json.dumps(body).encode() if body is not None else None
     request = urllib.request.Request(url, data, {"Content-Type": "application/json", **(headers or {})}, method=method)
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout_s) as answer:
+        # The certificates of the tests are self-signed; tests of the client check them.
+        handlers = (
+            urllib.request.ProxyHandler({}),
+            urllib.request.HTTPSHandler(context=ssl._create_unverified_context()),
+        )
+        with urllib.request.build_opener(*handlers).open(request, timeout=timeout_s) as answer:
             status, text = answer.status, answer.read().decode()
     except urllib.error.HTTPError as exc:
         status, text = exc.code, exc.read().decode()

@@ -1,8 +1,9 @@
 """Half an hour of mixed load on a real service: what grows? `python tests/soak.py [--minutes 30] [--model FOLDER]`
 
-Starts a service of its own (without --model, of a seeded tiny Qwen3-Reranker), calls it with the kit's client at a fixed
-rate, among them long documents, refused calls and clients that leave, and prints once a minute what its processes hold.
-Ends with the first and the last line to compare; exit code 1 when calls failed. The result goes into docs/reliability.md.
+Starts a service of its own (without --model, of a seeded tiny Qwen3-Reranker), calls it with the kit's client at a
+fixed rate, among them long documents, refused calls and clients that leave, and prints once a minute what its
+processes hold. Ends with the first and the last line to compare; exit code 1 when calls failed. The result goes into
+docs/reliability.md.
 """
 
 import argparse

@@ -7,6 +7,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError
 
 import pytest
+from conftest import self_signed
 
 import engine_args
 from engine_args import Machine, NoVllm, make_plan, serve_args
@@ -159,3 +160,43 @@ def test_every_flag_is_known_to_the_installed_vllm(checkpoints):
     ).stdout
     assert "--served-model-name" in help_text
     assert [f for f in flags if not re.search(rf"(^|[\s,]){f}\b(?!-)", help_text)] == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, None),
+        ({"host": "localhost"}, None),
+        ({"host": "::1"}, None),
+        ({"host": "127.0.0.2"}, None),
+        ({"host": "0.0.0.0"}, "there is no API_KEY"),
+        ({"host": "::"}, "there is no API_KEY"),
+        ({"host": "10.0.0.1"}, "there is no API_KEY"),
+        ({"host": "gpu-host"}, "there is no API_KEY"),
+        ({"host": "0.0.0.0", "api_key": "k"}, None),
+        ({"host": "0.0.0.0", "api_key": "k", "guard": 0}, "on /v1 paths only"),
+        ({"host": "0.0.0.0", "allow_no_key": 1}, None),
+        ({"ssl_certfile": "/c.pem"}, "belong together"),
+        ({"ssl_keyfile": "/k.pem"}, "belong together"),
+        ({"ssl_certfile": "/no/c.pem", "ssl_keyfile": "/no/k.pem"}, "No such file"),
+    ],
+)
+def test_a_service_that_strangers_could_use_is_refused(settings, said):
+    cfg = get_config(**settings)
+    if said is None:
+        engine_args.check_network(cfg)
+    else:
+        with pytest.raises(ConfigError, match=said):
+            engine_args.check_network(cfg)
+
+
+def test_tls_reaches_vllm_and_the_url(checkpoints, tmp_path):
+    files = {name.lower(): value for name, value in self_signed(tmp_path).items()}
+    made = plan(checkpoints, **files)
+    engine_args.check_network(made.cfg)
+    args = serve_args(made)
+    assert flag(args, "--ssl-certfile") == files["ssl_certfile"] and flag(args, "--ssl-keyfile") == files["ssl_keyfile"]
+    assert made.cfg.service_url.startswith("https://")
+    (tmp_path / "key.pem").write_text("no key")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        engine_args.check_network(made.cfg)

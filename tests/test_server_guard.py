@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import guard_rules
 import server_guard
 from guard_rules import Load, Refusal
-from long_documents import TooManyWindows
+from long_documents import Fitter, TooManyWindows
 from server_guard import Guard
 
 pytest.importorskip("msgspec")  # both come with vLLM
@@ -337,6 +337,22 @@ def test_an_instruction_is_refused_by_a_model_that_takes_none(monkeypatch, body)
     assert answer.status == 422 and "takes no instruction" in answer.message and len(inner.calls) == 1
     for empty in ({"instruction": None}, {"instruction": ""}, {"chat_template_kwargs": {}}):
         assert one(Guard(inner), RERANK, documents(**empty)).status == 200
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_the_guard_reads_characters_also_under_fastokens(checkpoints, monkeypatch, patched):
+    """vLLM patches transformers with fastokens, which knows no offsets: the guard needs the plain tokenizer."""
+    fastokens = pytest.importorskip("fastokens")
+    if patched:
+        monkeypatch.setenv("VLLM_USE_FASTOKENS", "1")
+        fastokens.patch_transformers()
+    try:
+        tokenizer = server_guard._plain_tokenizer(str(checkpoints["qwen3"]), False)
+        assert tokenizer("yes no", return_offsets_mapping=True)["offset_mapping"]
+        assert Fitter(tokenizer, None, 20, separate=True).fit("q", "word " * 99)[2]
+    finally:
+        if patched:
+            fastokens.unpatch_transformers()
 
 
 # ---- log ----

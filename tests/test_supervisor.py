@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import KIT, free_port, http, kit_environment, run_kit
+from conftest import KIT, free_port, http, kit_environment, run_kit, self_signed
 from fake_kit import alive, session_of
 
 import supervisor
@@ -249,11 +249,16 @@ def test_rotate_if_large_without_room_for_a_copy(tmp_path, monkeypatch):
 
 # --- the real server ---
 
+KEY = "a-key-that-nobody-may-see"
+
 
 @pytest.fixture(scope="module")
 def real(checkpoints, tmp_path_factory):
-    """A real service of its own, to be killed."""
+    """A real service of its own, to be killed; with TLS and a key, open to the network."""
     settings = {
+        **self_signed(tmp_path_factory.mktemp("tls")),
+        "HOST": "0.0.0.0",
+        "API_KEY": KEY,
         "MODEL_PATH": checkpoints["qwen3"],
         "PORT": free_port(),
         "LOG_DIR": tmp_path_factory.mktemp("logs"),
@@ -271,7 +276,8 @@ def real(checkpoints, tmp_path_factory):
 
 def ask(port):
     body = {"model": "qwen3-reranker", "text_1": "capital", "text_2": ["The capital of China is Beijing.", "yes"]}
-    status, answer = http("POST", f"http://127.0.0.1:{port}/v1/score", body)
+    key = {"Authorization": f"Bearer {KEY}"}
+    status, answer = http("POST", f"https://127.0.0.1:{port}/v1/score", body, key)
     return [row["score"] for row in answer["data"]] if status == 200 else status
 
 
@@ -312,7 +318,8 @@ def test_the_real_service_comes_back_under_load(real, victim, how):
     status = json.loads(run_kit("status", "--json", **real).stdout)
     leader, before, port = status["pid"], status["restarts"], real["PORT"]
     expected = ask(port)
-    assert isinstance(expected, list) and progress(get_config(port=port)) > 0
+    assert isinstance(expected, list)
+    assert progress(get_config(port=port, api_key=KEY, ssl_certfile="a", ssl_keyfile="b")) > 0
     old = members(leader)
     assert set(old) == {"vllm serve", "EngineCore", "Worker"}
     load = Load(port)
@@ -328,3 +335,30 @@ def test_the_real_service_comes_back_under_load(real, victim, how):
     load.join(70)
     assert not any(map(alive, old.values())), "nothing of the dead server is left"
     assert ask(port) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.server
+def test_the_client_checks_the_certificate(real, monkeypatch):
+    import env_utils
+    from model_utils import rerank
+    from resources import RerankError
+
+    monkeypatch.setattr(env_utils, "_cache", {})
+    monkeypatch.setenv("API_KEY", KEY)
+    url = f"https://localhost:{real['PORT']}/v1"
+    with pytest.raises(RerankError, match="REQUESTS_CA_BUNDLE"):
+        rerank("q", ["d"], base_url=url)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", real["SSL_CERTFILE"])
+    assert len(rerank("q", ["d"], base_url=url)[0]) == 1
+
+
+@pytest.mark.server
+def test_no_key_no_answer_and_no_trace_of_it(real):
+    status = json.loads(run_kit("status", "--json", **real).stdout)
+    for path in ("/v1/score", "/score", "/metrics", "/v1/models"):
+        assert http("POST", f"https://127.0.0.1:{real['PORT']}{path}", {})[0] == 401
+    seen = "".join(Path(f"/proc/{pid}/cmdline").read_text() for pid in session_of(status["pid"]))
+    for path in Path(real["LOG_DIR"]).iterdir():
+        assert path.stat().st_mode & 0o077 == 0, f"{path.name} is for its owner only"
+        seen += path.read_text()
+    assert KEY not in seen and KEY not in json.dumps(status)

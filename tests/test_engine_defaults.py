@@ -1,0 +1,96 @@
+"""Choices by model and machine: API processes, fastokens; what the plan makes of them."""
+
+import json
+
+import pytest
+
+import engine_defaults
+from engine_args import Machine, explain, make_plan, serve_args
+from engine_defaults import api_servers, count_weights, fastokens_agrees
+from env_utils import get_config
+
+fastokens = pytest.importorskip("fastokens")  # x86-64 only
+H100 = Machine("0.32.0", ("NVIDIA H100, 81559",), tuple(range(16)), 2**37)
+QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151669, "tie_word_embeddings": True}
+SIZES = {
+    0.596e9: {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_hidden_layers": 28},
+    4.02e9: {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "num_hidden_layers": 36},
+    8.19e9: {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 36,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+@pytest.mark.parametrize("n_weights", SIZES)
+def test_weights_are_counted_from_the_config(n_weights):
+    assert count_weights({**QWEN3, **SIZES[n_weights]}) == pytest.approx(n_weights, rel=0.005)
+    assert count_weights({}) == 0
+
+
+@pytest.mark.parametrize(
+    ("n_weights", "n_cores", "n"),
+    [(0.6e9, 16, 4), (0.6e9, 4, 2), (0.6e9, 2, 1), (4e9, 16, 2), (4e9, 4, 1), (8e9, 64, 1)],
+)
+def test_small_models_get_more_api_processes(n_weights, n_cores, n):
+    assert api_servers(n_weights, n_cores)[0] == n
+
+
+def test_fastokens_is_used_only_with_the_same_ids(checkpoints, monkeypatch, tmp_path):
+    assert fastokens_agrees(checkpoints["qwen3"])[0]
+    agrees, why = fastokens_agrees(checkpoints["bert"])
+    assert not agrees and "BertNormalizer" in why
+    assert fastokens_agrees(tmp_path) == (False, "the checkpoint has no tokenizer.json")
+
+    # One added token is known to fastokens alone: only a text that spells it shows the difference.
+    data = json.loads((checkpoints["qwen3"] / "tokenizer.json").read_text())
+    real = fastokens.Tokenizer.from_file
+
+    class Other:
+        @staticmethod
+        def from_file(path):
+            data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] != "<|box_end|>"]
+            (tmp_path / "other.json").write_text(json.dumps(data))
+            return real(str(tmp_path / "other.json"))
+
+    monkeypatch.setattr(fastokens, "Tokenizer", Other)
+    agrees, why = fastokens_agrees(checkpoints["qwen3"])
+    assert not agrees and "other ids" in why
+
+    def missing(_):
+        raise engine_defaults.PackageNotFoundError
+
+    monkeypatch.setattr(engine_defaults, "version", missing)
+    assert fastokens_agrees(checkpoints["qwen3"]) == (False, "fastokens is not installed")
+
+
+def test_the_plan_of_a_gpu_service_feeds_the_gpu(checkpoints, monkeypatch):
+    monkeypatch.delenv("VLLM_USE_FASTOKENS", raising=False)
+    plan = make_plan(get_config(), checkpoints["qwen3"], H100)
+    args = serve_args(plan)
+    assert args[args.index("--api-server-count") + 1] == "4" and plan.env["GUARD_API_SERVERS"] == "4"
+    assert plan.env["VLLM_USE_FASTOKENS"] == "1"
+    shown = explain(plan)
+    assert "api_server_count: 4: one API process" in shown and "fastokens: on: fastokens 0.3.5 gave the ids" in shown
+
+    plan = make_plan(get_config(api_server_count=1), checkpoints["bert"], H100)
+    args = serve_args(plan)
+    assert args[args.index("--api-server-count") + 1] == "1"
+    assert "VLLM_USE_FASTOKENS" not in plan.env and "fastokens: off: " in explain(plan)
+
+    monkeypatch.setenv("VLLM_USE_FASTOKENS", "0")
+    assert "VLLM_USE_FASTOKENS" not in make_plan(get_config(), checkpoints["qwen3"], H100).env
+
+
+@pytest.mark.parametrize("other", [{"offline": True}, {"dp": 2}, {"cpu": True}])
+def test_other_services_keep_vllms_choice(checkpoints, monkeypatch, other):
+    monkeypatch.delenv("VLLM_USE_FASTOKENS", raising=False)
+    machine = Machine("0.32.0+cpu", (), tuple(range(16)), 2**37) if "cpu" in other else H100
+    if "dp" in other:
+        machine = Machine("0.32.0", H100.gpus * 2, H100.cores, 2**37)
+    plan = make_plan(get_config(dp=other.get("dp", 1)), checkpoints["qwen3"], machine, offline="offline" in other)
+    assert "--api-server-count" not in serve_args(plan)
+    assert ("VLLM_USE_FASTOKENS" in plan.env) == ("dp" in other)
