@@ -24,7 +24,7 @@ COLUMNS = {"endpoint": 8, "mode": 6, "level": 6, "ok": 6, "refused": 7, "err": 5
 # fmt: on
 REFUSED = ("http_429", "http_503")  # the server's way to say "not now": load, not a fault
 # What bench_rerank.py may see of the server's side inside a window; None = not seen.
-SEEN = ("gpu_util", "gpu_mem_gib", "api_cpu", "server_cpu", "host_cpu", "host_cores")
+SEEN = ("gpu_util", "gpu_mem_gib", "api_cpu", "engine_cpu", "server_cpu", "host_cpu", "host_cores")
 SEEN += ("queue_ms", "cache_hits", "step_tokens")
 
 
@@ -139,6 +139,11 @@ def what_bounds(row: dict) -> tuple[str, str]:
     if api is not None and api >= 0.85:
         more = "API_SERVER_COUNT, VLLM_USE_FASTOKENS=1; more GPUs do not help"
         return "cpu", f"an API process (HTTP, tokenizing) took {api:.2f} cores: {more}"
+    engine = row["engine_cpu"]
+    if gpu is not None and engine is not None and engine >= 0.85:
+        # On a CPU the engine computes the model: it is meant to be busy there.
+        one = "one engine process cannot feed this GPU with a model of this size; more GPUs (DP) bring an engine each"
+        return "engine", f"the engine process took {engine:.2f} cores, the GPU worked {gpu:.0f} % of the time: {one}"
     if host is not None and host >= 0.9:
         ours = (row["server_cpu"] or 0.0) + row["client_cpu"] * row["client_processes"]
         if row["server_cpu"] is not None and ours < 0.5 * host * row["host_cores"]:
@@ -323,6 +328,7 @@ def what_changed(first: dict, last: dict, pids: dict[int, bool], gpu_lines: list
     if cores:
         out["server_cpu"] = sum(cores.values())
         out["api_cpu"] = max((cores[pid] for pid in cores if pids[pid]), default=None)
+        out["engine_cpu"] = max((cores[pid] for pid in cores if not pids[pid]), default=None)
     if d.get("host_all"):
         out |= {"host_cpu": d["host_busy"] / d["host_all"], "host_cores": os.cpu_count()}
     for name, (part, whole, unit) in METRICS.items():

@@ -10,6 +10,7 @@ import time
 MAX_DEPTH = 32  # JSON levels; a rerank body needs 5
 FIRST_PAIRS = 1024  # pairs taken before the first speed is known, where only MAX_WAIT_S limits (GUARD_FIRST_PAIRS)
 LOADED_PAIRS = 64  # pairs in flight on average, below which a first sample is no measure of the engine
+TRUSTED_SAMPLES = 3  # before that many, only the number of pairs limits: the first ones hold compilation on first use
 SAMPLE_S = 1.0  # busy seconds behind one sample of the speed
 FASTER_WEIGHT, SLOWER_WEIGHT = 0.7, 0.3  # of a new sample
 
@@ -33,8 +34,16 @@ class Load:
     can be done.
     """
 
-    def __init__(self, max_pairs: int, max_wait_s: float, first_pairs: int = FIRST_PAIRS, clock=time.monotonic):
+    def __init__(
+        self,
+        max_pairs: int,
+        max_wait_s: float,
+        first_pairs: int = FIRST_PAIRS,
+        clock=time.monotonic,
+        trusted_samples: int = TRUSTED_SAMPLES,
+    ):
         self.max_pairs, self.max_wait_s, self.first_pairs = max_pairs, max_wait_s, first_pairs
+        self._missing_samples = trusted_samples
         self.in_flight = 0
         self.pairs_per_s = 0.0  # 0 = not known yet
         self._clock, self._last = clock, clock()
@@ -46,18 +55,22 @@ class Load:
         """Seconds until a pair that comes now would start, by what is in flight; 0 while the speed is unknown."""
         return self.in_flight / self.pairs_per_s if self.pairs_per_s else 0.0
 
+    @property
+    def _limits_by_wait(self) -> bool:
+        return bool(self.max_wait_s and self.pairs_per_s and self._missing_samples <= 0)
+
     def check(self, n_pairs: int) -> None:
         """Raise Refusal (429) if a call of n_pairs does not fit now. Into an idle process every call fits."""
         if not self.in_flight:
             return
-        limit = self.max_pairs or (self.first_pairs if self.max_wait_s and not self.pairs_per_s else 0)
+        limit = self.max_pairs or (self.first_pairs if self.max_wait_s and not self._limits_by_wait else 0)
         work = f"{self.in_flight} pairs are in flight, about {self.wait_s:.1f} s of work"
         advice = "send the call again after Retry-After seconds, or send fewer documents at a time"
         if limit and self.in_flight + n_pairs > limit:
             over_s = (self.in_flight + n_pairs - limit) / self.pairs_per_s if self.pairs_per_s else 1
             message = f"the server is busy: {work}, and {n_pairs} more exceed the limit of {limit} pairs: {advice}"
             raise Refusal(429, "pairs", message, retry_s=over_s)
-        if self.max_wait_s and self.wait_s > self.max_wait_s:
+        if self._limits_by_wait and self.wait_s > self.max_wait_s:
             message = f"the server is busy: {work}, and calls wait {self.max_wait_s:g} s at most: {advice}"
             raise Refusal(429, "wait", message, retry_s=self.wait_s - self.max_wait_s)
 
@@ -83,6 +96,7 @@ class Load:
             sample = self._served / self._busy_s
             waited_s = self._pair_seconds / self._served  # Little's law
             loaded = self._pair_seconds >= LOADED_PAIRS * self._busy_s
+            self._missing_samples -= loaded
             if not self.pairs_per_s:
                 self.pairs_per_s = sample if loaded else 0.0
             elif sample > self.pairs_per_s:

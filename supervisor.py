@@ -34,6 +34,7 @@ from service_health import (
     root_cause,
     session_pids,
     state_file,
+    warm_up,
 )
 
 TICK_S = 0.2
@@ -70,9 +71,9 @@ class Watch(threading.Thread):
     API answers while its engine hangs is not: it takes no pair any more, and its counters stand still.
     """
 
-    def __init__(self, cfg: EnvConfig):
+    def __init__(self, cfg: EnvConfig, warm: bool):
         super().__init__(daemon=True)
-        self.cfg = cfg
+        self.cfg, self.warm = cfg, warm
         limit = cfg.health_timeout_s or 10 * PROBE_EVERY_S
         self.every_s = min(PROBE_EVERY_S, limit / 4)
         self.ready = False
@@ -87,6 +88,8 @@ class Watch(threading.Thread):
                 continue
             wrong = probe(self.cfg, self.every_s if self.ready else 60.0)
             if wrong is None or (wrong == BUSY and not self.ready):
+                if self.warm and not self.ready and wrong is None:
+                    warm_up(self.cfg)
                 self.ready, self.alive_at = True, time.monotonic()
                 continue
             now = progress(self.cfg)
@@ -109,6 +112,8 @@ class Supervisor:
         self.state = State("starting", os.getpid(), vllm=version, model=str(plan.checkpoint.path), url=url)
         self.header = f"vLLM {version}: {shlex.join(['vllm', *serve_args(plan)])}"
         self.header += "".join(f" {k}={shlex.quote(v)}" for k, v in sorted(plan.env.items()))
+        # On a CPU nothing is compiled on first use, and a burst would take many seconds.
+        self.warm = not plan.machine.is_cpu
         self.asked_to_stop = False
         self.crashes: list[float] = []  # monotonic times, within RESTART_WINDOW_S
         self.server = 0
@@ -186,7 +191,7 @@ class Supervisor:
 
     def _watch_until_death(self) -> str | None:
         """Why the server died, or None after a stop that was asked for."""
-        watch, next_rotation = Watch(self.cfg), 0.0
+        watch, next_rotation = Watch(self.cfg, self.warm), 0.0
         try:
             while True:
                 status = reap(self.server)

@@ -160,6 +160,9 @@ def test_histogram_and_timeline_count_every_call():
             "0.7 of this",
         ),
         ({"gpu_util": 40.0, "api_cpu": 0.3, "queue_ms": 30.0}, "engine", "MAX_NUM_BATCHED_TOKENS"),
+        ({"gpu_util": 50.0, "api_cpu": 0.5, "engine_cpu": 0.92}, "engine", "0.92 cores, the GPU worked 50 %"),
+        ({"gpu_util": 92.0, "api_cpu": 0.5, "engine_cpu": 0.92}, "gpu", "92 % of the time"),
+        ({"api_cpu": 0.1, "engine_cpu": 1.9}, "idle", "API process 0.10 cores"),
         ({"gpu_util": 40.0, "api_cpu": 0.3, "queue_ms": 10.0}, "idle", "more calls in flight"),
         ({"gpu_util": 2.0, "api_cpu": 0.0}, "idle", "GPU 2 %, API process 0.00 cores"),
         ({"gpu_util": 70.0, "api_cpu": 0.3}, "mixed", "more calls in flight, then API_SERVER_COUNT"),
@@ -215,7 +218,7 @@ def test_processes_and_gpus_become_what_was_seen():
     seen = what_changed(first, last, {7: True, 8: True, 9: False, 10: True}, lines)
     assert seen == {
         "gpu_util": 95.0, "gpu_mem_gib": 50.0, "host_cpu": 0.75, "host_cores": os.cpu_count(),
-        "server_cpu": pytest.approx(2.5), "api_cpu": pytest.approx(0.9),
+        "server_cpu": pytest.approx(2.5), "api_cpu": pytest.approx(0.9), "engine_cpu": pytest.approx(1.5),
     }  # fmt: skip
 
 

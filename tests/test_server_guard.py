@@ -923,7 +923,7 @@ class Clock:
 
 def loaded(max_pairs=0, max_wait_s=10.0, first_pairs=100):
     clock = Clock()
-    return Load(max_pairs, max_wait_s, first_pairs, clock), clock
+    return Load(max_pairs, max_wait_s, first_pairs, clock, trusted_samples=1), clock
 
 
 def serve(load, clock, n_pairs, seconds, served=True):
@@ -978,6 +978,28 @@ def test_load_is_not_fooled_by_the_start_of_a_burst(compile_s):
         load.release(32, True)
         load.take(32)
     assert load.pairs_per_s == pytest.approx(256, rel=0.15)
+
+
+def test_load_does_not_trust_the_samples_of_a_warm_up():
+    """Ten seconds of compilation in the first burst, then the real speed: no call of the second burst is refused."""
+    clock = Clock()
+    load = Load(0, 10.0, 4096, clock)
+    for _ in range(8):
+        load.take(64)
+    clock.now += 10.0
+    for _ in range(8):
+        load.release(64, True)
+    assert 0 < load.pairs_per_s < 60
+    for _ in range(26):
+        load.take(32)  # 832 pairs: 16 s at the speed of the warm-up
+    for _ in range(60):
+        clock.now += 0.07
+        load.release(32, True)
+        load.take(32)
+    assert load.pairs_per_s > 350
+    with pytest.raises(Refusal):  # by now it limits again
+        for _ in range(300):
+            load.take(32)
 
 
 def test_load_is_not_slowed_by_small_calls():

@@ -17,7 +17,7 @@ from fake_kit import alive, session_of
 
 import supervisor
 from env_utils import get_config
-from service_health import progress
+from service_health import progress, warm_up
 
 
 def until(what, timeout_s=30):
@@ -234,6 +234,21 @@ def _answers(port):
         return False
 
 
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_gpu_service_is_warm_before_it_is_ready(monkeypatch, warm):
+    """The burst comes after the first score and before anyone is told that the service is ready; not on a CPU."""
+    order, watches = [], []
+    monkeypatch.setattr(supervisor, "listens", lambda cfg: True)
+    monkeypatch.setattr(supervisor, "probe", lambda cfg, timeout_s: order.append("probe"))
+    monkeypatch.setattr(supervisor, "warm_up", lambda cfg: order.append(f"warm, ready={watches[0].ready}"))
+    watches.append(supervisor.Watch(get_config(health_timeout_s=2), warm))
+    until(lambda: watches[0].ready and order.count("probe") > 2)
+    watches[0].stopped.set()
+    watches[0].join(5)
+    assert order[:3] == (["probe", "warm, ready=False", "probe"] if warm else ["probe"] * 3)
+    assert sum(word.startswith("warm") for word in order) == warm
+
+
 def test_rotate_if_large_without_room_for_a_copy(tmp_path, monkeypatch):
     log = tmp_path / "a.log"
     log.write_text("x" * 100)
@@ -350,6 +365,14 @@ def test_the_client_checks_the_certificate(real, monkeypatch):
         rerank("q", ["d"], base_url=url)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", real["SSL_CERTFILE"])
     assert len(rerank("q", ["d"], base_url=url)[0]) == 1
+
+
+@pytest.mark.server
+def test_warm_up_scores_its_burst(real):
+    files = {name: real[name] for name in ("SSL_CERTFILE", "SSL_KEYFILE")}
+    cfg = get_config(port=real["PORT"], api_key=KEY, **{name.lower(): value for name, value in files.items()})
+    assert warm_up(cfg, n_calls=2, n_docs=3) == 2
+    assert warm_up(get_config(port=1), n_calls=2, n_docs=3) == 0
 
 
 @pytest.mark.server
