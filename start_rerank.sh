@@ -201,7 +201,8 @@ do_start() {
   "$PY" "$KIT/supervisor.py" rotate || die 1 "$LOG_FILE cannot be rotated"
   (umask 077; : >"$LOG_FILE") || die 1 "$LOG_FILE cannot be written"
   rm -f "$STATE_FILE"
-  "$PY" "$KIT/supervisor.py" </dev/null >>"$LOG_FILE" 2>&1 &
+  # HUP is ignored from the first moment: the supervisor leaves this session only when Python runs.
+  (trap '' HUP; exec "$PY" "$KIT/supervisor.py") </dev/null >>"$LOG_FILE" 2>&1 &
   pid=$!
   printf '%s %s\n' "$pid" "$(born "$pid")" >"$PID_FILE"
   say "starting: PID $pid, log $LOG_FILE"

@@ -41,6 +41,7 @@ TICK_S = 0.2
 PROBE_EVERY_S = 10.0
 LONGEST_BACKOFF_S = 60.0
 END_OF_ENGINE_S = 10  # beyond STOP_TIMEOUT_S, for the engine's own end
+END_OF_LOADING_S = 3
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
@@ -225,11 +226,13 @@ class Supervisor:
 
     def _stop_server(self) -> None:
         """TERM to the server alone: it drains, then ends its engine. KILL there would orphan the GPU workers."""
+        # A server that loads has no calls, and vLLM does not hear TERM while it imports and loads.
+        limit_s = self.cfg.stop_timeout_s + END_OF_ENGINE_S if self.state.ready_since else END_OF_LOADING_S
         self._save(state="stopping")
         self._note(f"stopping: calls in flight get {self.cfg.stop_timeout_s} s")
         if is_alive(self.server):
             os.kill(self.server, signal.SIGTERM)
-        end = time.monotonic() + self.cfg.stop_timeout_s + END_OF_ENGINE_S
+        end = time.monotonic() + limit_s
         while time.monotonic() < end and is_alive(self.server):
             reap(self.server)
             time.sleep(TICK_S)

@@ -1,5 +1,5 @@
 """Stand-in for the vllm program, for ends that the real one reaches rarely. FAKE_MODE says what it does:
-ok, die (with FAKE_LOG on stderr), slow (never ready), stubborn (ignores TERM), family (a child outlives it).
+ok, die (with FAKE_LOG on stderr), slow (never ready, deaf to TERM), stubborn (ignores TERM), family (a child outlives it).
 It dies at start while the file FAKE_DIE exists, and refuses calls with 429 while FAKE_BUSY does; its counters grow then
 only if that file says so."""
 
@@ -63,6 +63,7 @@ def main():
         print(os.environ.get("FAKE_LOG", "RuntimeError: boom"), file=sys.stderr)
         return 1
     if MODE == "slow":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as vLLM while it loads
         time.sleep(600)
     if MODE == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -99,6 +99,32 @@ def test_health_timeout_0_never_kills(kit):
     os.kill(first, signal.SIGCONT)
 
 
+def test_it_survives_the_terminal_that_started_it(kit):
+    """start in a terminal that is closed while the server still loads and again when it runs."""
+    command = ["dash", str(KIT / "start_rerank.sh"), "start"]
+    master, slave = os.openpty()
+    env = kit_environment(**kit.settings)
+    with subprocess.Popen(command, env=env, stdin=slave, stdout=slave, stderr=slave, start_new_session=True) as start:
+        os.close(slave)
+        until(kit.pid_file.exists)
+        os.killpg(start.pid, signal.SIGHUP)  # what a closing terminal sends to its foreground group
+        os.close(master)
+    until(has(kit, state="ready"))
+    assert kit("status").returncode == 0
+
+
+def test_it_starts_from_cron(kit):
+    """Hardly any environment, no terminal, another directory."""
+    env = {name: str(value) for name, value in kit.settings.items()}
+    env |= {"PATH": "/usr/bin:/bin", "HOME": "/", "SHELL": "/bin/sh", "KIT_ENV_FILE": "/nonexistent"}
+    command = ["sh", str(KIT / "start_rerank.sh"), "start"]
+    done = subprocess.run(
+        command, env=env, cwd="/", stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert kit("status").returncode == 0
+
+
 def test_it_gives_up_after_restart_max(kit, tmp_path):
     die = tmp_path / "die"
     kit("start", RESTART_MAX=2, FAKE_DIE=die, FAKE_LOG="RuntimeError: CUDA error: device lost")
@@ -137,8 +163,9 @@ def test_stop_works_in_every_state(kit, tmp_path):
     assert status.returncode == 150 and status.stdout.startswith("restarting: ")
     assert kit("stop").returncode == 0 and session_of(leader) == []
     assert kit("start", FAKE_MODE="slow", START_TIMEOUT_S=1).returncode == 1
-    leader = kit.pid
-    assert kit("stop").returncode == 0 and session_of(leader) == []
+    leader, began = kit.pid, time.monotonic()
+    assert kit("stop", STOP_TIMEOUT_S=30).returncode == 0 and session_of(leader) == []
+    assert time.monotonic() - began < 12, "a server that loads has no calls to wait for"
 
 
 def test_term_to_the_supervisor_is_a_stop(kit):
