@@ -1,5 +1,5 @@
 """Stand-in for the vllm program, for ends that the real one reaches rarely. FAKE_MODE says what it does:
-ok, die (with FAKE_LOG on stderr), slow (never ready, deaf to TERM), stubborn (ignores TERM), family (a child outlives it).
+ok, die (FAKE_LOG on stderr), slow (never ready, deaf to TERM), stubborn (ignores TERM), family (a child outlives it).
 It dies at start while the file FAKE_DIE exists, and refuses calls with 429 while FAKE_BUSY does; its counters grow then
 only if that file says so."""
 
