@@ -103,7 +103,7 @@ session_pids() {
 take_lock() {
   { mkdir -p "$LOG_DIR" && chmod 700 "$LOG_DIR"; } || die 1 "LOG_DIR=$LOG_DIR cannot be written"
   for _ in 1 2 3; do
-    if (set -C; printf '%s %s\n' $$ "$(born $$)" >"$LOCK_FILE") 2>/dev/null; then
+    if (umask 077; set -C; printf '%s %s\n' $$ "$(born $$)" >"$LOCK_FILE") 2>/dev/null; then
       trap 'rm -f "$LOCK_FILE"' EXIT
       trap 'exit 130' INT
       trap 'exit 143' TERM HUP
@@ -204,7 +204,7 @@ do_start() {
   # HUP is ignored from the first moment: the supervisor leaves this session only when Python runs.
   (trap '' HUP; exec "$PY" "$KIT/supervisor.py") </dev/null >>"$LOG_FILE" 2>&1 &
   pid=$!
-  printf '%s %s\n' "$pid" "$(born "$pid")" >"$PID_FILE"
+  (umask 077; printf '%s %s\n' "$pid" "$(born "$pid")" >"$PID_FILE")
   say "starting: PID $pid, log $LOG_FILE"
   "$PY" "$KIT/service_health.py" wait "$pid" "$LOG_FILE"
   case $? in

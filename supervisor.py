@@ -118,6 +118,7 @@ class Supervisor:
         self.asked_to_stop = False
         self.crashes: list[float] = []  # monotonic times, within RESTART_WINDOW_S
         self.server = 0
+        self.umask = os.umask(0o077)  # log, state and old logs are for their owner
 
     def run(self) -> int:
         """0 after a stop; 1 when the service is down for good."""
@@ -179,8 +180,10 @@ class Supervisor:
     def _start(self) -> None:
         self._note(f"start {self.header}")
         _ended.clear()  # PIDs come again
+        os.umask(self.umask)  # caches that the server fills may be shared with others
         unignore = [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE]
         self.server = os.posix_spawn(self.command[0], self.command, self.env, setsigdef=unignore)
+        os.umask(0o077)
         now = time.time()
         self._save(
             state="starting",
@@ -349,7 +352,6 @@ def main(argv: list[str]) -> int:
             print("usage: supervisor.py [rotate]", file=sys.stderr)
             return 2
         os.setsid()  # a closing terminal does not reach it, and stop finds all that is in it
-        os.umask(0o077)
         return Supervisor(make_plan(cfg)).run()
     except ConfigError as exc:
         print(f"ConfigError: {exc}", file=sys.stderr)

@@ -383,15 +383,17 @@ def test_the_real_service_comes_back_under_load(real, victim, how):
 def test_the_client_checks_the_certificate(real, monkeypatch):
     import env_utils
     from model_utils import rerank
-    from resources import RerankError
+    from resources import RerankError, SharedResources
 
     monkeypatch.setattr(env_utils, "_cache", {})
     monkeypatch.setenv("API_KEY", KEY)
     url = f"https://localhost:{real['PORT']}/v1"
     with pytest.raises(RerankError, match="REQUESTS_CA_BUNDLE"):
         rerank("q", ["d"], base_url=url)
+    SharedResources().close_local_rerank_client()  # its sessions know the CAs of their time
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", real["SSL_CERTFILE"])
     assert len(rerank("q", ["d"], base_url=url)[0]) == 1
+    SharedResources().close_local_rerank_client()
 
 
 @pytest.mark.server
