@@ -323,7 +323,17 @@ def serve_args(plan: Plan) -> list[str]:
     try:
         return args + shlex.split(cfg.extra_args)
     except ValueError as exc:
-        raise ConfigError(f"EXTRA_ARGS={cfg.extra_args!r} does not read as shell words: {exc}") from None
+        raise ConfigError(f"EXTRA_ARGS={_hidden(cfg.extra_args)!r} does not read as shell words: {exc}") from None
+
+
+def shown_args(plan: Plan) -> list[str]:
+    """serve_args() for people to read: a key or token that EXTRA_ARGS brings is not shown."""
+    return _hidden("\0".join(serve_args(plan))).split("\0")
+
+
+def _hidden(text: str) -> str:
+    """Arguments without the values of keys and tokens."""
+    return re.sub(r"(--(?:api[-_]key|hf[-_]token)[=\s\0]+)[^\s\0]+", r"\1***", text)
 
 
 def _template_file(plan: Plan) -> Path:
@@ -341,7 +351,7 @@ def explain(plan: Plan) -> str:
         value = getattr(cfg, item.name)
         if item.metadata["secret"] and value is not None:
             value = "***"
-        lines.append(f"{key}={'' if value is None else value}")
+        lines.append(f"{key}={'' if value is None else _hidden(str(value))}")
     gpus = "; ".join(plan.machine.gpus) or "none"
     lines += [
         "# machine",
@@ -357,7 +367,7 @@ def explain(plan: Plan) -> str:
         lines.append(f"{key}: {plan.engine[key]} ({reason})" if key in plan.engine else f"{key}: {reason}")
     lines.append("# command")
     env = [f"{k}={shlex.quote(v)}" for k, v in plan.env.items()] + (["VLLM_API_KEY=***"] if cfg.api_key else [])
-    return "\n".join(lines) + "\n" + " ".join([*env, "vllm", shlex.join(serve_args(plan))])
+    return "\n".join(lines) + "\n" + " ".join([*env, "vllm", shlex.join(shown_args(plan))])
 
 
 def vllm_command() -> str:

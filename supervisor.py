@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from engine_args import Plan, make_plan, serve_args, server_command
+from engine_args import Plan, make_plan, server_command, shown_args
 from env_utils import ConfigError, EnvConfig, get_config
 from service_health import (
     BUSY,
@@ -111,7 +111,7 @@ class Supervisor:
         self.command, self.env = server_command(plan)
         url, version = plan.cfg.service_url, plan.machine.vllm_version
         self.state = State("starting", os.getpid(), vllm=version, model=str(plan.checkpoint.path), url=url)
-        self.header = f"vLLM {version}: {shlex.join(['vllm', *serve_args(plan)])}"
+        self.header = f"vLLM {version}: {shlex.join(['vllm', *shown_args(plan)])}"
         self.header += "".join(f" {k}={shlex.quote(v)}" for k, v in sorted(plan.env.items()))
         # On a CPU nothing is compiled on first use, and a burst would take many seconds.
         self.warm = not plan.machine.is_cpu
@@ -169,7 +169,7 @@ class Supervisor:
 
     def _back_off(self) -> bool:
         """Wait before the next start; False when a stop was asked for meanwhile."""
-        wait_s = min(LONGEST_BACKOFF_S, 2.0 ** (len(self.crashes) - 1))
+        wait_s = min(LONGEST_BACKOFF_S, 2.0 ** min(10, len(self.crashes) - 1))
         end = time.monotonic() + wait_s
         self._save(restarts=self.state.restarts + 1, next_start=time.time() + wait_s)
         self._note(f"restart {self.state.restarts} in {wait_s:.0f} s")

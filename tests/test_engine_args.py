@@ -200,3 +200,17 @@ def test_tls_reaches_vllm_and_the_url(checkpoints, tmp_path):
     (tmp_path / "key.pem").write_text("no key")
     with pytest.raises(ConfigError, match="cannot be used"):
         engine_args.check_network(made.cfg)
+
+
+@pytest.mark.parametrize(
+    "extra", ["--api-key s3cret --seed 5", "--api-key=s3cret --seed 5", "--hf-token s3cret --seed 5"]
+)
+def test_a_key_in_extra_args_is_not_shown(checkpoints, extra):
+    made = plan(checkpoints, extra_args=extra)
+    assert "s3cret" in " ".join(serve_args(made))
+    shown = engine_args.shown_args(made)
+    assert "s3cret" not in " ".join(shown) and shown[-2:] == ["--seed", "5"] and "***" in " ".join(shown)
+    assert "s3cret" not in engine_args.explain(made)
+    with pytest.raises(ConfigError) as caught:
+        serve_args(plan(checkpoints, extra_args=f"{extra} 'open"))
+    assert "s3cret" not in str(caught.value)
