@@ -105,7 +105,8 @@ class Fitter:
 
         Returns:
             (query, windows, cut): [document] where the pair fits as a whole. cut: the query itself was too long, and
-            what is given back is the part of it that the model sees; without room for a document one window is left.
+            what is given back is the part of it that the model sees. Where it leaves less than 1/64 of the length, one
+            window is left.
 
         Raises:
             TooManyWindows: more than `most`, before they are all made.
@@ -119,6 +120,8 @@ class Fitter:
         if not offsets:  # white space that the tokenizer drops
             return shorter, [first], cut
         room = max(2, len(self._offsets(first)))
+        if room < self.max_length // 64:  # each window would cost the whole query for hardly a sentence
+            return shorter, [first], True
         n_about = len(offsets) // room
         if most and n_about > most:
             raise TooManyWindows(n_about)
@@ -370,7 +373,10 @@ def split_payload(fitter: Fitter, payload: dict, most: int = 0) -> tuple[Split |
     for query, document in pairs:
         # Each document still to come is one window at least.
         room = most - n - (len(pairs) - len(parts) - 1) if most else 0
-        parts.append(fitter.windows(query, document, instruction, max(1, room) if most else 0))
+        try:
+            parts.append(fitter.windows(query, document, instruction, max(1, room) if most else 0))
+        except TooManyWindows as exc:
+            raise TooManyWindows(n + int(str(exc))) from None
         n += len(parts[-1][1])
     if most and n > most:
         raise TooManyWindows(n)

@@ -140,8 +140,19 @@ def test_windows_stop_early(fitter):
     payload = {"query": "q", "documents": ["7" * 100] * 5}
     n = len(fitter.windows("q", "7" * 100)[1]) * 5
     assert len(split_payload(fitter, dict(payload), n)[0].owners) == n
-    with pytest.raises(TooManyWindows):
+    with pytest.raises(TooManyWindows, match=f"^{n}$"):  # all of them, not the last document's
         split_payload(fitter, dict(payload), n - 1)
+
+
+def test_no_windows_where_the_query_leaves_no_room_worth_it(checkpoints):
+    from transformers import AutoTokenizer
+
+    template = make_plan(get_config(), checkpoints["qwen3"]).template
+    fitter = Fitter(AutoTokenizer.from_pretrained(checkpoints["qwen3"]), template, 1024)
+    room = 1024 - len(fitter._ids("", "", None))
+    for left, n_windows in ((12, 1), (20, 9)):
+        _, windows, cut = fitter.windows("7" * (room - left), "7" * 100)
+        assert (len(windows), cut) == (n_windows, n_windows == 1)
 
 
 def test_a_long_query_is_counted_once_for_all_documents(fitter, monkeypatch):

@@ -17,7 +17,7 @@ from fake_kit import alive, session_of
 
 import supervisor
 from env_utils import get_config
-from service_health import progress, warm_up
+from service_health import metrics, progress, warm_up
 
 
 def until(what, timeout_s=30):
@@ -414,3 +414,24 @@ def test_no_key_no_answer_and_no_trace_of_it(real):
         assert path.stat().st_mode & 0o077 == 0, f"{path.name} is for its owner only"
         seen += path.read_text()
     assert KEY not in seen and KEY not in json.dumps(status)
+
+
+@pytest.mark.server
+def test_stop_lets_calls_in_flight_finish(real):
+    """The last test of this service: stop comes while six calls of many documents are being scored."""
+    body = {"model": "qwen3-reranker", "query": "capital", "documents": [f"{i} " + "word " * 400 for i in range(120)]}
+    url, key = f"https://127.0.0.1:{real['PORT']}/v1/rerank", {"Authorization": f"Bearer {KEY}"}
+    pids = session_of(json.loads(run_kit("status", "--json", **real).stdout)["pid"])
+    answers = []
+    calls = [threading.Thread(target=lambda: answers.append(http("POST", url, body, key))) for _ in range(6)]
+    for call in calls:
+        call.start()
+    busy = get_config(port=real["PORT"], api_key=KEY, ssl_certfile="a", ssl_keyfile="b")
+    until(lambda: metrics(busy).get("rerank_guard_pairs_in_flight", 0) >= 6 * 120, 10)
+    stopped = run_kit("stop", **real)
+    for call in calls:
+        call.join(30)
+    assert stopped.returncode == 0, stopped.stderr
+    assert [status for status, _ in answers] == [200] * 6
+    assert all(len(answer["results"]) == 120 for _, answer in answers)
+    assert not any(map(alive, pids))
