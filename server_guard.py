@@ -20,20 +20,10 @@ import threading
 import time
 import types
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 
+from guard_long import LongDocuments
 from guard_rules import FIRST_PAIRS, MAX_DEPTH, Load, Refusal, parse
-from long_documents import (
-    MODES,
-    Fitter,
-    Split,
-    TooManyWindows,
-    fit_payload,
-    keep_separators,
-    merge_windows,
-    payload_fits_surely,
-    split_payload,
-)
+from long_documents import Split
 
 RERANK_FIELDS = ("documents",)
 # The four spellings that vLLM's score routes take. All are counted: a body may hold several.
@@ -47,7 +37,6 @@ PATHS = NO_KEY_PATHS | {"/ping", "/version", "/metrics", "/load", "/v1/models", 
 MEDIA_FIELDS = frozenset(("image_url", "image_embeds", "video_url", "audio_url"))  # base64, not text
 
 DRAIN_RETRY_S = 5
-MAX_LIST_BYTES = 1500  # of one header that lists documents; two of them and the rest stay below 4 KB
 
 ERROR_TYPES = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 413: "ContentTooLargeError"}
 ERROR_TYPES |= {422: "UnprocessableEntityError", 429: "TooManyRequestsError", 503: "ServiceUnavailableError"}
@@ -103,12 +92,8 @@ class Guard:
         self.load = Load(max_pairs, _setting("MAX_WAIT_S", float), first_pairs)
         self.metrics = _metrics()
         logging.getLogger(SCORE_LOGGER).addFilter(_once(SCORE_WARNING))
-        self.long_mode = os.environ.get("GUARD_LONG_DOCUMENTS", "")
-        if self.long_mode not in ("", *MODES):
-            raise ValueError(f"GUARD_LONG_DOCUMENTS={self.long_mode!r} is unknown: allowed is {', '.join(MODES)}")
+        self.long = LongDocuments(self.max_docs, self.encode, self._take_windows)
         self.takes_instruction = os.environ.get("GUARD_TAKES_INSTRUCTION", "1") != "0"
-        self.fitter = None  # made by the first scoring call, which is start's own probe
-        self.worker = ThreadPoolExecutor(1, "guard-tokenizer")  # one thread: a fast tokenizer is not thread-safe
         self.draining = False
         self.tasks = set()  # of the calls in flight
         limits = {k: v for k, v in vars(self).items() if k.startswith("max_")}
@@ -132,13 +117,7 @@ class Guard:
                 # The scores exist now: a client that reads slowly holds no pairs.
                 self._release(call)
                 headers = [pair for pair in message.get("headers", ()) if pair[0].lower() != b"x-request-id"]
-                headers.append((b"x-request-id", call.request_id))
-                if call.cut:
-                    headers.append((b"x-rerank-cut", _listed(dict.fromkeys(call.cut, ""))))
-                if call.mode == "chunk":
-                    counts = call.split.counts if call.split else {}
-                    # Never empty: a proxy may drop an empty header, by which the client knows that windows were made.
-                    headers.append((b"x-rerank-windows", _listed({i: f":{n}" for i, n in counts.items()}) or b"none"))
+                headers += [(b"x-request-id", call.request_id), *self.long.headers(call)]
                 message = {**message, "headers": headers}
             await send(message)
 
@@ -158,11 +137,12 @@ class Guard:
                 body = await self._admit(call, watched_receive)
                 if body is None:  # the client left while it sent
                     return None
-                body = await self._fit(scope, call, body, watched_receive)
+                body = await self.long.fit(scope, call, body, watched_receive)
+                self.metrics.cut.inc(len(call.cut))
                 if body is None:
                     return None
                 scope = {**scope, "headers": _inner_headers(scope["headers"], call, len(body))}
-                reply = self._merged(call.split, answer) if call.split else answer
+                reply = self.long.merged(call.split, answer) if call.split else answer
                 return await self.app(scope, _replay(body, watched_receive), reply)
             return await self.app(scope, watched_receive, answer)
         except Refusal as exc:
@@ -222,49 +202,6 @@ class Guard:
         self._show_load()
         return body
 
-    async def _fit(self, scope, call: Call, body: bytes, receive) -> bytes | None:
-        """Cut or split texts that are too long for the model, which two headers tell. None = the client left."""
-        if not call.mode:
-            return body
-        if self.fitter is None:
-            self.fitter = await asyncio.get_running_loop().run_in_executor(self.worker, _make_fitter, scope)
-        if not self.fitter:
-            if call.mode == "chunk":
-                raise Refusal(422, "long", "this server cannot split documents: see its log", param="long_documents")
-            return body
-        if payload_fits_surely(self.fitter, call.payload):
-            return body
-        if call.mode == "error":
-            keep_separators(self.fitter, call.payload)
-        elif call.mode == "chunk":
-            try:
-                done = await self._in_worker(call, receive, split_payload, self.fitter, call.payload, self.max_docs)
-            except TooManyWindows as exc:
-                limit = f"the limit is {self.max_docs} (MAX_DOCS_PER_CALL)"
-                text = f"the documents make {exc} windows or more, {limit}: send fewer documents a call, or truncate"
-                raise Refusal(413, "docs", text, param="long_documents") from exc
-            call.split, call.cut = done or (None, [])
-            if call.split:
-                self._take_windows(call)
-        else:
-            call.cut = await self._in_worker(call, receive, fit_payload, self.fitter, call.payload) or []
-        self.metrics.cut.inc(len(call.cut))
-        return None if call.aborted else self.encode(call.payload)
-
-    async def _in_worker(self, call: Call, receive, work, *args):
-        """work(*args) in the tokenizer's thread; None when the client leaves first: its place in the queue is free."""
-        job = asyncio.get_running_loop().run_in_executor(self.worker, work, *args)
-        leaves = asyncio.ensure_future(receive())  # the body is read: what comes now is a disconnect
-        try:
-            await asyncio.wait((job, leaves), return_when=asyncio.FIRST_COMPLETED)
-            if job.done():
-                return job.result()
-            call.aborted = True
-            return None
-        finally:
-            job.cancel()
-            leaves.cancel()
-
     def _take_windows(self, call: Call) -> None:
         """Admit a call, let in by its documents, once more by its windows."""
         n = len(call.split.owners)
@@ -277,28 +214,6 @@ class Guard:
         self.load.add(n)
         call.pairs = n
         self._show_load()
-
-    def _merged(self, split: Split, send):
-        """A send() that holds vLLM's answer for windows until it is whole, and sends the documents' scores instead."""
-        start, chunks = {}, []
-
-        async def merged(message):
-            nonlocal start
-            if message["type"] == "http.response.start":
-                start = message
-                return
-            chunks.append(message.get("body", b""))
-            if message.get("more_body"):
-                return
-            body = b"".join(chunks)
-            if start["status"] == 200:
-                body = self.encode(merge_windows(split, json.loads(body)))
-            headers = [pair for pair in start.get("headers", ()) if pair[0].lower() != b"content-length"]
-            headers.append((b"content-length", str(len(body)).encode()))
-            await send({**start, "headers": headers})
-            await send({"type": "http.response.body", "body": body})
-
-        return merged
 
     async def _read(self, receive) -> bytes | None:
         chunks, size = [], 0
@@ -354,29 +269,13 @@ class Guard:
         ):
             text = "this model takes no instruction, and its score would not change: leave instruction out"
             raise Refusal(422, "instruction", text, param="instruction")
-        asked = self._choose_mode(call, payload)
+        asked = self.long.choose_mode(call, payload)
         whole = call.mode == "chunk" or asked == "error"  # the default for documents would cut
         added = {name: value for name, value in self.defaults.items() if value and name not in payload}
         if whole:
             added.pop("max_tokens_per_doc", None)
         payload |= added
         return bool(nulls or added or asked)
-
-    def _choose_mode(self, call: Call, payload: dict) -> str | None:
-        """Set what happens to this call's long pairs; gives back what the call said itself."""
-        asked = payload.pop("long_documents", None)
-        if asked is not None and asked not in MODES:
-            text = f"long_documents={ascii(asked)[:40]} is unknown: allowed is {', '.join(MODES)}"
-            raise Refusal(422, "long", text, param="long_documents")
-        limit = payload.get("max_tokens_per_doc")
-        if asked in ("error", "chunk") and limit:
-            text = f"max_tokens_per_doc cuts documents: it excludes long_documents={asked}"
-            raise Refusal(422, "long", text, param="max_tokens_per_doc")
-        # max_tokens_per_doc: 0 says "whole, or an error" in vLLM's own words.
-        call.mode = asked or ("error" if limit == 0 and limit is not False else self.long_mode)
-        if call.mode == "chunk" and limit:  # the server's way, but this call asks for a cut
-            call.mode = "truncate"
-        return asked
 
     async def _ready(self, scope, receive, answer) -> None:
         """200 while the engine is healthy (vLLM's /health) and no stop is under way."""
@@ -450,37 +349,6 @@ class Guard:
         engine.shutdown = drain_then_stop
 
 
-def _make_fitter(scope):
-    """A long_documents.Fitter for the model that this process serves; False where it cannot be known."""
-    try:
-        served = scope["app"].state.serving_scores.io_processor  # vLLM's own, not a documented interface
-        template, separate = getattr(served, "chat_template", None), served.name == "bi-encoder"
-        if not separate and (served.name != "cross-encoder" or not (template or served.use_sep_token)):
-            raise LookupError(f"scoring of kind {served.name}")
-        config = served.model_config
-        tokenizer = _plain_tokenizer(config.tokenizer, config.trust_remote_code)
-        return Fitter(tokenizer, None if separate else template, config.max_model_len, separate=separate)
-    except Exception as exc:  # another release of vLLM: long texts get vLLM's own 400
-        logger.warning("guard: long documents are not cut (%s: %s)", type(exc).__name__, exc)
-        return False
-
-
-def _plain_tokenizer(name: str, trust_remote_code: bool):
-    """transformers' own tokenizer, which knows the characters of its tokens; the one of fastokens does not."""
-    import transformers
-
-    patched = os.environ.get("VLLM_USE_FASTOKENS") == "1"  # vLLM has patched transformers in this process
-    if patched:
-        import fastokens
-
-        fastokens.unpatch_transformers()
-    try:
-        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    finally:
-        if patched:
-            fastokens.patch_transformers()
-
-
 def _setting(name: str, kind=int):
     """GUARD_<name> as a number; unset or empty = 0 = off."""
     text = os.environ.get(f"GUARD_{name}", "").strip()
@@ -505,21 +373,6 @@ def _once(text: str):
         return not (found and before)
 
     return passes
-
-
-def _listed(values: dict[int, str]) -> bytes:
-    """`0-3,7` or `0-3:2,7:5` for a header: document, or a run of documents with the same value.
-
-    A long list ends with "...": nginx takes 4 KB of headers, aiohttp 8 KB a line.
-    """
-    runs: list[list] = []  # [first, last, value]
-    for index, value in sorted(values.items()):
-        if runs and runs[-1][1:] == [index - 1, value]:
-            runs[-1][1] = index
-        else:
-            runs.append([index, index, value])
-    text = ",".join((f"{first}-{last}" if last > first else f"{first}") + value for first, last, value in runs)
-    return (text if len(text) <= MAX_LIST_BYTES else text[:MAX_LIST_BYTES].rpartition(",")[0] + ",...").encode()
 
 
 def _inner_headers(headers, call: Call, length: int) -> list:

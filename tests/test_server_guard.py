@@ -20,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import guard_long
 import guard_rules
 import server_guard
 from guard_rules import Load, Refusal
@@ -172,7 +173,7 @@ def scorer(monkeypatch):
         monkeypatch.setenv("GUARD_LONG_DOCUMENTS", default)
         inner = Scorer(status)
         guard = Guard(inner)
-        guard.fitter = Fake()
+        guard.long.fitter = Fake()
         return inner, guard
 
     return make
@@ -245,7 +246,7 @@ def test_a_client_that_left_holds_no_place_in_the_tokenizers_queue(scorer):
         go.wait(10)
         return query, ["xxx1"], False
 
-    guard.fitter.windows = slow
+    guard.long.fitter.windows = slow
     body = {"query": "q", "documents": ["xxxxxx"]}
 
     async def leave_while_waiting():
@@ -261,16 +262,16 @@ def test_a_client_that_left_holds_no_place_in_the_tokenizers_queue(scorer):
 
 
 def test_lists_in_headers_are_short():
-    assert server_guard._listed({3: "", 0: "", 1: ""}) == b"0-1,3"
-    assert server_guard._listed({0: ":2", 1: ":2", 2: ":3"}) == b"0-1:2,2:3"
-    long = server_guard._listed(dict.fromkeys(range(0, 5000, 2), ""))
-    assert len(long) <= server_guard.MAX_LIST_BYTES + 4 and long.endswith(b",...")
+    assert guard_long.listed({3: "", 0: "", 1: ""}) == b"0-1,3"
+    assert guard_long.listed({0: ":2", 1: ":2", 2: ":3"}) == b"0-1:2,2:3"
+    long = guard_long.listed(dict.fromkeys(range(0, 5000, 2), ""))
+    assert len(long) <= guard_long.MAX_LIST_BYTES + 4 and long.endswith(b",...")
 
 
 def test_an_empty_document_keeps_its_separator_in_every_mode(scorer):
     for mode in ("truncate", "error", "chunk"):
         inner, guard = scorer(mode)
-        guard.fitter.blank = " "
+        guard.long.fitter.blank = " "
         with contextlib.suppress(ValueError, IndexError):  # the stand-in reads a score from the text
             one(guard, RERANK, {"query": "q", "documents": ["xxx1", ""]})
         assert json.loads(inner.calls[0][2])["documents"] == ["xxx1", " "], mode
@@ -316,7 +317,7 @@ def test_what_cannot_be_done_with_long_documents_is_refused(scorer, body, said):
 
 def test_chunk_is_refused_where_the_tokenizer_is_not_known(scorer):
     inner, guard = scorer()
-    guard.fitter = False
+    guard.long.fitter = False
     answer = one(guard, RERANK, {**LONG, "long_documents": "chunk"})
     assert answer.status == 422 and "cannot split" in answer.message and not inner.calls
     assert one(guard, RERANK, LONG).status == 200  # vLLM judges
@@ -347,7 +348,7 @@ def test_the_guard_reads_characters_also_under_fastokens(checkpoints, monkeypatc
         monkeypatch.setenv("VLLM_USE_FASTOKENS", "1")
         fastokens.patch_transformers()
     try:
-        tokenizer = server_guard._plain_tokenizer(str(checkpoints["qwen3"]), False)
+        tokenizer = guard_long.plain_tokenizer(str(checkpoints["qwen3"]), False)
         assert tokenizer("yes no", return_offsets_mapping=True)["offset_mapping"]
         assert Fitter(tokenizer, None, 20, separate=True).fit("q", "word " * 99)[2]
     finally:
