@@ -408,7 +408,8 @@ async def _send_refusal(send, exc: Refusal) -> None:
     if exc.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     error = {"message": str(exc), "type": ERROR_TYPES[exc.status], "param": exc.param, "code": exc.status}
-    await _send_json(send, exc.status, {"error": error}, headers)
+    # detail: clients made for Jina's API look there, and die of a KeyError without it.
+    await _send_json(send, exc.status, {"error": error, "detail": str(exc)}, headers)
 
 
 @functools.cache  # a metric's name can be registered once in a process

@@ -139,6 +139,31 @@ def service(checkpoints, tmp_path_factory):
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
 
 
+@pytest.fixture(scope="session")
+def keyed_service(checkpoints, tmp_path_factory):
+    """Settings of a second real service with TLS and a key, open to the network.
+
+    test_integrations.py calls it; then test_supervisor.py kills it, and last stops it.
+    """
+    settings = {
+        **self_signed(tmp_path_factory.mktemp("tls")),
+        "HOST": "0.0.0.0",
+        "API_KEY": "a-key-that-nobody-may-see",
+        "MODEL_PATH": checkpoints["qwen3"],
+        "PORT": free_port(),
+        "LOG_DIR": tmp_path_factory.mktemp("logs"),
+        "DTYPE": "float32",
+        "MAX_MODEL_LEN": 512,
+        "STOP_TIMEOUT_S": 10,
+        "HEALTH_TIMEOUT_S": 12,
+        "STARTUP_CHECK": 0,
+    }
+    started = run_kit("start", **settings)
+    assert started.returncode == 0, started.stdout + started.stderr
+    yield settings
+    assert run_kit("stop", **settings).returncode == 0
+
+
 @pytest.fixture
 def kit(tmp_path, checkpoints):
     """The kit with the stand-in (fake_kit.py); nothing of it outlives the test."""

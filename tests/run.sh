@@ -7,6 +7,14 @@ cd "$KIT"
 sh start_rerank.sh setup
 PY=$(sh start_rerank.sh python)
 "$PY" -m pip --disable-pip-version-check install --quiet -r requirements-dev.txt
+# Other projects' clients have an environment of their own: what they need does not go together with vLLM.
+SDK=.venv-sdk
+if ! cmp -s tests/requirements-sdk.txt "$SDK/installed.txt"; then
+  "$PY" -m venv "$SDK"
+  "$SDK/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps -r tests/requirements-sdk.txt
+  "$SDK/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps --upgrade --target "$SDK/cohere-7" cohere==7.3.1
+  cp tests/requirements-sdk.txt "$SDK/installed.txt"
+fi
 # Linter, second shell, logrotate and systemd-analyze come from the system; the tests name what is missing.
 if command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ]; then
   for tool in shellcheck busybox logrotate systemd-analyze; do

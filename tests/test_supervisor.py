@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import KIT, free_port, http, kit_environment, run_kit, self_signed
+from conftest import KIT, http, kit_environment, run_kit
 from fake_kit import alive, session_of
 
 import supervisor
@@ -295,25 +295,10 @@ KEY = "a-key-that-nobody-may-see"
 
 
 @pytest.fixture(scope="module")
-def real(checkpoints, tmp_path_factory):
-    """A real service of its own, to be killed; with TLS and a key, open to the network."""
-    settings = {
-        **self_signed(tmp_path_factory.mktemp("tls")),
-        "HOST": "0.0.0.0",
-        "API_KEY": KEY,
-        "MODEL_PATH": checkpoints["qwen3"],
-        "PORT": free_port(),
-        "LOG_DIR": tmp_path_factory.mktemp("logs"),
-        "DTYPE": "float32",
-        "MAX_MODEL_LEN": 512,
-        "STOP_TIMEOUT_S": 10,
-        "HEALTH_TIMEOUT_S": 12,
-        "STARTUP_CHECK": 0,
-    }
-    started = run_kit("start", **settings)
-    assert started.returncode == 0, started.stdout + started.stderr
-    yield settings
-    assert run_kit("stop", **settings).returncode == 0
+def real(keyed_service):
+    """Settings of the service with TLS and a key, to be killed."""
+    assert keyed_service["API_KEY"] == KEY
+    return keyed_service
 
 
 def ask(port):
