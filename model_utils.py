@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +30,8 @@ class RerankItem:
 
 
 Items = list[RerankItem]
+# (address, asked model name, answered one) of servers that list both as names of one model.
+_aliases: set[tuple[str, str, str]] = set()
 LongDocuments = Literal["truncate", "error", "chunk"]
 
 
@@ -54,7 +56,7 @@ def rerank(
         documents: N texts. N = 0 returns empty results, no request.
         top_n: how many of the best to return; None or more than N = all. 0 = none: empty items, no request
             (a server that is asked for 0 returns all, so it is never asked).
-        model: the served name; None = SERVED_MODEL_NAME.
+        model: the served name, or another name of the same model; None = SERVED_MODEL_NAME.
         base_url: the service, or several separated by commas in order of preference; None = BASE_URL.
         timeout_s: seconds for one answer (and at most for one connect); None = TIMEOUT_S.
         instruction: task instruction for the prompt; None = the server's.
@@ -278,7 +280,7 @@ class _Call:
         if self.chunk and reply.windows is None:
             raise reply.error("without X-Rerank-Windows: it splits no documents (GUARD=0, or another server)")
         model, rows = reply.data.get("model"), reply.data.get(rows_name)
-        if model is not None and model != self.model:
+        if self.other_name(reply):
             raise reply.error(f"as model {str(model)[:100]!r}, asked was {self.model!r}")
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise reply.error(f"without a list of {rows_name}")
@@ -303,6 +305,22 @@ class _Call:
         cut = {part.start + index for index in _listed(reply.cut, len(part))}
         windows = {part.start + index: n for index, n in _listed(reply.windows or "", len(part)).items()}
         return reply.data | {"_cut": cut, "_windows": windows}
+
+    def other_name(self, reply: Reply) -> tuple | None:
+        """Arguments of post() for the list of models where the reply has a model name that was not asked for."""
+        model, base_url = reply.data.get("model"), reply.url.removesuffix(self.path)
+        if model is None or model == self.model or (base_url, self.model, str(model)) in _aliases:
+            return None
+        return "/models", None, base_url, self.timeout_s, self.until
+
+    def learn_alias(self, reply: Reply, models: Reply) -> None:
+        """A server with several names for its model answers with the first: both names have the same root then."""
+        listed = models.data.get("data")
+        rows = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
+        root_of = {str(row.get("id")): row.get("root") for row in rows}
+        model = str(reply.data["model"])
+        if root_of.get(model) and root_of[model] == root_of.get(self.model):
+            _aliases.add((models.url.removesuffix("/models"), self.model, model))
 
     @property
     def names(self) -> tuple[str, str]:
@@ -349,12 +367,15 @@ def _listed(text: str, n_docs: int) -> dict[int, int]:
 
 def _run(call: _Call, n_threads: int | None = None) -> tuple[Items, list, dict]:
     call.start()
-    answers = _in_threads(
-        lambda part: call.check(part, post(*call.request(part))),
-        call.parts,
-        n_threads or env_utils.CFG.client_concurrency,
-    )
-    return call.merge(answers)
+
+    def send(part: range) -> dict:
+        reply = post(*call.request(part))
+        if ask := call.other_name(reply):
+            with suppress(RerankError):
+                call.learn_alias(reply, post(*ask))
+        return call.check(part, reply)
+
+    return call.merge(_in_threads(send, call.parts, n_threads or env_utils.CFG.client_concurrency))
 
 
 async def _arun(call: _Call) -> tuple[Items, list, dict]:
@@ -363,7 +384,11 @@ async def _arun(call: _Call) -> tuple[Items, list, dict]:
 
     async def send(part: range) -> dict:
         async with slots:
-            return call.check(part, await apost(*call.request(part)))
+            reply = await apost(*call.request(part))
+            if ask := call.other_name(reply):
+                with suppress(RerankError):
+                    call.learn_alias(reply, await apost(*ask))
+            return call.check(part, reply)
 
     if len(call.parts) <= 1:
         return call.merge([await send(part) for part in call.parts])

@@ -328,7 +328,7 @@ def _choose(endpoints: list[_Endpoint]) -> _Endpoint:
 
 
 def _attempts(
-    path: str, payload: dict, base_url: str | None, timeout_s: float | None, until: float
+    path: str, payload: dict | None, base_url: str | None, timeout_s: float | None, until: float
 ) -> Generator[Step | float, Answer | Failure | None, Reply]:
     """One call: yields a Step to send (wants its outcome) or seconds to sleep; returns the Reply.
 
@@ -337,7 +337,8 @@ def _attempts(
     """
     cfg = env_utils.CFG
     timeout_s = min(cfg.timeout_s if timeout_s is None else timeout_s, MAX_SECONDS)
-    body = json.dumps(payload, ensure_ascii=False).encode()
+    body = json.dumps(payload, ensure_ascii=False).encode() if payload is not None else b""
+    method = "GET" if payload is None else "POST"
     endpoints = [SharedResources._endpoint(url) for url in base_urls(base_url)]
     untried, n_retries, fresh, endpoint, error, budget = list(endpoints), 0, False, None, None, endpoints[0]
     budget.earn()
@@ -347,7 +348,7 @@ def _attempts(
         if left_s <= 0:
             raise RerankTimeout(f"deadline_s was over before {endpoint.url + path} was asked") from error
         connect_s, answer_s = min(cfg.connect_timeout_s, timeout_s, left_s), min(timeout_s, left_s)
-        step = Step(endpoint.url + path, endpoint.url, body, connect_s, answer_s, until, fresh)
+        step = Step(endpoint.url + path, endpoint.url, body, connect_s, answer_s, until, fresh, method)
         outcome = yield step
         what = outcome.status if isinstance(outcome, Answer) else outcome.kind
         if isinstance(what, int) and what not in UNAVAILABLE:
@@ -377,12 +378,17 @@ def _attempts(
 
 
 def post(
-    path: str, payload: dict, base_url: str | None = None, timeout_s: float | None = None, until: float = math.inf
+    path: str,
+    payload: dict | None,
+    base_url: str | None = None,
+    timeout_s: float | None = None,
+    until: float = math.inf,
 ) -> Reply:
     """POST a JSON object to base_url + path.
 
     Args:
         path: e.g. "/rerank".
+        payload: the object; None = GET.
         base_url: one address or several, separated by commas; None = config.
         timeout_s: seconds for one answer, from the first byte sent to the last received; None = config.
         until: time.monotonic() at which the call with all its retries must be over.
@@ -403,7 +409,11 @@ def post(
 
 
 async def apost(
-    path: str, payload: dict, base_url: str | None = None, timeout_s: float | None = None, until: float = math.inf
+    path: str,
+    payload: dict | None,
+    base_url: str | None = None,
+    timeout_s: float | None = None,
+    until: float = math.inf,
 ) -> Reply:
     """The same as post() on the running event loop."""
     steps, outcome = _attempts(path, payload, base_url, timeout_s, until), None

@@ -143,6 +143,7 @@ class FaultServer:
         self.script, self.default, self.idle_s, self.tls = list(script), default, idle_s, tls
         self.pause_reading_s = pause_reading_s  # before the body of every request but the first of a connection
         self.accepts, self.requests, self.problems = 0, [], []
+        self.models, self.models_asked = None, 0  # the answer to GET /v1/models; None = 404
         self.lock, self.ended = threading.Lock(), threading.Event()
         self.connections, self.threads = set(), []
         self.listener = socket.create_server(("127.0.0.1", port), backlog=1024)
@@ -198,10 +199,14 @@ class FaultServer:
             stream = connection.makefile("rb")
             nth = 0
             while not self.ended.is_set() and (request := self._read(stream, number, nth)):
+                nth += 1
+                if request.path == "/v1/models":
+                    self.models_asked += 1
+                    connection.sendall(http(200 if self.models else 404, json.dumps(self.models).encode()))
+                    continue
                 with self.lock:
                     self.requests.append(request)
                     behave = self.script.pop(0) if self.script else self.default
-                nth += 1
                 if not behave(self, connection, request):
                     return
         except (OSError, ValueError):
@@ -224,10 +229,14 @@ class FaultServer:
             headers[name.lower()] = value.strip()
         if nth:
             self.ended.wait(self.pause_reading_s)
+        method, path, version = line.decode("latin-1").split()
+        if (method, path) == ("GET", "/v1/models"):
+            if int(headers.get("content-length", 0)):
+                self.problems.append("a GET with a body")
+            return Request(path, headers, b"", {}, number, nth)
         body = stream.read(int(headers["content-length"]))
         if len(body) < int(headers["content-length"]):
             return None  # one side gave up
-        method, path, version = line.decode("latin-1").split()
         try:
             data = json.loads(body.decode("utf-8", "strict"))
         except ValueError as exc:

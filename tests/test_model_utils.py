@@ -329,6 +329,45 @@ def test_wrong_answers_are_refused(client, serve, body, message):
         assert len(server.requests) == 1, "a wrong answer is not asked for again"
 
 
+NAMES = {"data": [{"id": name, "root": "/models/one"} for name in ("main", "qwen3-reranker", "third")]}
+
+
+def under(name):
+    return lambda request: request.results() | {"model": name}
+
+
+def test_another_name_of_the_same_model_is_no_wrong_model(client, serve):
+    """vLLM with several names answers with the first, whichever was asked for."""
+    server = serve(default=reply(under("main")))
+    server.models = NAMES
+    for _ in range(2):
+        for call in (client.rerank, client.score):
+            _, scores, raw = call(QUERY, DOCS, base_url=server.url, batch_size=2)
+            assert scores == expected(QUERY, DOCS) and raw["model"] == "main"
+    assert 1 <= server.models_asked <= 3, "asked once, or once a part that ran at the same time"
+
+
+@pytest.mark.parametrize(
+    "models",
+    [
+        None,
+        {"data": [{"id": "main", "root": "/models/one"}, {"id": "qwen3-reranker", "root": "/models/two"}]},
+        {"data": [{"id": "main", "root": None}, {"id": "qwen3-reranker", "root": None}]},
+        {"data": [{"id": "main", "root": "/models/one"}]},
+        {"data": {"main": 1}},
+        {"data": [1, {"id": ["main"], "root": {}}]},
+        [],
+    ],
+)
+def test_a_name_that_is_no_alias_is_a_wrong_model(client, serve, models):
+    server = serve(default=reply(under("main")))
+    server.models = models
+    for call in (client.rerank, client.score):
+        with pytest.raises(RerankResponseError, match="as model 'main', asked was 'qwen3-reranker'"):
+            call(QUERY, DOCS, base_url=server.url)
+    assert server.models_asked == 2
+
+
 def test_missing_keys_are_refused(client, serve):
     for row in ({"relevance_score": 0.5, "score": 0.5}, {"index": 0}, {}):
         for call in (client.rerank, client.score):
