@@ -9,10 +9,10 @@ times as many clients that send again at once. The peak is the best number of cl
 Every call has its own query and documents. Goodput counts pairs of complete answers only. Progress: stderr; table and
 verdict: stdout; exit code 1 when the guard keeps less than 95 % of the peak or refuses slower than 50 ms (p99).
 
-The generator has a core of its own, the server all others: else the refused clients, not the guard, take the engine's
-time. Calls are small, so that one call more or less in a turn is 1 %. On a machine that others use too, the wall clock
-says little. So pairs per core-second that other programs left free stand beside the goodput, and both ratios to the
-peak are medians over the turns.
+The generator is kept on one core and the engine's threads of the CPU build on the others, as vLLM itself leaves a core
+to the API process: else the refused clients, not the guard, take the engine's time. Calls are small, so that one call
+more or less in a turn is 1 %. On a machine that others use too, the wall clock says little. So pairs per core-second
+that other programs left free stand beside the goodput, and both ratios to the peak are medians over the turns.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import platform
 import random
 import shlex
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -123,8 +124,8 @@ def start_server(args, extra: list[str], environment: dict[str, str]) -> subproc
     command += ["--port", str(args.port), "--runner", "pooling", "--disable-uvicorn-access-log"]
     command += [*shlex.split(args.serve_args), *extra]
     path = os.pathsep.join(filter(None, [str(KIT), os.environ.get("PYTHONPATH")]))
-    cores = sorted(args.server_cores)
-    of_cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
+    engine_cores = ",".join(map(str, sorted(args.engine_cores)))
+    of_cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": engine_cores}  # of the CPU build
     with open(args.log, "ab") as log:
         server = subprocess.Popen(
             command,
@@ -132,7 +133,7 @@ def start_server(args, extra: list[str], environment: dict[str, str]) -> subproc
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+            preexec_fn=lambda: os.sched_setaffinity(0, args.all_cores),
         )
     end = time.monotonic() + args.start_timeout
     while True:
@@ -317,7 +318,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", help="folder of the checkpoint, or minilm; without it only the guard's cost")
     parser.add_argument("--name", default="qwen3-reranker", help="served model name")
-    parser.add_argument("--port", type=int, default=18200)
+    parser.add_argument("--port", type=int, help="default: a free one")
     parser.add_argument("--serve-args", help="more for vllm serve, as in a shell; on CPU: 0.3 of the memory, bf16")
     parser.add_argument("--generator-core", type=int, help="core of this program; default: the first")
     parser.add_argument("--api-servers", type=int, default=1, help="--api-server-count")
@@ -331,7 +332,7 @@ def main() -> int:
     parser.add_argument("--max-wait", type=float, default=2.0, help="MAX_WAIT_S of the guard")
     parser.add_argument("--max-pairs", type=int, default=0, help="MAX_PAIRS_IN_FLIGHT of the guard; 0 = unset")
     parser.add_argument("--only", choices=("guard", "queued", "bare"), nargs="+", default=["guard", "queued", "bare"])
-    parser.add_argument("--log", default="bench_guard.log", help="the servers' log")
+    parser.add_argument("--log", default="log/bench_guard.log", help="the servers' log")
     parser.add_argument("--start-timeout", type=float, default=600)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -348,9 +349,13 @@ def main() -> int:
         args.serve_args = "--gpu-memory-utilization 0.3 --dtype bfloat16" if "cpu" in version("vllm") else ""
     if args.api_servers > 1:
         args.serve_args += f" --api-server-count {args.api_servers}"
-    cores = os.sched_getaffinity(0)
-    mine = min(cores) if args.generator_core is None else args.generator_core
-    args.server_cores = cores - {mine} or cores
+    if args.port is None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            args.port = probe.getsockname()[1]
+    args.all_cores = os.sched_getaffinity(0)
+    mine = min(args.all_cores) if args.generator_core is None else args.generator_core
+    args.engine_cores = args.all_cores - {mine} or args.all_cores
     os.sched_setaffinity(0, {mine})
     settings = {"GUARD_MAX_WAIT_S": str(args.max_wait), "GUARD_MAX_PAIRS_IN_FLIGHT": str(args.max_pairs)}
     settings |= {"GUARD_MAX_DOCS_PER_CALL": "1000", "GUARD_MAX_BODY_BYTES": "33554432"}
@@ -368,7 +373,8 @@ def main() -> int:
     }
     began, failed = time.monotonic(), 0
     print(f"vllm {version('vllm')}, {args.docs} documents of {args.words} words a call, seed {args.seed}")
-    print(f"generator on core {mine}, server on {sorted(args.server_cores)}, API processes {args.api_servers}")
+    where = f"generator on core {mine}, engine's threads on {sorted(args.engine_cores)}"
+    print(f"{where}, the rest where it likes; API processes {args.api_servers}")
     print(f"{args.turns} turns of {args.seconds:g} s each; goodput and offered load in pairs/s\n\n{HEAD}", flush=True)
     pool = make_bodies(1000, args.docs, args.words, args.name, args.seed)
 

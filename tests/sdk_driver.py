@@ -1,6 +1,7 @@
 """Runs one program of docs/integrations.md as it stands, in the environment of the SDKs (tests/test_integrations.py).
 
-stdin: {"code", "query", "calls": {name: {"documents", "url", "key"}}}. stdout: {name: {"lines"} or {"error", "text"}}.
+stdin: {"code", "query", "calls": {name: {"documents", "url", "key"}}}. stdout: {name: {"lines"} or {"error", "text"}}
+and the version of cohere, where it was used.
 Only the address and the key of the program are replaced.
 """
 
@@ -29,6 +30,7 @@ def main() -> int:
             kind = type(exc)
             out[name] = {"error": f"{kind.__module__.partition('.')[0]}.{kind.__name__}", "text": str(exc)}
         out[name]["seconds"] = time.perf_counter() - began
+    out["cohere"] = getattr(sys.modules.get("cohere"), "__version__", None)
     builtins.print(json.dumps(out))
     return 0
 
