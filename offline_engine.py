@@ -6,7 +6,9 @@ its result is the tensor that the engine sends.
 """
 
 import itertools
-from collections.abc import Sequence
+import queue
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pair_prompts import Prompt
@@ -97,3 +99,35 @@ class Feeder:
         more = {"compressed_token_type_ids": n_first}
         self._params[n_first] = self._replace(self._first.pooling_params, extra_kwargs=more)
         return self._params[n_first]
+
+
+def ahead(items: Iterator, n_ahead: int = 4) -> Iterator:
+    """The same items, made by a thread of their own, n_ahead of them at most before they are asked for."""
+    ready: queue.Queue = queue.Queue(n_ahead)
+    end = object()
+    stop = threading.Event()
+
+    def fill() -> None:
+        last = end
+        try:
+            for item in items:
+                ready.put((item, None))
+                if stop.is_set():
+                    return
+        except BaseException as exc:  # raised where the items are used
+            last = exc
+        ready.put((end, last))
+
+    threading.Thread(target=fill, name="prepare", daemon=True).start()
+    try:
+        while True:
+            item, last = ready.get()
+            if item is end:
+                if last is not end:
+                    raise last
+                return
+            yield item
+    finally:
+        stop.set()
+        while not ready.empty():  # the thread may wait for room
+            ready.get_nowait()

@@ -1,7 +1,7 @@
 """Query-document pairs to token ids, many at a time.
 
-The ids are those of vLLM's own rendering, pair by pair, in a fraction of its time: the template is rendered once and the
-texts are put into it, and the tokenizer gets hundreds of prompts a call.
+The ids are those of vLLM's own rendering, pair by pair, in a fraction of its time: the template is rendered once and
+the texts are put into it, and the tokenizer gets hundreds of prompts a call.
 """
 
 import os

@@ -1,15 +1,14 @@
 """Files of pairs in, files of scores out, in input order and resumable."""
 
 import json
-import queue
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from env_utils import ConfigError
+from offline_engine import ahead
 from pair_prompts import Pair
 
 CHUNK = 512  # pairs that are tokenized at a time, and between two writes
@@ -102,7 +101,7 @@ def score_file(reranker, source: Path, output: Path, skip: int, total: int) -> t
         output.open("a", encoding="utf-8") as out,
         tqdm(total=total, initial=skip, unit="pair", file=sys.stderr, dynamic_ncols=True) as bar,
     ):
-        prepared = _ahead(_prepare(reranker, read_chunks(source, skip, reranker.chunk)))
+        prepared = ahead(_prepare(reranker, read_chunks(source, skip, reranker.chunk)))
         for chunk, results in reranker.stream(prepared):
             results = iter(results)
             for row in chunk:
@@ -123,38 +122,6 @@ def _prepare(reranker, chunks: Iterator[list]) -> Iterator[tuple[list, Any]]:
     """Chunks with their prepared pairs."""
     for chunk in chunks:
         yield chunk, reranker.prepare([row for row in chunk if isinstance(row, Pair)])
-
-
-def _ahead(items: Iterator, n_ahead: int = 4) -> Iterator:
-    """The same items, made by a thread of their own, n_ahead of them at most before they are asked for."""
-    ready: queue.Queue = queue.Queue(n_ahead)
-    end = object()
-    stop = threading.Event()
-
-    def fill() -> None:
-        last = end
-        try:
-            for item in items:
-                ready.put((item, None))
-                if stop.is_set():
-                    return
-        except BaseException as exc:  # raised where the items are used
-            last = exc
-        ready.put((end, last))
-
-    threading.Thread(target=fill, name="prepare", daemon=True).start()
-    try:
-        while True:
-            item, last = ready.get()
-            if item is end:
-                if last is not end:
-                    raise last
-                return
-            yield item
-    finally:
-        stop.set()
-        while not ready.empty():  # the thread may wait for room
-            ready.get_nowait()
 
 
 def _output_row(pair: Pair, result: Result) -> dict:

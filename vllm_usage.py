@@ -24,7 +24,7 @@ from typing import Any
 from engine_args import Plan, make_plan
 from env_utils import ConfigError, get_config
 from long_documents import Fitter
-from offline_engine import Feeder
+from offline_engine import Feeder, ahead
 from pair_prompts import Pair, PairEncoder, Prompt
 from score_files import CHUNK, Result, lines_done, score_file
 
@@ -74,8 +74,9 @@ class OfflineReranker:
 
     def score(self, pairs: list[Pair]) -> list[Result]:
         """Score N pairs; N results in the same order."""
-        ((_, results),) = self.stream([(None, self.prepare(pairs))])
-        return results
+        parts = (pairs[i : i + self.chunk] for i in range(0, len(pairs), self.chunk))
+        prepared = ahead((None, self.prepare(part)) for part in parts)
+        return [result for _, results in self.stream(prepared) for result in results]
 
     def prepare(self, pairs: list[Pair]) -> Prepared:
         """The part that needs no engine, so that a thread can do it while the engine runs."""

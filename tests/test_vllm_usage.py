@@ -176,7 +176,7 @@ def without_engine(long_documents="truncate", instruction=True):
     reranker.fitter = Windows() if long_documents == "chunk" else None
     encode = lambda pairs: [Prompt([ord(p.document[-1]) - ord("a")], len(p.document) > 4) for p in pairs]  # noqa: E731
     reranker.encoder = SimpleNamespace(encode=encode, max_length=4)
-    reranker.feeder = SlowFeeder()
+    reranker.feeder, reranker.chunk = SlowFeeder(), 4
     return reranker
 
 
