@@ -142,7 +142,7 @@ def service(checkpoints, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def keyed_service(checkpoints, tmp_path_factory):
-    """Settings of a second real service with TLS and a key, open to the network.
+    """Settings of a second real service with TLS, a key and two engines, open to the network.
 
     test_integrations.py calls it; then test_supervisor.py kills it, and last stops it.
     """
@@ -158,6 +158,8 @@ def keyed_service(checkpoints, tmp_path_factory):
         "STOP_TIMEOUT_S": 10,
         "HEALTH_TIMEOUT_S": 12,
         "STARTUP_CHECK": 0,
+        "ENGINES_PER_GPU": 2,
+        "API_SERVER_COUNT": 1,
     }
     started = run_kit("start", **settings)
     assert started.returncode == 0, started.stdout + started.stderr
