@@ -1,14 +1,14 @@
 """How does throughput grow with the GPUs? Starts arrangements of services, loads each, writes one table and one JSON.
 
     python tests/bench_scale.py --model FOLDER --arrange "DP=1" "TP=2" "DP=2" "replicas=2" --out scale
-    python tests/bench_scale.py --model A --model B --arrange "DP=1" "TP=2" --extra-args "--load-format dummy" --out scale
+    python tests/bench_scale.py --model A --model B --arrange "DP=1" "TP=2" --extra-args "--load-format dummy"
     python tests/bench_scale.py --model FOLDER --arrange "DP=1" "DP=2" --cpu --words --out scale
 
 An arrangement is KEY=VALUE settings of the kit, separated by spaces, and `replicas=N`: N independent services on N
 ports, between which the load generator picks the one with the fewest calls in flight. It takes TP x DP x replicas GPUs.
 Each is started by start_rerank.sh, asked for the scores of the same 200 pairs, loaded by bench_rerank.py and stopped.
-The model's first arrangement on one GPU is what the efficiency compares with: throughput / (GPUs x its throughput), that
-at as many calls in flight for each GPU where it was measured (--per-gpu), else its best.
+The model's first arrangement on one GPU is what the efficiency compares with: throughput / (GPUs x its throughput),
+that at as many calls in flight for each GPU where it was measured (--per-gpu), else its best.
 
 --start-all starts all arrangements at once, on GPUs that they share, and loads one after the other: the start is most
 of the time. They must fit beside each other: GPU_MEMORY_UTILIZATION, or --extra-args "--kv-cache-memory-bytes 4G".
