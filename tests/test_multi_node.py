@@ -17,8 +17,9 @@ import pytest
 from conftest import KIT, free_port, http, kit_environment
 from fake_kit import alive, session_of
 
+import multi_node
 from env_utils import ConfigError, get_config
-from multi_node import check_nodes, node_flags
+from multi_node import Peers, check_nodes, connections, node_flags
 
 NODES = {"dp": 4, "dp_local": 2, "dp_address": "10.0.0.1"}
 
@@ -57,6 +58,121 @@ def test_node_flags_are_those_of_the_role():
     assert node_flags(get_config(**NODES, node_rank=1)) == [*head, "--headless", "--data-parallel-start-rank", "2"]
     check_nodes(get_config(**NODES))
     check_nodes(get_config(**NODES | {"dp_address": "8.8.8.8", "allow_no_key": 1}))
+
+
+LISTENER = """
+import socket, sys
+listener = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+print(listener.getsockname()[1], flush=True)
+held = []
+while True:
+    held.append(listener.accept())
+"""
+CALLER = """
+import socket, sys, time
+held = [socket.create_connection(("127.0.0.1", int(sys.argv[1]))) for _ in range(2)]
+print("connected", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def programs():
+    """run(code, argument): a Python program that has printed its first line; (process, that line)."""
+    made = []
+
+    def run(code, argument):
+        made.append(subprocess.Popen([sys.executable, "-c", code, str(argument)], stdout=subprocess.PIPE, text=True))
+        return made[-1], made[-1].stdout.readline().strip()
+
+    yield run
+    for one in made:
+        one.kill()
+        one.wait()
+        one.stdout.close()
+
+
+def until(what, timeout_s=15):
+    end = time.monotonic() + timeout_s
+    while not (value := what()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+    return value
+
+
+def test_connections_are_those_of_the_processes(programs):
+    server, port = programs(LISTENER, 0)
+    caller, _ = programs(CALLER, port)
+    there = until(lambda: len(connections([server.pid])[0]) == 2 and connections([server.pid]))
+    assert there[1] == {int(port)} and {key[1] for key in there[0]} == {int(port)}
+    assert set(there[0].values()) == {0}, "nothing is sent again"
+    found, ports = connections([caller.pid])
+    assert {key[2:] for key in found} == {("127.0.0.1", int(port))} and not ports
+    assert connections([server.pid, caller.pid])[0] == {}, "both ends are ours"
+
+
+def test_a_headless_node_sees_that_its_head_is_gone(programs, monkeypatch):
+    monkeypatch.setattr(multi_node, "LOST_AFTER_S", 0.5)
+    server, port = programs(LISTENER, 0)
+    caller, _ = programs(CALLER, port)
+    cfg = get_config(**NODES | {"dp_address": "127.0.0.1"}, node_rank=1)
+    peers = Peers(cfg, lambda: [caller.pid])
+    until(lambda: peers.ready)
+    time.sleep(2.5)
+    assert not peers.lost()
+    server.kill()
+    assert "the head is lost" in until(peers.lost)
+
+
+def test_the_head_sees_that_a_node_is_gone(programs, monkeypatch):
+    monkeypatch.setattr(multi_node, "LOST_AFTER_S", 0.5)
+    server, port = programs(LISTENER, 0)
+    caller, _ = programs(CALLER, port)
+    programs(CALLER, port)  # another node at the same address
+    cfg = get_config(**NODES | {"dp_address": "127.0.0.1"})
+    until(lambda: len(connections([server.pid])[0]) == 4)
+    peers = Peers(cfg, lambda: [server.pid])
+    time.sleep(1.5)
+    assert not peers.baseline, "before the first ready nothing is watched"
+    peers.watch()
+    time.sleep(1.5)
+    assert not peers.lost()
+    caller.kill()
+    assert "a node is lost: connections to 127.0.0.1 are gone" in until(peers.lost)
+    of_http = Peers(get_config(**NODES | {"dp_address": "127.0.0.1"}, port=int(port)), lambda: [server.pid])
+    of_http.watch()
+    assert not of_http.baseline, "callers of the API are no nodes"
+    of_http.stopped.set()
+
+
+def test_life_of_a_headless_node(kit, programs):
+    """The stand-in connects to a head: ready, status, wait; the head goes away and comes back; stop."""
+    server, port = programs(LISTENER, 0)
+    kit.settings |= {"DP": 2, "DP_LOCAL": 1, "DP_ADDRESS": "127.0.0.1", "NODE_RANK": 1, "FAKE_HEAD": port}
+    started = kit("start")
+    assert started.returncode == 0, started.stderr
+    assert "node 1 of 2 (1 engine, head 127.0.0.1:29550) is registered at the head" in started.stdout
+    assert "http://" not in started.stdout
+    status = kit("status")
+    assert status.returncode == 0 and status.stdout.startswith("ready: registered at the head, node 1 of 2")
+    assert kit("wait").returncode == 0
+    refused = kit("check")
+    assert refused.returncode == 6 and "run check on node 0" in refused.stderr
+    assert " --headless --data-parallel-start-rank 1 " in kit.log and "--port" not in kit.log
+    server.kill()
+    until(lambda: kit.state["restarts"] >= 1)
+    assert "the head is lost" in kit.state["why"]
+    programs(LISTENER, port)
+    until(lambda: kit.state["state"] == "ready", 60)
+    assert kit("status").returncode == 0
+    pids = session_of(kit.pid)
+    assert kit("stop").returncode == 0 and not any(map(alive, pids))
+
+
+def test_a_head_starts_only_where_it_can_listen_for_its_nodes(kit):
+    kit.settings |= {"DP": 2, "DP_LOCAL": 1, "DP_ADDRESS": "192.0.2.1"}
+    done = kit("start")
+    assert done.returncode == 6 and "DP_ADDRESS is the address of this host" in done.stderr
 
 
 # --- two network namespaces as two hosts ---
