@@ -255,6 +255,13 @@ class Hosts:
     def status(self, host):
         return json.loads(self.kit(host, "status", "--json").stdout)
 
+    def deaths(self):
+        """What the supervisors noted, for a failure's message."""
+        logs = {host: self.of[host]["LOG_DIR"] / f"rerank-{self.port}.log" for host in "AB"}
+        return {
+            h: [line[:200] for line in log.read_text().splitlines() if " died: " in line] for h, log in logs.items()
+        }
+
     def process(self, host, name):
         """PID of the service's process with this name."""
         for pid in session_of(self.status(host)["pid"]):
@@ -411,6 +418,7 @@ def test_kill_9_under_load(hosts, expected, host, victim):
     assert not load.wrong
     served_now = hosts.by_engine()
     assert min(served_now.values()) > 0, served_now
+    assert restarts(hosts) == {h: n + 1 for h, n in before.items()}, hosts.deaths()
 
 
 @pytest.mark.soak
