@@ -4,7 +4,18 @@ import threading
 
 import bench_scale
 import pytest
-from bench_scale import Arrangement, Cards, efficiency, markdown, parity, parse_args, parse_arrangement, table
+from bench_scale import (
+    N_DOCS,
+    N_QUERIES,
+    Arrangement,
+    Cards,
+    efficiency,
+    markdown,
+    parity,
+    parse_args,
+    parse_arrangement,
+    table,
+)
 
 
 def made(text, rows=(), scores=(), model="m"):
@@ -18,6 +29,7 @@ def test_an_arrangement_is_settings_and_replicas():
     one = parse_arrangement("m", "TP=2 replicas=3 API_SERVER_COUNT=4")
     assert (one.gpus, one.replicas, one.settings) == (6, 3, {"TP": "2", "API_SERVER_COUNT": "4"})
     assert parse_arrangement("m", "MODEL_PATH=other DP=2").model == "other"
+    assert parse_arrangement("m", "VLLM_USE_FASTOKENS=0").settings == {"VLLM_USE_FASTOKENS": "0"}
     for wrong in ("DP", "TB=2", "replicas=0", "replicas=x"):
         with pytest.raises(ValueError, match="neither a setting of the kit nor"):
             parse_arrangement("m", wrong)
@@ -33,9 +45,13 @@ def test_efficiency_compares_equal_load_for_each_gpu():
 
 
 def test_parity_is_the_largest_difference_over_all_replicas():
-    first, other = made("DP=1", scores=[[0.1, 0.2]]), made("replicas=2", scores=[[0.1, 0.2], [0.1, 0.25]])
+    scores = [i / 100 for i in range(N_DOCS)]  # of one query: the last document is first
+    swapped = [*scores[:-2], scores[-1], scores[-2]]
+    first, other = made("DP=1", scores=[scores]), made("replicas=2", scores=[scores, swapped])
     found = parity(other, [first, other])
-    assert found["to"] == "DP=1" and found["max"] == pytest.approx(0.05) and found["pairs"] == 4
+    assert found["to"] == "DP=1" and found["max"] == pytest.approx(0.01) and found["pairs"] == 2 * N_DOCS
+    assert found["other_first"] == "1 of 2 queries"
+    assert found["swapped"] == f"1 of {N_DOCS * (N_DOCS - 1)} document pairs"
     assert parity(made("TP=2"), [first]) is None
 
 
@@ -73,4 +89,4 @@ def test_each_replica_gets_its_own_cards(tmp_path):
 
 def test_the_known_pairs_are_the_same_each_time():
     assert bench_scale.known_pairs() == bench_scale.known_pairs()
-    assert sum(len(documents) for _, documents in bench_scale.known_pairs()) == 200
+    assert sum(len(documents) for _, documents in bench_scale.known_pairs()) == N_QUERIES * N_DOCS
