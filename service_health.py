@@ -309,6 +309,9 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
             print(f"[ERR] died after {waited:.0f} s: {cause}", file=sys.stderr)
             return DIED
         now = phase(read_log(log)) if log.is_file() else "loading"
+        if is_headless(cfg) and not log.is_file():
+            print(f"{describe_node(cfg)} is started; its own output says when it is registered at the head")
+            return READY
         if is_headless(cfg) and supervised_state(cfg, pid) == "ready":
             print(f"ready after {waited:.0f} s: {describe_node(cfg)} is registered at the head")
             return READY

@@ -18,6 +18,7 @@ from conftest import KIT, free_port, http, kit_environment
 from fake_kit import alive, session_of
 
 import multi_node
+import service_health
 from env_utils import ConfigError, get_config
 from multi_node import Peers, check_nodes, connections, node_flags
 
@@ -167,6 +168,28 @@ def test_life_of_a_headless_node(kit, programs):
     assert kit("status").returncode == 0
     pids = session_of(kit.pid)
     assert kit("stop").returncode == 0 and not any(map(alive, pids))
+
+
+def test_run_of_a_headless_node_ends_with_its_head(kit, programs):
+    """Whoever started it (systemd, a container runtime) starts it again."""
+    server, port = programs(LISTENER, 0)
+    kit.settings |= {"DP": 2, "DP_LOCAL": 1, "DP_ADDRESS": "127.0.0.1", "NODE_RANK": 1, "FAKE_HEAD": port}
+    command = ["dash", str(KIT / "start_rerank.sh"), "run"]
+    with subprocess.Popen(command, env=kit_environment(**kit.settings), stdout=subprocess.PIPE, text=True) as node:
+        try:
+            until(lambda: " ready after " in node.stdout.readline(), 30)
+            server.kill()
+            assert node.wait(30) == 1
+            assert "the head is lost" in node.stdout.read()
+        finally:
+            node.terminate()
+
+
+def test_wait_on_a_headless_node_in_the_foreground_has_nothing_to_ask(capsys):
+    """As deploy/rerank.service does: the output goes to the journal."""
+    cfg = get_config(**NODES | {"dp_address": "127.0.0.1"}, node_rank=1)
+    assert service_health.wait(cfg, os.getpid(), Path(os.devnull), 5) == service_health.READY
+    assert "node 1 of 2" in capsys.readouterr().out
 
 
 def test_a_head_starts_only_where_it_can_listen_for_its_nodes(kit):
