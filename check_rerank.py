@@ -8,13 +8,16 @@ import http.client
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from env_utils import ConfigError, EnvConfig, get_config
 from machine import GIB, free_memory, vllm_version
 from model_files import Checkpoint, Profile, find_profile, read_checkpoint
-from service_health import request
+from multi_node import is_headless
+from service_health import progress, request
 
 # (query, relevant document, irrelevant document)
 KNOWN = (
@@ -88,6 +91,31 @@ def reference_bytes(checkpoint: Checkpoint) -> int:
     return int(1.2 * 4 * n_weights)
 
 
+def check_engines(cfg: EnvConfig) -> tuple[str, str | None, str]:
+    """(name, fault, seen): every data parallel engine scores, and all score the same pair alike.
+
+    vLLM takes an engine of another host without asking for its weights: a wrong checkpoint there would give some pairs
+    other scores.
+    """
+    before, scores = progress(cfg), []
+    n = max(cfg.dp, len(before))
+    with ThreadPoolExecutor(2 * n) as pool:
+        for _ in range(5):  # vLLM gives a pair to the engine with the least to do: some rounds reach all of them
+            scores += [s for s, _ in pool.map(lambda _: score(cfg, *PAIRS[0]), range(4 * n))]
+            time.sleep(0.3)
+    after = progress(cfg)
+    idle = [engine for engine in sorted(after) if after[engine][0] == before.get(engine, (0.0,))[0]]
+    fault = None
+    if len(after) < n or idle:
+        fault = f"of {n} engines {len(after) - len(idle)} scored"
+    elif max(scores) - min(scores) > TOLERANCE:
+        fault = (
+            f"the same pair has scores from {min(scores):.4f} to {max(scores):.4f}: the engines do not serve the same "
+            "weights in the same way (another checkpoint, dtype or release on one of the hosts?)"
+        )
+    return "engines", fault, f"{n} engines score the same pair alike within {max(scores) - min(scores):.1e}"
+
+
 def run_checks(cfg: EnvConfig, reference: bool = False) -> Iterator[tuple[str, str | None, str]]:
     """Yield (check, fault or None, what was seen), cheap checks first."""
     try:
@@ -119,6 +147,9 @@ def run_checks(cfg: EnvConfig, reference: bool = False) -> Iterator[tuple[str, s
     elif max(scores) - min(scores) < 1e-6:
         fault = f"every score is {scores[0]}: the head was not loaded (an untied lm_head, as in the 8B model?)"
     yield "head", fault, "" if fault else f"scores are finite and differ ({min(scores):.4f} to {max(scores):.4f})"
+
+    if max(cfg.dp, len(progress(cfg))) > 1 and "--disable-log-stats" not in cfg.extra_args:
+        yield check_engines(cfg)
 
     if checkpoint.config.get("hidden_size", 0) < REAL_MODEL:
         yield "answers", None, "skipped: a test model knows no answers"
@@ -155,6 +186,8 @@ def main(argv: list[str]) -> int:
     try:
         cfg = get_config()
         vllm_version()
+        if is_headless(cfg):
+            raise ConfigError(f"NODE_RANK={cfg.node_rank} has no API: run check on node 0, it asks all engines")
         for name, fault, seen in run_checks(cfg, "--reference" in argv):
             failed += fault is not None
             if fault or "--quiet" not in argv:

@@ -20,6 +20,7 @@ from engine_defaults import api_servers, count_weights, engines_per_gpu, fastoke
 from env_utils import FIELDS, KIT_DIR, ConfigError, EnvConfig, get_config, passed_on_env
 from machine import GIB, Machine, NoVllm, cpu_has_bf16, probe_machine, vllm_command, vllm_version
 from model_files import Checkpoint, Profile, find_profile, locate, read_checkpoint
+from multi_node import check_nodes, check_rpc_port, describe_node, has_other_nodes, is_headless, node_env, node_flags
 
 KV_GIB_AT_MOST = 16  # of one of several engines on a GPU: six full steps of a 0.6B model
 ENGINE_GIB = 4  # CUDA context, activations of one step and graphs of one engine, beside weights and KV cache
@@ -45,6 +46,11 @@ class Plan:
         """Engines in all: vLLM's data parallel ranks."""
         return self.cfg.dp * self.engines
 
+    @property
+    def copies_here(self) -> int:
+        """Those of them on this host."""
+        return self.cfg.engines_here * self.engines
+
 
 def make_plan(
     cfg: EnvConfig, model: str | Path | None = None, machine: Machine | None = None, *, offline: bool = False
@@ -64,6 +70,8 @@ def make_plan(
     if not model:
         raise ConfigError("MODEL_PATH is not set: write MODEL_PATH=/folder/of/the/checkpoint (or a hub id) into .env")
     machine = machine or probe_machine()
+    if not offline:
+        check_nodes(cfg)
     _check_gpus(cfg, machine)
     checkpoint = read_checkpoint(locate(str(model)))
     profile = find_profile(checkpoint, cfg.model_profile)
@@ -95,8 +103,11 @@ def make_plan(
         _plan_gpu(plan, offline)
         if not offline:
             _plan_tokenizing(plan)
+    if not offline and has_other_nodes(cfg):
+        plan.env |= node_env(cfg)
+        why["node"] = describe_node(cfg)
     plan.env |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    if cfg.guard:
+    if cfg.guard and not is_headless(cfg):
         plan.env |= _guard_env(plan)
     for key in list(plan.env):
         if key in os.environ or key in passed_on_env():
@@ -119,7 +130,8 @@ def _guard_env(plan: Plan) -> dict[str, str]:
 
 
 def _check_gpus(cfg: EnvConfig, machine: Machine) -> None:
-    wanted = cfg.tp * cfg.dp
+    copies, key = (cfg.engines_here, "DP_LOCAL") if has_other_nodes(cfg) else (cfg.dp, "DP")
+    wanted = cfg.tp * copies
     visible = cfg.cuda_visible_devices
     if machine.is_cpu:
         if visible not in (None, "", "-1"):
@@ -136,11 +148,11 @@ def _check_gpus(cfg: EnvConfig, machine: Machine) -> None:
     n_visible = len([v for v in visible.split(",") if v.strip()]) if visible is not None else None
     if n_visible is not None and n_visible != wanted:
         raise ConfigError(
-            f"TP x DP = {cfg.tp} x {cfg.dp} = {wanted}, but CUDA_VISIBLE_DEVICES={visible!r} makes {n_visible} GPUs "
-            f"visible: the two must be equal (TP={n_visible} spreads one model over them, DP={n_visible} makes copies)"
+            f"TP x {key} = {cfg.tp} x {copies} = {wanted}, but CUDA_VISIBLE_DEVICES={visible!r} makes {n_visible} GPUs "
+            f"visible: the two must be equal (TP={n_visible} spreads one model over them, {key}={n_visible} copies it)"
         )
     if wanted > len(machine.gpus):
-        raise ConfigError(f"TP x DP = {cfg.tp} x {cfg.dp} = {wanted}, but this host has {len(machine.gpus)} GPUs")
+        raise ConfigError(f"TP x {key} = {cfg.tp} x {copies} = {wanted}, but this host has {len(machine.gpus)} GPUs")
 
 
 def _engines(plan: Plan) -> tuple[int, str]:
@@ -192,7 +204,7 @@ def _plan_gpu(plan: Plan, offline: bool) -> None:
         why["gpu_memory_utilization"] += f", shared by {plan.engines} engines"
         _plan_kv_cache(plan)
     if cfg.cuda_visible_devices is None:
-        plan.env["CUDA_VISIBLE_DEVICES"] = ",".join(str(i) for i in range(cfg.tp * cfg.dp))
+        plan.env["CUDA_VISIBLE_DEVICES"] = ",".join(str(i) for i in range(cfg.tp * cfg.engines_here))
 
 
 def _plan_kv_cache(plan: Plan) -> None:
@@ -244,14 +256,14 @@ def _plan_cpu(plan: Plan) -> None:
         need = 2 * engine["max_num_batched_tokens"] * _kv_bytes_per_token(plan)
         engine["kv_cache_memory_bytes"] = max(GIB, need)
         why["kv_cache_memory_bytes"] = "room for two engine steps, 1 GiB at least"
-        all_engines = plan.copies * engine["kv_cache_memory_bytes"]
+        all_engines = plan.copies_here * engine["kv_cache_memory_bytes"]
         if all_engines > 0.8 * plan.machine.memory_bytes:
             free = plan.machine.memory_bytes / GIB
             raise ConfigError(
                 f"{all_engines / GIB:.1f} GiB of KV cache do not fit into {free:.1f} GiB of free "
                 "memory: lower MAX_NUM_BATCHED_TOKENS or MAX_MODEL_LEN"
             )
-    workers = cfg.tp * plan.copies
+    workers = cfg.tp * plan.copies_here
     if workers > 1:
         plan.env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         plan.env["OMP_NUM_THREADS"] = str(max(1, len(cores) // workers))
@@ -283,7 +295,7 @@ def serve_args(plan: Plan, group: int = 0, rpc_port: int | str = "FREE_PORT") ->
     """
     cfg, engine = plan.cfg, dict(plan.engine)
     args = ["serve", engine.pop("model")]
-    if group == 0:
+    if group == 0 and not is_headless(cfg):
         args += ["--served-model-name", cfg.served_model_name, "--host", cfg.host, "--port", str(cfg.port)]
     for key, value in engine.items():
         flag = "--" + key.replace("_", "-")
@@ -294,9 +306,10 @@ def serve_args(plan: Plan, group: int = 0, rpc_port: int | str = "FREE_PORT") ->
     if plan.engines > 1:
         args += ["--data-parallel-size-local", str(cfg.dp), "--data-parallel-address", "127.0.0.1"]
         args += ["--data-parallel-rpc-port", str(rpc_port)]
+    args += node_flags(cfg)
     if group:
         args += ["--headless", "--data-parallel-start-rank", str(cfg.dp * group)]
-    else:
+    elif not is_headless(cfg):
         args += _api_args(plan)
     args += ["--shutdown-timeout", str(cfg.stop_timeout_s)]
     try:
@@ -400,9 +413,9 @@ def _free_port() -> int:
 
 
 def become_server(plan: Plan) -> None:
-    """Replace this process by `vllm serve`, or by a supervisor of several that act as one."""
+    """Replace this process by `vllm serve`, or by a supervisor of several that act as one, here or on several hosts."""
     commands, env = server_commands(plan)
-    if len(commands) > 1:
+    if len(commands) > 1 or has_other_nodes(plan.cfg):
         os.execv(sys.executable, [sys.executable, str(KIT_DIR / "supervisor.py"), "foreground"])
     os.execve(commands[0][0], commands[0], env)
 
@@ -464,8 +477,11 @@ def main(argv: list[str]) -> int:
         elif argv[0] == "check":
             vllm_command()
             serve_args(plan)
-            check_network(plan.cfg)
-            check_port(plan.cfg)
+            if not is_headless(plan.cfg):  # that listens on nothing
+                check_network(plan.cfg)
+                check_port(plan.cfg)
+                if has_other_nodes(plan.cfg):
+                    check_rpc_port(plan.cfg)
         else:
             become_server(plan)
     except NoVllm as exc:

@@ -63,6 +63,10 @@ class EnvConfig:
     tp: int = _key(1, "tensor parallel size: one model over several GPUs", "gpu", low=1)
     dp: int = _key(1, "data parallel size: copies of the model", "gpu", low=1)
     engines_per_gpu: int | None = _key(None, "engine processes that share each GPU; more than 1 pays for small models on large GPUs", "gpu", low=1, high=8)
+    dp_address: str | None = _key(None, "address of node 0, where the DP copies are on several hosts; unset: one host", "nodes")
+    dp_local: int | None = _key(None, "copies on each host; DP is the sum of all hosts", "nodes", low=1)
+    node_rank: int = _key(0, "0: the head (API and its own copies); 1, 2 ...: a host with copies only", "nodes", low=0)
+    dp_rpc_port: int = _key(29550, "port of node 0 on which the others register; more ports are open between the nodes", "nodes", low=1, high=65535)
     gpu_memory_utilization: float | None = _key(None, "share of the memory that vLLM may take (0-1)", "engine", low=0.01, high=1)
     max_model_len: int | None = _key(None, "longest prompt in tokens (query + document + template)", "engine", low=16)
     max_num_batched_tokens: int | None = _key(None, "most tokens in one engine step", "engine", low=16)
@@ -90,6 +94,11 @@ class EnvConfig:
     allow_paths: str = _key("", "further paths to open, e.g. /tokenize,/docs; the key guards them too", "guard")
     slow_call_ms: float = _key(30000.0, "log one line for a scoring call that takes longer; 0 = off", "guard", low=0)
     # fmt: on
+
+    @property
+    def engines_here(self) -> int:
+        """DP copies on this host."""
+        return self.dp_local or self.dp
 
     @property
     def service_url(self) -> str:

@@ -18,12 +18,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from env_utils import ConfigError, EnvConfig, get_config
+from multi_node import NO_HEAD, describe_node, is_headless
 
 READY, DIED, LOADING = 0, 1, 4  # exit codes
 BUSY = "busy: it scores, and refuses further calls for now (429)"
 
 # What the log says while vLLM starts, in the order in which it happens.
 PHASES = (
+    (r"in headless mode, with head node address", "waiting for the head"),
     (r"Starting to load model", "loading weights"),
     (r"Loading weights took|Model loading took", "weights loaded"),
     (r"Start compiling|Compiling a graph|Dynamo bytecode transform", "compiling"),
@@ -68,6 +70,7 @@ CAUSES = (
         "the folder holds no model that vLLM can serve: check MODEL_PATH",
     ),
     (r"ConfigError: .*", "the configuration cannot be used"),
+    (NO_HEAD, "the head (node 0) is not there: start it, and see DP_ADDRESS, DP_RPC_PORT and the network"),
     (r"(?m)^(?!.*initialization failed\. See root cause above).*\b\w*(?:Error|Exception): .+$", "an error in vLLM"),
 )
 START_MARK = re.compile(r"^\[kit\] \S+ start ", re.MULTILINE)  # supervisor.py, before each start
@@ -306,7 +309,13 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
             print(f"[ERR] died after {waited:.0f} s: {cause}", file=sys.stderr)
             return DIED
         now = phase(read_log(log)) if log.is_file() else "loading"
-        open_now = listens(cfg)
+        if is_headless(cfg) and not log.is_file():
+            print(f"{describe_node(cfg)} is started; its own output says when it is registered at the head")
+            return READY
+        if is_headless(cfg) and supervised_state(cfg, pid) == "ready":
+            print(f"ready after {waited:.0f} s: {describe_node(cfg)} is registered at the head")
+            return READY
+        open_now = not is_headless(cfg) and listens(cfg)
         now = "first scores" if open_now else now
         since, looked = looked, time.monotonic()
         spent[now] = spent.get(now, 0.0) + looked - since

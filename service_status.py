@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from env_utils import ConfigError, EnvConfig, get_config
+from multi_node import is_headless
 from service_health import (
     BUSY,
     born,
@@ -48,7 +49,8 @@ def gather(cfg: EnvConfig, probe_timeout_s: float = 30.0) -> dict:
         "pid": pid if alive else None,
         "server_pid": known.get("server_pid") or None,
         "supervised": alive,
-        "url": cfg.service_url,
+        "url": None if is_headless(cfg) else cfg.service_url,
+        "node": known.get("node") or None,
         "served_model_name": cfg.served_model_name,
         "model": known.get("model"),
         "vllm": known.get("vllm"),
@@ -72,6 +74,11 @@ def gather(cfg: EnvConfig, probe_timeout_s: float = 30.0) -> dict:
         return out | {"state": "stopping"}
     if alive and known.get("state") == "backoff":
         return out | {"state": "restarting", "why": f"{known['why']} (next start {_stamp(known['next_start'])})"}
+    if is_headless(cfg):  # no HTTP to ask
+        if known.get("state") != "ready":
+            return out | {"state": "loading", "why": phase(read_log(log_file(cfg)))}
+        out["uptime_s"] = round(time.time() - known["ready_since"])
+        return out | {"state": "ready", "exit_code": READY}
     wrong = probe(cfg, probe_timeout_s)
     if wrong and not known.get("ready_since"):
         return out | {"state": "loading", "why": phase(read_log(log_file(cfg)))}
@@ -147,13 +154,14 @@ def one_line(now: dict) -> str:
     """The line that an operator reads."""
     if now["exit_code"] == NOT_RUNNING:
         return "not running"
-    parts = [f"{'ready' if now['state'] == 'ready' else BUSY}: {now['url']}"]
+    parts = [f"{'ready' if now['state'] == 'ready' else BUSY}: {now['url'] or 'registered at the head'}"]
     if now["exit_code"]:
         parts = [f"{now['state']}: {now['why']}" if now["why"] else now["state"]]
     if now["state"] == "dead":
         if now["died_at"]:
             parts.append(f"died {now['died_at']}")
     else:
+        parts += [now["node"]] if now["node"] else []
         parts += [f"PID {now['pid'] or now['server_pid']}", f"model name {now['served_model_name']}"]
         if now["uptime_s"] is not None:
             parts.append(f"up {_duration(now['uptime_s'])}")

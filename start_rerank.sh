@@ -209,13 +209,13 @@ do_start() {
   "$PY" "$KIT/service_health.py" wait "$pid" "$LOG_FILE"
   case $? in
     0)
-      if [ "$STARTUP_CHECK" = 1 ] && ! "$PY" "$KIT/check_rerank.py" --quiet >&2; then
+      if [ "$STARTUP_CHECK" = 1 ] && [ "$NODE_RANK" = 0 ] && ! "$PY" "$KIT/check_rerank.py" --quiet >&2; then
         err "the service answers, but its scores cannot be right: stopped (STARTUP_CHECK=0 starts it all the same)"
         kill_session
         rm -f "$PID_FILE" "$STATE_FILE"
         return 1
       fi
-      say "ready: $SERVICE_URL (model name $SERVED_MODEL_NAME)"
+      [ "$NODE_RANK" != 0 ] || say "ready: $SERVICE_URL (model name $SERVED_MODEL_NAME)"
       ;;
     4) warn "not ready yet; \"sh start_rerank.sh status\" tells when it is, \"stop\" ends it"; return 1 ;;
     130) warn "interrupted; the server goes on loading, \"stop\" ends it"; return 130 ;;

@@ -10,6 +10,7 @@ dies stays down. Standard library only: it must outlive whatever breaks in the s
 import ctypes
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -23,6 +24,7 @@ from pathlib import Path
 
 from engine_args import Plan, make_plan, server_commands, shown_args
 from env_utils import ConfigError, EnvConfig, get_config
+from multi_node import HEAD_LOST, NO_HEAD, Peers, describe_node, has_other_nodes, is_headless
 from service_health import (
     BUSY,
     born,
@@ -65,6 +67,7 @@ class State:
     vllm: str = ""
     model: str = ""
     url: str = ""
+    node: str = ""  # of several hosts: which one this is
 
 
 class Watch(threading.Thread):
@@ -134,6 +137,8 @@ class Supervisor:
         self.plan = plan
         url, version = plan.cfg.service_url, plan.machine.vllm_version
         self.state = State("starting", os.getpid(), vllm=version, model=str(plan.checkpoint.path), url=url)
+        if has_other_nodes(plan.cfg):
+            self.state.node = describe_node(plan.cfg)
         self.header = f"vLLM {version}: {shlex.join(['vllm', *shown_args(plan)])}"
         self.header += f" and {plan.engines - 1} more for its engines" if plan.engines > 1 else ""
         self.header += "".join(f" {k}={shlex.quote(v)}" for k, v in sorted(plan.env.items()))
@@ -160,7 +165,7 @@ class Supervisor:
             kill_rest()
             now = time.monotonic()
             self.crashes = [t for t in self.crashes if now - t < self.cfg.restart_window_s] + [now]
-            give_up = self._verdict(was_ready)
+            give_up = self._verdict(was_ready, why)
             why = f"{why}; {give_up}" if give_up else why
             self._save(
                 server_pid=0, ready_since=0.0, why=why, died=time.time(), state="failed" if give_up else "backoff"
@@ -180,10 +185,12 @@ class Supervisor:
                 pid_file(self.cfg).unlink()
         return 0
 
-    def _verdict(self, was_ready: bool) -> str:
+    def _verdict(self, was_ready: bool, why: str) -> str:
         """Why there is no further start; empty = there is one."""
         if self.cfg.restart == "no":
             return "stays down: RESTART=no"
+        if is_headless(self.cfg) and re.search(f"{HEAD_LOST}|{NO_HEAD}", why):
+            return ""  # as long as it takes until the head is there
         if not was_ready and not self.state.restarts:
             return "stays down: it was never ready, a restart would meet the same cause"
         if len(self.crashes) > self.cfg.restart_max:
@@ -220,7 +227,9 @@ class Supervisor:
 
     def _watch_until_death(self) -> str | None:
         """Why the server died, or None after a stop that was asked for."""
-        watch, next_rotation = Watch(self.cfg, self.warm, self.plan.copies), 0.0
+        peers = Peers(self.cfg, rest_of_session) if has_other_nodes(self.cfg) else None
+        watch = peers if is_headless(self.cfg) else Watch(self.cfg, self.warm, self.plan.copies)
+        next_rotation = 0.0
         try:
             while True:
                 ended = [(number, reap(pid)) for number, pid in enumerate(self.servers)]
@@ -232,9 +241,11 @@ class Supervisor:
                         who = f"engine process {number + 1} of {len(ended)}: " if number else ""
                         return who + describe_end(status, read_log(self.log))
                 if watch.ready and not self.state.ready_since:
+                    if peers and peers is not watch:
+                        peers.watch()
                     self._save(state="ready", ready_since=time.time())
                     self._note(f"ready after {time.time() - self.state.server_began:.0f} s")
-                if hung := self._hangs(watch):
+                if hung := (peers and peers.lost()) or self._hangs(watch):
                     kill_rest()
                     return hung
                 if time.monotonic() >= next_rotation:
@@ -243,8 +254,10 @@ class Supervisor:
                 time.sleep(TICK_S)
         finally:
             watch.stopped.set()
+            if peers:
+                peers.stopped.set()
 
-    def _hangs(self, watch: Watch) -> str:
+    def _hangs(self, watch: Watch | Peers) -> str:
         """Why this server counts as dead although it lives; empty = it does not."""
         if hung := watch.hangs():
             return f"{hung} for HEALTH_TIMEOUT_S={self.cfg.health_timeout_s} s, killed"

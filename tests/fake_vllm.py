@@ -6,6 +6,7 @@ only if that file says so."""
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -62,6 +63,12 @@ def main():
     if MODE == "die" or os.path.exists(DIE):
         print(os.environ.get("FAKE_LOG", "RuntimeError: boom"), file=sys.stderr)
         return 1
+    if os.environ.get("FAKE_HEAD"):  # a headless engine, registered at the head
+        head = socket.create_connection(("127.0.0.1", int(os.environ["FAKE_HEAD"])))
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        while True:
+            head.recv(1)
+            time.sleep(0.1)
     if MODE == "slow":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as vLLM while it loads
         time.sleep(600)

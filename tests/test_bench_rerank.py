@@ -240,6 +240,26 @@ def test_closed_loop_has_a_connection_for_each_caller(tmp_path, capsys):
     assert service.most_in_flight == 130  # aiohttp's own limit is 100
 
 
+def test_of_several_addresses_a_call_takes_the_least_busy_one(tmp_path, capsys):
+    """The slow service gets as many calls in flight as the fast one, so a quarter of its calls."""
+    with serving(slow(0.2)) as slow_one, serving(slow(0.05)) as fast_one:
+        argv = ("--endpoint", "rerank", "--concurrency", "8", "--requests", "160", "--target-pairs-s", "1000000")
+        slow_one.url = f"{slow_one.url}, {fast_one.url}"
+        code, out = bench(slow_one, tmp_path, *argv)
+    row = out["rows"][0]
+    assert (code, row["ok"], row["err"], out["services"]) == (0, 160, 0, 2)
+    assert (slow_one.most_in_flight, fast_one.most_in_flight) == (4, 4)
+    assert len(fast_one.bodies) / len(slow_one.bodies) == pytest.approx(4, rel=0.3)
+    gpus = int(re.search(r"(\d+) GPUs for 1e\+06 pairs/s", capsys.readouterr().out)[1])
+    assert gpus == pytest.approx(2 * 1e6 / row["pairs/s"], rel=0.01), "each address is a service on a GPU"
+
+
+def test_one_bad_address_of_several_is_named(capsys):
+    with pytest.raises(SystemExit):
+        bench_rerank.parse_args(["--base-url", "http://a:1/v1,b:2"])
+    assert "base URL b:2 is not http://HOST:PORT/v1" in capsys.readouterr().err
+
+
 def test_seconds_bound_a_level(tmp_path, capsys):
     with serving(slow(0.05)) as service:
         out = bench(service, tmp_path, "--endpoint", "score", "--concurrency", "4", "--seconds", "1")[1]

@@ -170,14 +170,6 @@ def test_foreign_process_on_the_port(kit):
         assert kit("status").returncode == 3
 
 
-def test_two_services_do_not_disturb_each_other(kit):
-    other = free_port()
-    assert kit("start").returncode == 0
-    assert kit("start", PORT=other).returncode == 0
-    assert kit("stop", PORT=other).returncode == 0
-    assert kit("status").returncode == 0 and kit("status", PORT=other).returncode == 3
-
-
 def test_api_key_is_in_no_process_list_log_or_cfg(kit, tmp_path):
     secret = "s3cret-key-123"
     seen = tmp_path / "seen.json"
@@ -327,3 +319,46 @@ def test_demo_ranks_with_the_shipped_model(tmp_path):
         assert again.returncode == 0 and "already running" in again.stdout
     finally:
         assert run_kit("stop", **settings).returncode == 0
+
+
+def test_two_services_of_one_folder_keep_to_themselves(kit, tmp_path):
+    """Every action, one port from .env and one from the environment over it."""
+    dotenv, other = tmp_path / "two.env", free_port()
+    first = kit.settings.pop("PORT")
+    dotenv.write_text(f"PORT={first}\nINSTRUCTION=find it\n")
+    kit.settings |= {"KIT_ENV_FILE": dotenv}
+    log, log_2 = (kit.logs / f"rerank-{port}.log" for port in (first, other))
+
+    def both(action):
+        return kit(action), kit(action, PORT=other, INSTRUCTION="find that")
+
+    try:
+        for done, port in zip(both("start"), (first, other), strict=True):
+            assert done.returncode == 0 and f"http://127.0.0.1:{port}/v1" in done.stdout
+        templates = [(kit.logs / f"template-{port}.jinja").read_text() for port in (first, other)]
+        assert "find it" in templates[0] and "find that" in templates[1]
+        pids = {port: (kit.logs / f"rerank-{port}.pid").read_text() for port in (first, other)}
+        for done, port in zip(both("status"), (first, other), strict=True):
+            assert (
+                done.returncode == 0 and f":{port}/v1" in done.stdout and f"PID {pids[port].split()[0]}," in done.stdout
+            )
+        assert [done.returncode for done in both("wait")] == [0, 0]
+        assert f"--port {first}" in log.read_text() and f"--port {other}" not in log.read_text()
+        assert f"--port {other}" in log_2.read_text()
+
+        # A start of one is no obstacle for the other: the lock is the port's own.
+        (kit.logs / f"rerank-{first}.lock").write_text((kit.logs / f"rerank-{first}.pid").read_text())
+        assert "under way" in kit("stop").stderr
+        assert kit("restart", PORT=other, INSTRUCTION="find that").returncode == 0
+        (kit.logs / f"rerank-{first}.lock").unlink()
+        assert log_2.with_name(f"{log_2.name}.1").exists() and not log.with_name(f"{log.name}.1").exists()
+        assert (kit.logs / f"rerank-{first}.pid").read_text() == pids[first]
+        assert (kit.logs / f"rerank-{other}.pid").read_text() != pids[other]
+
+        assert kit("stop").returncode == 0
+        assert [done.returncode for done in both("status")] == [3, 0]
+        assert kit("wait").returncode == 3 and kit("check").returncode == 1
+    finally:
+        both("stop")
+    assert [done.returncode for done in both("status")] == [3, 3]
+    kit.settings["PORT"] = first
