@@ -44,6 +44,7 @@ class Step:
     answer_s: float  # from the first byte sent to the last received
     until: float  # time.monotonic() of the deadline; inf = none
     fresh: bool  # over a new connection
+    trace: dict[str, str] = field(default_factory=dict)  # headers that name the caller's span
 
     def limit(self, status: int) -> int:
         """Most bytes of an answer that are read; /v1/rerank echoes the documents."""
@@ -273,7 +274,7 @@ def exchange(session: PooledSession, step: Step) -> Answer | Failure:
             "POST",
             target,
             step.body,
-            session.headers,
+            {**session.headers, **step.trace} if step.trace else session.headers,
             timeout=times,
             retries=False,
             redirect=False,
@@ -330,7 +331,7 @@ async def aexchange(session, step: Step) -> Answer | Failure:
         # A call that waits for a free connection waits until the deadline; the trace moves the timer after that.
         async with asyncio.timeout(left_s) as wire.timer:
             body = step.body if len(step.body) < 1 << 20 else io.BytesIO(step.body)  # sent in pieces
-            post = session.post(step.url, data=body, allow_redirects=False, trace_request_ctx=wire)
+            post = session.post(step.url, data=body, headers=step.trace, allow_redirects=False, trace_request_ctx=wire)
             async with post as response:
                 answer = Answer(response.status, response.headers, step.limit(response.status))
                 async for chunk in response.content.iter_any():

@@ -182,7 +182,8 @@ class Supervisor:
         _ended.clear()  # PIDs come again
         os.umask(self.umask)  # caches that the server fills may be shared with others
         unignore = [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE]
-        self.server = os.posix_spawn(self.command[0], self.command, self.env, setsigdef=unignore)
+        env = {**self.env, "GUARD_RESTARTS": str(self.state.restarts)}  # for /metrics
+        self.server = os.posix_spawn(self.command[0], self.command, env, setsigdef=unignore)
         os.umask(0o077)
         now = time.time()
         self._save(
