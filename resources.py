@@ -132,7 +132,9 @@ def _headers() -> dict[str, str]:
 def _trace_headers() -> dict[str, str]:
     """traceparent (and tracestate) of the caller's OpenTelemetry span; empty where his program does not trace."""
     headers: dict[str, str] = {}
-    if propagate := sys.modules.get("opentelemetry.propagate"):
+    if "opentelemetry.trace" in sys.modules:  # imported by the caller, never by us first
+        from opentelemetry import propagate
+
         propagate.inject(headers)
     return {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
 

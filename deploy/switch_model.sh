@@ -4,8 +4,8 @@
 #   sh switch_model.sh to a|b           all calls to one version; also the way back
 #   sh switch_model.sh canary a|b N     N % (1-99) of the client addresses to it, the others to the other version
 # Nothing is changed unless every replica of the chosen version is ready, all have one version id, and nginx accepts the
-# files. Environment: NGINX_DIR (/etc/nginx) holds the files, NGINX (nginx) is the command. Exit codes: 0 done, 1 not
-# done, 2 usage.
+# files. Environment: NGINX_DIR (/etc/nginx) holds the files, NGINX (nginx) is the command, ANYWAY=1 is content with one
+# ready replica (a way back in need). Exit codes: 0 done, 1 not done, 2 usage.
 set -u
 
 DIR=${NGINX_DIR:-/etc/nginx}
@@ -13,6 +13,7 @@ NGINX=${NGINX:-nginx}
 FILE=$DIR/nginx-switch.conf
 
 say() { printf '%s\n' "$*"; }
+warn() { printf '[WARN] %s\n' "$*" >&2; }
 die() { code=$1; shift; printf '[ERR] %s\n' "$*" >&2; exit "$code"; }
 usage() { sed -n '2,5s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
@@ -35,24 +36,33 @@ ask() {
 require_ready() {
   found=$(servers "$1")
   [ -n "$found" ] || die 1 "upstream rerank_$1 in $DIR/nginx-upstream.conf has no servers"
-  versions=
+  ready=0 versions=
   for server in $found; do
     answer=$(ask "$server")
     status=${answer%% *} version=${answer#* }
-    [ "$status" = 200 ] || die 1 "replica $server of rerank_$1 is not ready (/ready: $status): nothing was changed"
+    if [ "$status" != 200 ]; then
+      message="replica $server of rerank_$1 is not ready (/ready: $status)"
+      [ "${ANYWAY:-0}" = 1 ] || die 1 "$message: nothing was changed"
+      warn "$message"
+      continue
+    fi
+    ready=$((ready + 1))
     case " $versions " in *" $version "*) ;; *) versions="$versions $version" ;; esac
   done
   # shellcheck disable=SC2086 # counted as words on purpose
   set -- "$1" $versions
+  [ "$ready" -gt 0 ] || die 1 "no replica of rerank_$1 is ready: nothing was changed"
   [ $# -eq 2 ] || die 1 "the replicas of rerank_$1 have different versions ($versions ): nothing was changed"
-  say "rerank_$1: $(printf '%s\n' "$found" | wc -l | tr -d ' ') ready, version $2"
+  say "rerank_$1: $ready ready, version $2"
 }
 
 # The new file is in force, or the old one is back.
 apply() {
   cp "$FILE" "$FILE.old" || die 1 "$FILE cannot be copied"
-  printf '%s\n' "# Which upstream answers; part of nginx.conf, written by switch_model.sh." "$1" >"$FILE.new" &&
-    mv "$FILE.new" "$FILE" || die 1 "$FILE cannot be written"
+  {
+    printf '%s\n' "# Which upstream answers; part of nginx.conf, written by switch_model.sh." "$1" >"$FILE.new" &&
+      mv "$FILE.new" "$FILE"
+  } || die 1 "$FILE cannot be written"
   # shellcheck disable=SC2086 # NGINX is a command with its arguments
   if $NGINX -t 2>"$FILE.err" && $NGINX -s reload 2>"$FILE.err"; then
     rm -f "$FILE.err"
@@ -77,7 +87,7 @@ main() {
   if [ "$1" != show ]; then case $2 in a | b) ;; *) usage ;; esac; fi
   if [ "$1" = canary ]; then case $3 in [1-9] | [1-9][0-9]) ;; *) usage ;; esac; fi
   command -v curl >/dev/null 2>&1 || die 1 "curl is needed: apt install curl"
-  [ -r "$DIR/nginx-upstream.conf" ] && [ -r "$FILE" ] || die 1 "$DIR has no nginx-upstream.conf and nginx-switch.conf"
+  for file in "$DIR/nginx-upstream.conf" "$FILE"; do [ -r "$file" ] || die 1 "$file cannot be read (NGINX_DIR)"; done
   case $1 in
     show)
       grep -v '^#' "$FILE"
