@@ -112,16 +112,6 @@ class Replica:
         return out
 
 
-def start_all(replicas: list[Replica]) -> None:
-    threads = [threading.Thread(target=replica.start) for replica in replicas]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for replica in replicas:
-        assert http("GET", f"{replica.url}/ready")[0] == 200
-
-
 class Nginx:
     """The files of deploy/ with other ports and folders, run by the nginx of this machine."""
 
@@ -145,18 +135,22 @@ class Nginx:
         kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         paths = "".join(f"\n    {kind}_temp_path {folder}/{kind};" for kind in kinds)
         (folder / "nginx.conf").write_text(text.replace("http {", "http {" + paths, 1))
-        upstream = (KIT / "deploy/nginx-upstream.conf").read_text()
-        for block, ports in (("a", a), ("b", b)):
-            line = "    server 127.0.0.1:{} max_fails=3 fail_timeout=10s;\n"
-            old = "".join(line.format({"a": 11438, "b": 11448}[block] + i) for i in range(2))
-            assert upstream.count(old) == 1
-            upstream = upstream.replace(old, "".join(line.format(port) for port in ports))
-        (folder / "nginx-upstream.conf").write_text(upstream)
+        self.set_upstreams(a, b)
         shutil.copy(KIT / "deploy/nginx-switch.conf", folder)
         if tls:
             text = (KIT / "deploy/nginx-tls.conf").read_text()
             text = text.replace("listen 443 ssl", f"listen 127.0.0.1:{self.tls_port} ssl")
             (folder / "nginx-tls.conf").write_text(re.sub(r"/etc/nginx/rerank\.(crt|key)", self._file, text))
+
+    def set_upstreams(self, a: list[int], b: list[int]) -> None:
+        """Edit the lists of servers, as a person does; port 1 stands in for an empty one."""
+        upstream = (KIT / "deploy/nginx-upstream.conf").read_text()
+        for ports, first in ((a, 11438), (b, 11448)):
+            line = "    server 127.0.0.1:{} max_fails=3 fail_timeout=10s;\n"
+            old = "".join(line.format(first + i) for i in range(2))
+            assert upstream.count(old) == 1
+            upstream = upstream.replace(old, "".join(line.format(port) for port in ports or [1]))
+        (self.folder / "nginx-upstream.conf").write_text(upstream)
 
     def _file(self, match: re.Match) -> str:
         return str(self.folder / {"crt": "cert.pem", "key": "key.pem"}[match[1]])
@@ -194,6 +188,48 @@ class Nginx:
         for line in lines:
             line["at"] = time.mktime(time.strptime(line["time"][:19], "%Y-%m-%dT%H:%M:%S"))
         return [line for line in lines if line["at"] >= since]
+
+    def line(self, call_id: str) -> dict:
+        """The line of one call; nginx writes it after the answer."""
+        end = time.monotonic() + 10
+        while not (found := [line for line in self.log() if line["id"] == call_id]):
+            assert time.monotonic() < end, f"no line of {call_id}"
+            time.sleep(0.05)
+        return found[0]
+
+
+class Fleet:
+    """Two replicas of one model behind nginx. known: version -> the scores that it gives."""
+
+    def __init__(self, folder: Path, model: Path, **settings):
+        # Room for the load of the drills, not for two calls of 400 documents in one replica.
+        settings = {"MAX_PAIRS_IN_FLIGHT": 600, **settings}
+        self.replicas = [Replica(i, model, folder, **settings) for i in range(2)]
+        self.nginx = Nginx(folder / "nginx", [r.port for r in self.replicas], [])
+        self.known: dict[str, dict] = {}
+
+    def start(self) -> "Fleet":
+        threads = [threading.Thread(target=replica.start) for replica in self.replicas]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.nginx.start()
+        first, second = (self.learn(replica) for replica in self.replicas)
+        assert first == second, "both serve the same"
+        return self
+
+    def learn(self, replica: Replica) -> str:
+        """The version that a replica serves; its scores are known from now on."""
+        version = replica.version
+        assert version, f"no replica on port {replica.port}"
+        self.known[version] = replica.scores()
+        return version
+
+    def stop(self) -> None:
+        self.nginx.stop()
+        for replica in self.replicas:
+            run_kit("stop", **replica.settings)
 
 
 def use_client(certificate: str = "", **settings) -> None:
@@ -371,13 +407,10 @@ def main(names: list[str]) -> int:
     rows, chosen = {}, [d for d in DRILLS if not names or d.__name__ in names]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model = tiny_models.qwen3_reranker(folder / "Qwen3-Reranker-tiny")
-        replicas = [Replica(i, model, folder) for i in range(2)]
-        nginx = Nginx(folder / "nginx", [r.port for r in replicas], [1, 2])
+        fleet = Fleet(folder, tiny_models.qwen3_reranker(folder / "Qwen3-Reranker-tiny"))
+        replicas, nginx = fleet.replicas, fleet.nginx
         try:
-            start_all(replicas)
-            nginx.start()
-            known = {replicas[0].version: replicas[0].scores()}
+            fleet.start()
             use_client(nginx.certificate)
             direct = (",".join(f"{r.url}/v1" for r in reversed(replicas)),)  # the one that fails is asked first
             for way, urls in (("nginx, half of it TLS", nginx.urls), ("client, two base URLs", direct)):
@@ -385,13 +418,11 @@ def main(names: list[str]) -> int:
                     if way.startswith("client") and what is reload_nginx:
                         continue
                     print(f"{what.__name__} by {way} ...", file=sys.stderr, flush=True)
-                    rows[what.__name__, way] = drill(what, replicas, nginx, urls, known)
+                    rows[what.__name__, way] = drill(what, replicas, nginx, urls, fleet.known)
                     print(rows[what.__name__, way], file=sys.stderr, flush=True)
             assert KEY not in nginx.access_log.read_text() + nginx.error_log.read_text()
         finally:
-            nginx.stop()
-            for replica in replicas:
-                run_kit("stop", **replica.settings)
+            fleet.stop()
     columns = list(next(iter(rows.values())))
     print("| drill | way | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 2) + "|")
     for (name, way), row in rows.items():

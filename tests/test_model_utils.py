@@ -188,14 +188,15 @@ def test_a_fleet_of_two_models_is_an_error(client, serve):
     assert len(server.requests) == 2 * model_utils.MIXED_TRIES
 
 
-def test_the_callers_span_goes_along(client, serve):
+@pytest.mark.parametrize("call", [rerank, lambda *args, **kwargs: asyncio.run(arerank(*args, **kwargs))])
+def test_the_callers_span_goes_along(config, serve, call):
     """traceparent of the caller's OpenTelemetry span, also from the threads of a split call; nothing without one."""
     trace = pytest.importorskip("opentelemetry.trace")
     server = serve()
-    client.rerank(QUERY, ["a"], base_url=server.url)
+    call(QUERY, ["a"], base_url=server.url)
     span = trace.NonRecordingSpan(trace.SpanContext(0xABC, 0xDEF, False, trace.TraceFlags(1)))
     with trace.use_span(span):
-        client.rerank(QUERY, list("abcd"), base_url=server.url, batch_size=2)
+        call(QUERY, list("abcd"), base_url=server.url, batch_size=2)
     sent = [request.headers.get("traceparent") for request in server.requests]
     assert sent == [None, *[f"00-{0xABC:032x}-{0xDEF:016x}-01"] * 2]
 
