@@ -404,6 +404,7 @@ def drill(what, replicas: list[Replica], nginx: Nginx, urls: tuple[str, ...], kn
 def main(names: list[str]) -> int:
     import tiny_models
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the services must not outlive it
     rows, chosen = {}, [d for d in DRILLS if not names or d.__name__ in names]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
