@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPMessage
 
 import pytest
 from conftest import KIT, free_port, http
@@ -128,7 +128,7 @@ def client(fleet, monkeypatch):
     SharedResources._endpoints.clear()
 
 
-def post(port: int, documents: list[str], source: str = "127.0.0.1", **headers) -> tuple[int, dict, dict]:
+def post(port: int, documents: list[str], source: str = "127.0.0.1", **headers) -> tuple[int, HTTPMessage, dict]:
     """(status, headers, answer) of one rerank call over http."""
     connection = HTTPConnection("127.0.0.1", port, timeout=60, source_address=(source, 0))
     body = json.dumps({"model": "qwen3-reranker", "query": "capital", "documents": documents})
@@ -137,7 +137,7 @@ def post(port: int, documents: list[str], source: str = "127.0.0.1", **headers) 
     answer = connection.getresponse()
     text = answer.read()
     connection.close()
-    return answer.status, dict(answer.headers), json.loads(text)
+    return answer.status, answer.headers, json.loads(text)
 
 
 @pytest.mark.server
