@@ -156,6 +156,21 @@ def fleet(checkpoints, tmp_path_factory):
         collector.server.stop(0)
 
 
+@pytest.fixture
+def fleet_client(fleet, monkeypatch):
+    """The kit's client of this process knows the key and trusts nginx's certificate."""
+    from fleet import use_client
+
+    from resources import SharedResources
+
+    monkeypatch.setitem(env_utils._cache, "CFG", env_utils.CFG)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", fleet.nginx.certificate)
+    use_client()
+    yield
+    SharedResources.close_local_rerank_client()
+    SharedResources._endpoints.clear()
+
+
 def tracing(url: str) -> dict[str, str]:
     """Settings of a service that exports the spans of calls whose caller traces them."""
     env = {"OTEL_TRACES_SAMPLER": "parentbased_always_off", "OTEL_BSP_SCHEDULE_DELAY": "300"}

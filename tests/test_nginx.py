@@ -10,7 +10,7 @@ from http.client import HTTPConnection, HTTPMessage
 
 import pytest
 from conftest import KIT, free_port, http
-from fleet import KEY, Load, Nginx, use_client
+from fleet import KEY, Load, Nginx
 
 from env_utils import EnvConfig
 from http_exchange import IDLE_S
@@ -114,20 +114,6 @@ def test_switch_refuses_what_is_not_ready(nginx):
 # --- two real services ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def client(fleet, monkeypatch):
-    """The kit's client of this process knows the key and trusts nginx's certificate."""
-    import env_utils
-    from resources import SharedResources
-
-    monkeypatch.setitem(env_utils._cache, "CFG", env_utils.CFG)
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", fleet.nginx.certificate)
-    use_client()
-    yield
-    SharedResources.close_local_rerank_client()
-    SharedResources._endpoints.clear()
-
-
 def post(port: int, documents: list[str], source: str = "127.0.0.1", **headers) -> tuple[int, HTTPMessage, dict]:
     """(status, headers, answer) of one rerank call over http."""
     connection = HTTPConnection("127.0.0.1", port, timeout=60, source_address=(source, 0))
@@ -141,7 +127,7 @@ def post(port: int, documents: list[str], source: str = "127.0.0.1", **headers) 
 
 
 @pytest.mark.server
-def test_key_ids_and_long_headers_pass(fleet, client):
+def test_key_ids_and_long_headers_pass(fleet, fleet_client):
     documents = [("word " * 600 if i % 2 else "word") + f" {i}" for i in range(100)]  # every second one is cut
     status, headers, answer = post(fleet.nginx.port, documents, **{"X-Request-ID": "mine-7"})
     assert status == 200 and len(answer["results"]) == 100
@@ -154,7 +140,7 @@ def test_key_ids_and_long_headers_pass(fleet, client):
 
 
 @pytest.mark.server
-def test_a_busy_replica_is_not_left_out(fleet, client):
+def test_a_busy_replica_is_not_left_out(fleet, fleet_client):
     """429 of the guard goes to the client as it is: not to the other replica, and the replica counts as healthy."""
     documents, answers = ["word " * 100 + str(i) for i in range(400)], []
     calls = [threading.Thread(target=lambda: answers.append(post(fleet.nginx.port, documents))) for _ in range(10)]
@@ -175,7 +161,7 @@ def test_a_busy_replica_is_not_left_out(fleet, client):
 
 
 @pytest.mark.server
-def test_a_killed_replica_and_a_change_of_the_model_lose_no_call(fleet, client):
+def test_a_killed_replica_and_a_change_of_the_model_lose_no_call(fleet, fleet_client):
     """Under load over http and TLS: kill -9 one replica, start it with the new model, canary, switch, and back."""
     first, second = fleet.replicas
     nginx, old = fleet.nginx, first.version
@@ -209,7 +195,8 @@ def test_a_killed_replica_and_a_change_of_the_model_lose_no_call(fleet, client):
         (nginx.folder / "whole.conf").rename(nginx.folder / "nginx.conf")
     finally:
         load.stop()
-    print(load.summary(), file=sys.stderr)
+    print(load.summary(), Counter(call["version"] for call in load.calls))
+    print(nginx.switch("show").stdout)
     assert load.lost == [] and load.wrong == []
     assert {call["version"] for call in load.calls} == {old, new}
     assert any(call["parts"] > 1 for call in load.calls)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import KIT, free_port, http
-from fleet import KEY, use_client
+from fleet import KEY
 
 DEPLOY, TESTS = KIT / "deploy", KIT / "tests"
 GPU = re.compile(r"DCGM_\w+")  # of dcgm-exporter; there is no GPU here
@@ -171,22 +171,8 @@ class Prometheus:
         self.log.close()
 
 
-@pytest.fixture
-def client(fleet, monkeypatch):
-    """The kit's client of this process knows the key and trusts nginx's certificate."""
-    import env_utils
-    from resources import SharedResources
-
-    monkeypatch.setitem(env_utils._cache, "CFG", env_utils.CFG)
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", fleet.nginx.certificate)
-    use_client()
-    yield
-    SharedResources.close_local_rerank_client()
-    SharedResources._endpoints.clear()
-
-
 @pytest.mark.server
-def test_every_panel_and_every_metric_has_data(fleet, client, tmp_path):
+def test_every_panel_and_every_metric_has_data(fleet, fleet_client, tmp_path):
     from model_utils import rerank
     from resources import RerankHTTPError
 
@@ -226,7 +212,7 @@ def test_every_panel_and_every_metric_has_data(fleet, client, tmp_path):
 
 
 @pytest.mark.server
-def test_one_trace_from_the_caller_through_nginx_to_the_engine(fleet, client):
+def test_one_trace_from_the_caller_through_nginx_to_the_engine(fleet, fleet_client):
     """The caller's span is the parent of vLLM's, one a pair; nginx and the log of slow calls name the same trace."""
     from opentelemetry.sdk.trace import TracerProvider
 
@@ -243,6 +229,10 @@ def test_one_trace_from_the_caller_through_nginx_to_the_engine(fleet, client):
     assert tokens > 3
     line = next(line for line in fleet.nginx.log() if line["trace"] == f"{context.trace_id:032x}")
     assert line["path"] == "/v1/rerank" and line["status"] == 200
+    for one in spans:  # shown in docs/fleet.md
+        attributes = {a.key: a.value.int_value or a.value.double_value or a.value.string_value for a in one.attributes}
+        print(f"{one.name} parent={one.parent_span_id.hex()} span={one.span_id.hex()} {attributes}")
+    print(f"caller: trace={context.trace_id:032x} span={context.span_id:016x}; nginx: {line}")
     n_spans = len(fleet.collector.spans)
     rerank("capital", ["Gravity"], base_url=fleet.nginx.urls[0])  # a caller that does not trace
     time.sleep(1)
