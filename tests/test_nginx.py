@@ -165,7 +165,7 @@ def test_a_killed_replica_and_a_change_of_the_model_lose_no_call(fleet, fleet_cl
     """Under load over http and TLS: kill -9 one replica, start it with the new model, canary, switch, and back."""
     first, second = fleet.replicas
     nginx, old = fleet.nginx, first.version
-    load = Load(nginx.urls, fleet.known, n_threads=4)
+    load = Load(nginx.urls, fleet.known, n_threads=4, pause_s=0.2)  # a start needs the cores too
     try:
         load.wait_for(20)
         second.signal("KILL")
