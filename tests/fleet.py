@@ -90,10 +90,13 @@ class Replica:
 
     def signal(self, name: str, title: str = "") -> None:
         """A signal to all processes of the session, or to the one whose title has this word."""
+        hit = 0
         for pid in session_of(self.leader):
             with suppress(ProcessLookupError, FileNotFoundError):
-                if title in Path(f"/proc/{pid}/cmdline").read_bytes().decode():
+                if title in Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode():
                     os.kill(pid, getattr(signal, f"SIG{name}"))
+                    hit += 1
+        assert hit, f"no process of {self.port} has {title!r} in its title"
 
     def headers(self) -> dict[str, str]:
         command = ["curl", "-s", "--noproxy", "*", "-m", "5", "-D", "-", "-o", "/dev/null", f"{self.url}/ready"]
