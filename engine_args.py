@@ -3,6 +3,7 @@
 `python engine_args.py cfg` explains them, `python engine_args.py exec` becomes the server.
 """
 
+import hashlib
 import ipaddress
 import json
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 from engine_defaults import api_servers, count_weights, engines_per_gpu, fastokens_agrees, weight_bytes
 from env_utils import FIELDS, KIT_DIR, ConfigError, EnvConfig, get_config, passed_on_env
 from machine import GIB, Machine, NoVllm, cpu_has_bf16, probe_machine, vllm_command, vllm_version
-from model_files import Checkpoint, Profile, find_profile, locate, read_checkpoint
+from model_files import Checkpoint, Profile, content_id, find_profile, locate, read_checkpoint
 from multi_node import check_nodes, check_rpc_port, describe_node, has_other_nodes, is_headless, node_env, node_flags
 
 KV_GIB_AT_MOST = 16  # of one of several engines on a GPU: six full steps of a 0.6B model
@@ -125,8 +126,19 @@ def _guard_env(plan: Plan) -> dict[str, str]:
     env["GUARD_FIRST_PAIRS"] = "1024" if plan.machine.is_cpu else "16384"
     # vLLM takes an instruction for any model and drops it where no template asks for it.
     env["GUARD_TAKES_INSTRUCTION"] = str(int(plan.profile.instruction))
+    env["GUARD_VERSION"] = version_id(plan)
     # vLLM runs one API process for each data parallel rank unless told otherwise.
     return env | {"GUARD_API_SERVERS": str(plan.api_servers or plan.copies)}
+
+
+def version_id(plan: Plan) -> str:
+    """12 hex digits for all that decides a score: replicas with the same id answer alike, whatever their host."""
+    cfg = plan.cfg
+    names = ("convert", "hf_overrides", "pooler_config", "dtype", "quantization", "max_model_len")
+    decides = {name: plan.engine.get(name) for name in names}
+    decides |= {name: getattr(cfg, name) for name in ("long_documents", "max_tokens_per_doc", "max_tokens_per_query")}
+    decides |= {"template": plan.template, "extra_args": cfg.extra_args, "checkpoint": content_id(plan.checkpoint.path)}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _check_gpus(cfg: EnvConfig, machine: Machine) -> None:

@@ -45,6 +45,7 @@ class Step:
     until: float  # time.monotonic() of the deadline; inf = none
     fresh: bool  # over a new connection
     method: str = "POST"
+    trace: dict[str, str] = field(default_factory=dict)  # headers that name the caller's span
 
     def limit(self, status: int) -> int:
         """Most bytes of an answer that are read; /v1/rerank echoes the documents."""
@@ -274,7 +275,7 @@ def exchange(session: PooledSession, step: Step) -> Answer | Failure:
             step.method,
             target,
             step.body,
-            session.headers,
+            {**session.headers, **step.trace} if step.trace else session.headers,
             timeout=times,
             retries=False,
             redirect=False,
@@ -331,7 +332,9 @@ async def aexchange(session, step: Step) -> Answer | Failure:
         # A call that waits for a free connection waits until the deadline; the trace moves the timer after that.
         async with asyncio.timeout(left_s) as wire.timer:
             body = step.body if len(step.body) < 1 << 20 else io.BytesIO(step.body)  # sent in pieces
-            sent = session.request(step.method, step.url, data=body, allow_redirects=False, trace_request_ctx=wire)
+            sent = session.request(
+                step.method, step.url, data=body, headers=step.trace, allow_redirects=False, trace_request_ctx=wire
+            )
             async with sent as response:
                 answer = Answer(response.status, response.headers, step.limit(response.status))
                 async for chunk in response.content.iter_any():

@@ -125,6 +125,25 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, config, kinds, tokens, _pooling_modes(path, modules))
 
 
+def content_id(path: Path, n_blocks: int = 64, block_bytes: int = 65536) -> str:
+    """12 hex digits that tell checkpoints apart by content, alike on every host: a fine-tune has its base's file sizes.
+
+    Of each weight file, whole up to 4 MiB, else 64 blocks of 64 KiB spread over it; of the other files all.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.suffix not in (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja") or not file.is_file():
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        sampled = file.suffix in (".safetensors", ".bin") and size > n_blocks * block_bytes
+        with file.open("rb") as content:
+            for number in range(n_blocks if sampled else 1):
+                content.seek(number * (size - block_bytes) // (n_blocks - 1) if sampled else 0)
+                digest.update(content.read(block_bytes if sampled else -1))
+    return digest.hexdigest()[:12]
+
+
 def _pooling_modes(path: Path, modules: list[dict]) -> tuple[str, ...] | None:
     """Modes of the Pooling module: `pooling_mode_*` flags, or since sentence-transformers 5.4 one `pooling_mode`."""
     pooling = next((m for m in modules if m.get("type", "").endswith("Pooling")), None)

@@ -13,11 +13,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import env_utils
-from resources import MAX_SECONDS, Reply, RerankError, apost, base_urls, post
+from resources import MAX_SECONDS, Reply, RerankError, RerankResponseError, apost, base_urls, post
+
+MIXED_TRIES = 3  # of a split call whose parts were scored by different models
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +74,9 @@ def rerank(
         (items, scores, raw). items: min(top_n, N) RerankItem, best first, equal scores in input order.
         scores: N values; scores[i] belongs to documents[i], None where top_n left it out.
         raw: the server's JSON plus "_cut" (indices of documents of which, or of whose query, the model saw a part
-        only), "_windows" ({index: windows} of the documents that were split), "_client_cost_ms" (wall clock) and
-        "_client_calls" (requests that it was split into); of several, results and usage are merged and the ids
-        joined by commas.
+        only), "_windows" ({index: windows} of the documents that were split), "_version" (the guard's id of the model
+        and settings that scored; "" without guard), "_client_cost_ms" (wall clock) and "_client_calls" (requests that
+        it was split into); of several, results and usage are merged and the ids joined by commas.
 
     Raises:
         ValueError: an argument that cannot be used; nothing was sent.
@@ -304,7 +307,19 @@ class _Call:
         # Documents of which the model saw a part only, and those that were split; the guard names them.
         cut = {part.start + index for index in _listed(reply.cut, len(part))}
         windows = {part.start + index: n for index, n in _listed(reply.windows or "", len(part)).items()}
-        return reply.data | {"_cut": cut, "_windows": windows}
+        return reply.data | {"_cut": cut, "_windows": windows, "_version": reply.version}
+
+    def mixed(self, answers: list[dict], n_tries: int) -> bool:
+        """The parts were scored by different models, as when a fleet changes its model meanwhile: ask all again.
+
+        Raises:
+            RerankResponseError: after MIXED_TRIES tries. Scores of two models cannot be ranked together.
+        """
+        versions = sorted({answer["_version"] for answer in answers} - {""})
+        if len(versions) > 1 and n_tries >= MIXED_TRIES:
+            text = f"the parts of this call were scored by different models or settings ({', '.join(versions)})"
+            raise RerankResponseError(f"{text}: give all replicas the same, or raise CLIENT_BATCH_SIZE")
+        return len(versions) > 1
 
     def other_name(self, reply: Reply) -> tuple | None:
         """Arguments of post() for the list of models where the reply has a model name that was not asked for."""
@@ -352,6 +367,7 @@ class _Call:
             scores[item.index] = item.score
         cost_ms = (time.perf_counter() - self.t0) * 1e3
         told = {"_cut": sorted(index for answer in answers for index in answer["_cut"])}
+        told["_version"] = next((answer["_version"] for answer in answers if answer["_version"]), "")
         told["_windows"] = {index: n for answer in answers for index, n in answer["_windows"].items()}
         return items, scores, {**raw, **told, "_client_cost_ms": cost_ms, "_client_calls": len(answers)}
 
@@ -375,7 +391,10 @@ def _run(call: _Call, n_threads: int | None = None) -> tuple[Items, list, dict]:
                 call.learn_alias(reply, post(*ask))
         return call.check(part, reply)
 
-    return call.merge(_in_threads(send, call.parts, n_threads or env_utils.CFG.client_concurrency))
+    for n_tries in itertools.count(1):
+        answers = _in_threads(send, call.parts, n_threads or env_utils.CFG.client_concurrency)
+        if not call.mixed(answers, n_tries):
+            return call.merge(answers)
 
 
 async def _arun(call: _Call) -> tuple[Items, list, dict]:
@@ -392,13 +411,16 @@ async def _arun(call: _Call) -> tuple[Items, list, dict]:
 
     if len(call.parts) <= 1:
         return call.merge([await send(part) for part in call.parts])
-    tasks = [asyncio.ensure_future(send(part)) for part in call.parts]
-    try:
-        return call.merge(await asyncio.gather(*tasks))
-    finally:  # after a failure: no part may go on behind the caller's back
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    for n_tries in itertools.count(1):
+        tasks = [asyncio.ensure_future(send(part)) for part in call.parts]
+        try:
+            answers = await asyncio.gather(*tasks)
+        finally:  # after a failure: no part may go on behind the caller's back
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if not call.mixed(answers, n_tries):
+            return call.merge(answers)
 
 
 def _in_threads(work: Callable, jobs: list, n_threads: int, tick: Callable[[], None] = lambda: None) -> list:
@@ -407,7 +429,8 @@ def _in_threads(work: Callable, jobs: list, n_threads: int, tick: Callable[[], N
         return [(work(job), tick())[0] for job in jobs]
     pool = ThreadPoolExecutor(min(n_threads, len(jobs)), thread_name_prefix="rerank")
     try:
-        futures = [pool.submit(work, job) for job in jobs]
+        # Each with a copy of the caller's context, which holds his OpenTelemetry span.
+        futures = [pool.submit(copy_context().run, work, job) for job in jobs]
         for future in as_completed(futures):
             future.result()
             tick()

@@ -10,6 +10,7 @@ import math
 import os
 import random
 import re
+import sys
 import threading
 import time
 import traceback
@@ -126,6 +127,16 @@ def _headers() -> dict[str, str]:
     if key and not (key.isascii() and key.isprintable()):
         raise env_utils.ConfigError("API_KEY=*** holds characters that no HTTP header can carry")
     return headers | {"Authorization": f"Bearer {key}"} if key else headers
+
+
+def _trace_headers() -> dict[str, str]:
+    """traceparent (and tracestate) of the caller's OpenTelemetry span; empty where his program does not trace."""
+    headers: dict[str, str] = {}
+    if "opentelemetry.trace" in sys.modules:  # imported by the caller, never by us first
+        from opentelemetry import propagate
+
+        propagate.inject(headers)
+    return {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
 
 
 @dataclass
@@ -245,13 +256,14 @@ class SharedResources:
 
 @dataclass(slots=True)
 class Reply:
-    """A 2xx answer: its JSON object, the URL it came from, its bytes, the guard's X-Rerank-Cut and X-Rerank-Windows."""
+    """A 2xx answer: its JSON object, the URL it came from, its bytes, and the guard's X-Rerank-... headers."""
 
     data: dict
     url: str
     body: bytes
     cut: str = ""
     windows: str | None = None
+    version: str = ""  # id of the model and the settings that scored
 
     def error(self, what: str) -> RerankResponseError:
         return RerankResponseError(f"{self.url} answered {excerpt(what)}: {excerpt(self.body)}")
@@ -259,6 +271,7 @@ class Reply:
 
 def _reply(step: Step, answer: Answer) -> Reply:
     told = answer.headers.get("X-Rerank-Cut", ""), answer.headers.get("X-Rerank-Windows")
+    told += (answer.headers.get("X-Rerank-Version", ""),)
     reply = Reply({}, step.url, bytes(answer.body), *told)
     kind = answer.headers.get("Content-Type", "application/json").partition(";")[0].strip().lower()
     if not answer.whole:
@@ -341,6 +354,7 @@ def _attempts(
     method = "GET" if payload is None else "POST"
     endpoints = [SharedResources._endpoint(url) for url in base_urls(base_url)]
     untried, n_retries, fresh, endpoint, error, budget = list(endpoints), 0, False, None, None, endpoints[0]
+    trace = _trace_headers()
     budget.earn()
     while True:
         endpoint = endpoint if fresh else _choose(untried)
@@ -348,7 +362,7 @@ def _attempts(
         if left_s <= 0:
             raise RerankTimeout(f"deadline_s was over before {endpoint.url + path} was asked") from error
         connect_s, answer_s = min(cfg.connect_timeout_s, timeout_s, left_s), min(timeout_s, left_s)
-        step = Step(endpoint.url + path, endpoint.url, body, connect_s, answer_s, until, fresh, method)
+        step = Step(endpoint.url + path, endpoint.url, body, connect_s, answer_s, until, fresh, method, trace)
         outcome = yield step
         what = outcome.status if isinstance(outcome, Answer) else outcome.kind
         if isinstance(what, int) and what not in UNAVAILABLE:

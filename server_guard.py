@@ -56,6 +56,8 @@ class Call:
         self.scoring = scope["method"] == "POST" and self.path in SCORING
         given = self.headers.get(b"x-request-id", b"")
         self.request_id = given if re.fullmatch(rb"[!-~]{1,128}", given) else uuid.uuid4().hex.encode()
+        trace = re.fullmatch(rb"[0-9a-f]{2}-([0-9a-f]{32})-.*", self.headers.get(b"traceparent", b""))
+        self.trace_id = trace[1].decode() if trace else "-"
         self.payload: dict = {}
         self.mode = ""  # what happens to pairs that are too long: one of MODES; "" = vLLM's 400
         self.cut: list[int] = []  # documents of which the model sees a part only
@@ -63,7 +65,7 @@ class Call:
         self.start_s = time.perf_counter()
         self.status = 0  # 0 = no answer yet
         self.pairs = self.n_bytes = 0
-        self.in_flight = self.aborted = self.has_own_id = False
+        self.in_flight = self.aborted = self.has_own_id = self.answered = False
 
 
 class Guard:
@@ -91,6 +93,10 @@ class Guard:
         first_pairs = math.ceil((_setting("FIRST_PAIRS") or FIRST_PAIRS) / share)
         self.load = Load(max_pairs, _setting("MAX_WAIT_S", float), first_pairs)
         self.metrics = _metrics()
+        self.version = os.environ.get("GUARD_VERSION", "").encode()
+        self.metrics.restarts.set(_setting("RESTARTS"))
+        self.metrics.started.set(time.time())
+        self.metrics.version.labels(self.version.decode()).set(1)
         logging.getLogger(SCORE_LOGGER).addFilter(_once(SCORE_WARNING))
         self.long = LongDocuments(self.max_docs, self.encode, self._take_windows)
         self.takes_instruction = os.environ.get("GUARD_TAKES_INSTRUCTION", "1") != "0"
@@ -112,12 +118,22 @@ class Guard:
         call = Call(scope)
 
         async def answer(message):
+            if call.answered:  # in vLLM's place
+                return
             if message["type"] == "http.response.start":
+                if message["status"] == 500 and call.scoring and _engine_is_dead(scope):
+                    text = "the engine died: send the call to another server, or again when this one is back"
+                    await _send_refusal(answer, Refusal(503, "dead", text, retry_s=DRAIN_RETRY_S))
+                    self.metrics.refusals.labels("dead").inc()
+                    call.answered = True
+                    return
                 call.status = message["status"]
                 # The scores exist now: a client that reads slowly holds no pairs.
                 self._release(call)
                 headers = [pair for pair in message.get("headers", ()) if pair[0].lower() != b"x-request-id"]
                 headers += [(b"x-request-id", call.request_id), *self.long.headers(call)]
+                if self.version:
+                    headers.append((b"x-rerank-version", self.version))
                 message = {**message, "headers": headers}
             await send(message)
 
@@ -317,8 +333,9 @@ class Guard:
             self.metrics.call_s.observe(taken_s)
         if call.pairs and self.slow_ms and taken_s * 1000 > self.slow_ms:
             logger.warning(
-                "slow call: %s %s, %d pairs, %d bytes, %.0f ms, %d pairs in flight now, request id %s",
+                "slow call: %s %s, %d pairs, %d bytes, %.0f ms, %d pairs in flight now, request id %s, trace %s",
                 route, status, call.pairs, call.n_bytes, taken_s * 1000, self.load.in_flight, call.request_id.decode(),
+                call.trace_id,
             )  # fmt: skip
 
     def _watch_stop(self, scope) -> None:
@@ -347,6 +364,12 @@ class Guard:
                     loop.call_soon_threadsafe(task.cancel)
 
         engine.shutdown = drain_then_stop
+
+
+def _engine_is_dead(scope) -> bool:
+    """vLLM answers 500 to the calls that its engine takes along; then it ends. It was not the calls' fault."""
+    engine = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
+    return bool(getattr(engine, "errored", False))
 
 
 def _setting(name: str, kind=int):
@@ -429,6 +452,9 @@ def _metrics():
         in_flight=Gauge(f"{p}pairs_in_flight", "Pairs taken and not yet scored", multiprocess_mode="livesum"),
         wait=Gauge(f"{p}estimated_wait_seconds", "Seconds before a new pair starts", multiprocess_mode="livemax"),
         speed=Gauge(f"{p}pairs_per_second", "Pairs served a second while busy", multiprocess_mode="livesum"),
+        restarts=Gauge(f"{p}restarts", "Restarts by the supervisor since start", multiprocess_mode="livemax"),
+        started=Gauge(f"{p}start_time_seconds", "When this server began (Unix time)", multiprocess_mode="livemax"),
+        version=Gauge(f"{p}version", "1; the label names model and settings", ["version"], multiprocess_mode="livemax"),
         call_s=Histogram(f"{p}call_seconds", "Seconds from request to scores", buckets=seconds),
         call_pairs=Histogram(f"{p}call_pairs", "Pairs of a scored call", buckets=pairs),
         call_bytes=Histogram(f"{p}call_bytes", "Body bytes of a scored call", buckets=n_bytes),

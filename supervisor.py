@@ -214,6 +214,7 @@ class Supervisor:
         os.umask(self.umask)  # caches that the server fills may be shared with others
         unignore = [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE]
         commands, env = server_commands(self.plan)
+        env = {**env, "GUARD_RESTARTS": str(self.state.restarts)}  # for /metrics
         self.servers = [os.posix_spawn(argv[0], argv, env, setsigdef=unignore) for argv in commands]
         os.umask(0o077)
         now = time.time()

@@ -167,6 +167,44 @@ def keyed_service(checkpoints, tmp_path_factory):
     assert run_kit("stop", **settings).returncode == 0
 
 
+@pytest.fixture(scope="session")
+def fleet(checkpoints, tmp_path_factory):
+    """Two real services with a key behind a real nginx (http and TLS), and a collector of their traces (fleet.py)."""
+    from fleet import Fleet
+    from otlp_collector import Collector
+
+    collector = Collector()
+    folder = tmp_path_factory.mktemp("fleet")
+    made = Fleet(folder, checkpoints["qwen3"], **tracing(collector.url))
+    made.collector, made.other_model = collector, checkpoints["qwen3_untied"]
+    try:
+        yield made.start()
+    finally:
+        made.stop()
+        collector.server.stop(0)
+
+
+@pytest.fixture
+def fleet_client(fleet, monkeypatch):
+    """The kit's client of this process knows the key and trusts nginx's certificate."""
+    from fleet import use_client
+
+    from resources import SharedResources
+
+    monkeypatch.setitem(env_utils._cache, "CFG", env_utils.CFG)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", fleet.nginx.certificate)
+    use_client()
+    yield
+    SharedResources.close_local_rerank_client()
+    SharedResources._endpoints.clear()
+
+
+def tracing(url: str) -> dict[str, str]:
+    """Settings of a service that exports the spans of calls whose caller traces them."""
+    env = {"OTEL_TRACES_SAMPLER": "parentbased_always_off", "OTEL_BSP_SCHEDULE_DELAY": "300"}
+    return {**env, "EXTRA_ARGS": f"--otlp-traces-endpoint {url}"}
+
+
 @pytest.fixture
 def kit(tmp_path, checkpoints):
     """The kit with the stand-in (fake_kit.py); nothing of it outlives the test."""

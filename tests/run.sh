@@ -15,14 +15,16 @@ if ! cmp -s tests/requirements-sdk.txt "$SDK/installed.txt"; then
   "$SDK/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps --upgrade --target "$SDK/cohere-7" cohere==7.3.1
   cp tests/requirements-sdk.txt "$SDK/installed.txt"
 fi
-# Linter, second shell, logrotate and systemd-analyze come from the system; the tests name what is missing.
+# Linter, second shell, logrotate, systemd-analyze, nginx and Prometheus come from the system; the tests name what is
+# missing.
 if command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ]; then
-  for tool in shellcheck busybox logrotate systemd-analyze; do
-    command -v "$tool" >/dev/null 2>&1 && continue
-    { apt-get update -qq && apt-get install -y -qq --no-install-recommends "${tool%-analyze}"; } >/dev/null
+  for tool in shellcheck busybox logrotate systemd-analyze curl nginx promtool; do
+    command -v "$tool" >/dev/null 2>&1 || [ -x "/usr/sbin/$tool" ] && continue
+    case $tool in systemd-analyze) package=systemd ;; nginx) package=nginx-light ;; promtool) package=prometheus ;; *) package=$tool ;; esac
+    { apt-get update -qq && apt-get install -y -qq --no-install-recommends "$package"; } >/dev/null
   done
 fi
 "$PY" -m ruff check .
 "$PY" -m ruff format --check .
-shellcheck start_rerank.sh tests/run.sh .ci/run
+shellcheck start_rerank.sh deploy/switch_model.sh tests/run.sh .ci/run
 exec "$PY" -m pytest -m "not gpu and not soak" "$@"

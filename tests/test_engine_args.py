@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError
 
@@ -13,6 +14,7 @@ import engine_args
 import machine
 from engine_args import Machine, NoVllm, make_plan, serve_args
 from env_utils import ConfigError, get_config
+from model_files import content_id
 
 CPU = Machine("0.32.0+cpu", (), (0, 1), 16 * 2**30)
 GPU4 = Machine("0.32.0", ("NVIDIA H100, 81559",) * 4, tuple(range(16)), 2**37)
@@ -248,3 +250,43 @@ def test_a_key_in_extra_args_is_not_shown(checkpoints, extra):
     with pytest.raises(ConfigError) as caught:
         serve_args(plan(checkpoints, extra_args=f"{extra} 'open"))
     assert "s3cret" not in str(caught.value)
+
+
+def test_version_tells_what_scores_differently(checkpoints, tmp_path):
+    """Replicas with one id may answer for each other: the id follows weights, prompt and limits, not host or port."""
+
+    def version(model="qwen3", machine=CPU, **settings):
+        return plan(checkpoints, machine, model, **settings).env["GUARD_VERSION"]
+
+    own = version(dtype="float32")
+    assert re.fullmatch("[0-9a-f]{12}", own)
+    assert own == version(dtype="float32", port=1, log_dir="x", max_num_seqs=7, api_key="k")
+    others = [
+        version(dtype="bfloat16"),
+        version(dtype="float32", max_model_len=512),
+        version(dtype="float32", instruction="Find code"),
+        version(dtype="float32", long_documents="chunk"),
+        version(dtype="float32", max_tokens_per_doc=9),
+        version(dtype="float32", extra_args="--seed 1"),
+        version("qwen3_untied", dtype="float32"),
+    ]
+    assert len({own, *others}) == 1 + len(others)
+    copied = tmp_path / "elsewhere" / "Qwen3-Reranker-tiny"
+    shutil.copytree(checkpoints["qwen3"], copied)
+    assert version(dtype="float32") == plan({"x": copied}, model="x", dtype="float32").env["GUARD_VERSION"]
+    with (copied / "model.safetensors").open("r+b") as weights:
+        weights.seek(-5, os.SEEK_END)
+        weights.write(b"\1\2\3")
+    assert plan({"x": copied}, model="x", dtype="float32").env["GUARD_VERSION"] != own
+
+
+@pytest.mark.parametrize("place", [0, 1 << 19, (1 << 20) - 1])
+def test_content_id_samples_large_files(tmp_path, place):
+    """One MiB in blocks of 4 KiB: a change in any block that is looked at shows; the last byte is one."""
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(1 << 20))
+    before = content_id(tmp_path, n_blocks=65, block_bytes=4096)
+    with weights.open("r+b") as file:
+        file.seek(place)
+        file.write(b"x")
+    assert content_id(tmp_path, n_blocks=65, block_bytes=4096) != before

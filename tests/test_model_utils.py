@@ -154,6 +154,53 @@ def test_documents_that_the_guard_cut_are_named(client, serve, header, cut):
     assert raw["_cut"] == cut
 
 
+def versions(*values):
+    """Right answers of a fleet, each by the next version; the last one stays."""
+    turns = list(values)
+
+    def behave(server, connection, request):
+        with server.lock:
+            version = turns.pop(0) if len(turns) > 1 else turns[0]
+        return reply(lambda request: request.results(), {"X-Rerank-Version": version})(server, connection, request)
+
+    return behave
+
+
+def test_the_version_that_scored_is_named(client, serve):
+    assert client.rerank(QUERY, list("abc"), base_url=serve(default=versions("abc")).url)[2]["_version"] == "abc"
+    assert client.score(QUERY, list("abc"), base_url=serve().url, batch_size=2)[2]["_version"] == ""
+    assert client.rerank(QUERY, [], base_url=serve().url)[2]["_version"] == ""
+
+
+def test_a_call_is_not_made_of_two_models(client, serve):
+    """Between the first and the other parts the fleet changed its model: all parts are asked again."""
+    server = serve(default=versions("old", "new"))
+    documents = [f"d{i}" for i in range(6)]
+    _, scores, raw = client.rerank(QUERY, documents, base_url=server.url, batch_size=2)
+    assert raw["_version"] == "new" and len(server.requests) == 6 and raw["_client_calls"] == 3
+    assert scores == pytest.approx([score_of(QUERY, doc) for doc in documents])
+
+
+def test_a_fleet_of_two_models_is_an_error(client, serve):
+    server = serve(default=versions(*["old", "new"] * 3))
+    with pytest.raises(RerankResponseError, match=r"different models or settings \(new, old\)"):
+        client.score(QUERY, list("abcd"), base_url=server.url, batch_size=2)
+    assert len(server.requests) == 2 * model_utils.MIXED_TRIES
+
+
+@pytest.mark.parametrize("call", [rerank, lambda *args, **kwargs: asyncio.run(arerank(*args, **kwargs))])
+def test_the_callers_span_goes_along(config, serve, call):
+    """traceparent of the caller's OpenTelemetry span, also from the threads of a split call; nothing without one."""
+    trace = pytest.importorskip("opentelemetry.trace")
+    server = serve()
+    call(QUERY, ["a"], base_url=server.url)
+    span = trace.NonRecordingSpan(trace.SpanContext(0xABC, 0xDEF, False, trace.TraceFlags(1)))
+    with trace.use_span(span):
+        call(QUERY, list("abcd"), base_url=server.url, batch_size=2)
+    sent = [request.headers.get("traceparent") for request in server.requests]
+    assert sent == [None, *[f"00-{0xABC:032x}-{0xDEF:016x}-01"] * 2]
+
+
 def test_the_space_that_the_guard_sends_for_an_empty_document_is_no_other_document(client, serve):
     def echo(texts):
         rows = [{"index": i, "relevance_score": 0.5, "document": {"text": t}} for i, t in enumerate(texts)]

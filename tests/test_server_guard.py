@@ -1216,6 +1216,48 @@ async def lifespan_app(scope, receive, send):
     assert scope["type"] == "lifespan"
 
 
+class Dying(Inner):
+    """vLLM whose engine dies during the call: 500 in its own words, headers first."""
+
+    errored = True
+
+    async def __call__(self, scope, receive, send):
+        scope["app"].state.engine_client.errored = self.errored
+        await super().__call__(scope, receive, send)
+
+
+@pytest.mark.parametrize("errored", [True, False])
+def test_calls_that_a_dying_engine_takes_along_may_go_elsewhere(errored):
+    """503 tells a balancer and the client to ask another server; an error of the call itself stays 500."""
+    inner = Dying(500)
+    inner.errored = errored
+    guard = Guard(inner)
+    app = type("App", (), {"state": type("State", (), {"engine_client": Engine(guard)})})
+
+    async def ask_in_app(scope, receive, send):
+        await guard({**scope, "app": app}, receive, send)
+
+    before = metric("refusals_total", reason="dead")
+    answer = one(ask_in_app, RERANK, documents(3))
+    assert guard.load.in_flight == 0
+    if errored:
+        assert answer.status == 503 and "another server" in answer.message and answer.headers["retry-after"] == "5"
+        assert metric("refusals_total", reason="dead") == before + 1
+    else:
+        assert answer.status == 500 and answer.body == b"{}"
+
+
+def test_answers_name_the_version(monkeypatch):
+    assert "x-rerank-version" not in one(Guard(Inner()), RERANK, documents()).headers
+    monkeypatch.setenv("GUARD_VERSION", "0123456789ab")
+    monkeypatch.setenv("GUARD_RESTARTS", "3")
+    guard = Guard(Inner())
+    for path, method in ((RERANK, "POST"), ("/live", "GET"), ("/nothing", "GET")):
+        assert one(guard, path, documents(), method=method).headers["x-rerank-version"] == "0123456789ab"
+    assert metric("restarts") == 3 and metric("version", version="0123456789ab") == 1
+    assert abs(metric("start_time_seconds") - time.time()) < 60
+
+
 def test_stop_waits_for_calls_and_refuses_new_ones(monkeypatch):
     async def case(guard, gate, inner):
         engine = await with_lifespan(guard)
@@ -1388,16 +1430,19 @@ def test_metrics_add_up_over_api_processes(tmp_path):
             child.communicate("\n", timeout=20)
 
 
-def test_slow_call_is_logged_in_one_line(monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("sent", "trace"), [(f"00-{'a1' * 16}-{'b2' * 8}-01", "a1" * 16), (f"00-{'A1' * 16}-x", "-"), ("", "-")]
+)
+def test_slow_call_is_logged_in_one_line(monkeypatch, caplog, sent, trace):
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # vLLM's logger has its own handler
     monkeypatch.setenv("GUARD_SLOW_CALL_MS", "0.000001")
     guard = Guard(Inner())
     with caplog.at_level(logging.WARNING, "vllm.server_guard"):
-        one(guard, RERANK, documents(5), headers={"X-Request-ID": "abc"})
+        one(guard, RERANK, documents(5), headers={"X-Request-ID": "abc", "traceparent": sent})
         one(guard, "/health", method="GET")
         one(guard, RERANK, b"bad")
     [line] = [record.getMessage() for record in caplog.records]
-    assert line.startswith("slow call: /v1/rerank 2xx, 5 pairs, ") and line.endswith("request id abc")
+    assert line.startswith("slow call: /v1/rerank 2xx, 5 pairs, ") and line.endswith(f"request id abc, trace {trace}")
 
 
 def test_fast_call_is_not_logged(monkeypatch, caplog):

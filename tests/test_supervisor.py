@@ -62,6 +62,8 @@ def test_a_killed_server_comes_back_by_itself(kit):
         if line.startswith("[kit]") and " start vLLM 0.32.0+cpu: vllm serve" in line
     ]
     assert len(starts) == 2 and "--max-model-len" in starts[0] and "GUARD_MAX_WAIT_S=" in starts[0]
+    environ = Path(f"/proc/{kit.server_pid}/environ").read_bytes().split(b"\0")
+    assert b"GUARD_RESTARTS=1" in environ, "/metrics shows it"
     assert kit("stop").returncode == 0 and not alive(leader)
     assert list(kit.logs.glob("*.state")) == list(kit.logs.glob("*.pid")) == []
 
