@@ -99,8 +99,11 @@ class Rows:
         self.most = args.processes or (max(2, cores // 2) if is_local(args.base_url) else cores)
         self.processes = args.processes or 1
 
-    async def make(self, level: Level) -> dict:
+    async def make(self, level: Level, settings: str | None = None) -> dict:
         """Row of a level, made again with twice the processes as long as the client is the limit.
+
+        Args:
+            settings: what the service runs with, where that changes from row to row.
 
         Raises:
             Interrupted: Ctrl-C.
@@ -117,6 +120,7 @@ class Rows:
             level = dataclasses.replace(level, processes=self.processes, calls=[], lags_s=[], cpu=0.0)
             row = await run_level(self.bench, level)
         if row:
+            row |= {} if settings is None else {"settings": settings}
             self.rows.append(row)
             print(table_line(row | {"errors": error_cell(row)}), flush=True)
             self.write()
@@ -152,10 +156,18 @@ async def saturate(rows: Rows, endpoint: str) -> str:
 
 async def search_slo(rows: Rows, endpoint: str) -> str:
     """Find the highest open-loop rate that holds the SLO. Returns the finding in sentences."""
-    args, (p, slo_ms), made = rows.args, rows.args.slo, []
-    first = await rows.make(level_of(args, endpoint, "closed", 16))
+    (p, slo_ms), made = rows.args.slo, []
+    first = await rows.make(level_of(rows.args, endpoint, "closed", 16))
     if not first["req/s"]:
         return f"{endpoint}: no good answer, no search"
+    held = slo_probe(rows, endpoint, made)
+    low, high, sure = await highest_rate(held, float(f"{0.7 * first['req/s']:.3g}"), MOST_PROBES)
+    return slo_text(f"{endpoint}: p{p} <= {slo_ms:g} ms", p, slo_ms, made, low, high, sure)
+
+
+def slo_probe(rows: Rows, endpoint: str, made: list[dict], settings: str | None = None):
+    """Async function, rate -> did it hold the SLO, over all its windows so far; they are appended to `made`."""
+    args, (p, slo_ms) = rows.args, rows.args.slo
 
     async def held(rate: float) -> bool:
         # 20 times the SLO: an overload of more than 1 / (20 p) lets calls wait longer than the SLO inside the window.
@@ -164,7 +176,7 @@ async def search_slo(rows: Rows, endpoint: str) -> str:
         # A rate that is tried again may be the answer: rare long queues need a longer look.
         seconds *= 3 if any(row["level"] == rate for row in made) else 1
         level = level_of(args, endpoint, "open", rate, seconds=seconds, slo_ms=slo_ms, run=len(made) + 1)
-        row = await rows.make(level)
+        row = await rows.make(level, settings)
         made.append(row)
         same = [one for one in made if one["level"] == rate]
         calls, missed = sum(map(calls_of, same)), sum(one["slo_missed"] for one in same)
@@ -174,8 +186,7 @@ async def search_slo(rows: Rows, endpoint: str) -> str:
         say(f"[INFO] {level}: {missed} of {calls} calls missed in {windows}: p{p} <= {slo_ms:g} ms {said}")
         return row["slo_held"]
 
-    low, high, sure = await highest_rate(held, float(f"{0.7 * first['req/s']:.3g}"), MOST_PROBES)
-    return slo_text(f"{endpoint}: p{p} <= {slo_ms:g} ms", p, slo_ms, made, low, high, sure)
+    return held
 
 
 # --- the rules of the searches ---

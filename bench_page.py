@@ -109,6 +109,8 @@ def page(about: dict, rows: list[dict]) -> str:
         out.append("</details>")
     out.append('<h2>To repeat it</h2><table class="text">')
     for name, value in about.items():
+        if name == "tune":
+            continue
         out.append(f"<tr><td>{cell(name)}</td><td>{cell('unknown' if value is None else str(value))}</td></tr>")
     return "\n".join(out) + "</table></body></html>\n"
 

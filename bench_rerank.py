@@ -41,8 +41,11 @@ import aiohttp
 from bench_levels import Interrupted, Rows, check, level_of, saturate, search_slo, texts_of
 from bench_report import COLUMNS, compare, cost_lines, table_line
 from bench_server import ask_server, hardware, is_local, server_flags, server_processes, without_secrets
+from bench_tune import NAMES, TOLERANCE, budget, knob_names, tune
 from bench_workload import Bench, Lengths, Level, say
 from env_utils import get_config
+
+TUNE_CONCURRENCY = 16  # calls in flight, unless --concurrency
 
 
 async def describe(args: argparse.Namespace, bench: Bench, answers: dict, tokens_per_pair: float | None) -> dict:
@@ -80,27 +83,32 @@ def levels_of(args: argparse.Namespace) -> list[Level]:
     return [level_of(args, endpoint, mode, level, run=run) for run, endpoint, level in wanted]
 
 
+async def begin(args: argparse.Namespace, bench: Bench) -> Rows:
+    """Ask the server, make the texts, print the header. Raises ValueError, OSError: texts; RuntimeError: server."""
+    answers = await ask_server(bench)
+    bench.texts = texts_of(args, answers["model_root"])
+    tokens_per_pair = await check(bench, args.endpoint)
+    bench.server_pids = server_processes(args.base_url)
+    about = await describe(args, bench, answers, tokens_per_pair)
+    for name, value in about.items():
+        print(f"# {name}: {'unknown' if value is None else value}")
+    print(table_line({name: name for name in COLUMNS}), flush=True)
+    about |= {"error_texts": bench.error_texts, "findings": []}
+    return Rows(args, bench, about)
+
+
 async def run(args: argparse.Namespace, api_key: str | None, connect_timeout_s: float) -> int:
     """Check the server, make every row, write the files. Returns the exit code."""
     async with Bench(args.base_url, args.model, None, api_key, args.timeout_s, connect_timeout_s) as bench:
-        answers = await ask_server(bench)
         try:
-            bench.texts = texts_of(args, answers["model_root"])
+            rows = await begin(args, bench)
         except (ValueError, OSError) as exc:
             say(f"[ERR] {exc}")
             return 2
-        try:
-            tokens_per_pair = await check(bench, args.endpoint)
         except RuntimeError as exc:
             say(f"[ERR] {exc}")
             return 1
-        bench.server_pids = server_processes(args.base_url)
-        about = await describe(args, bench, answers, tokens_per_pair)
-        for name, value in about.items():
-            print(f"# {name}: {'unknown' if value is None else value}")
-        print(table_line({name: name for name in COLUMNS}), flush=True)
-        about |= {"error_texts": bench.error_texts, "findings": []}
-        rows = Rows(args, bench, about)
+        about = rows.about
         try:
             if args.saturate or args.slo:
                 for endpoint in args.endpoint:
@@ -186,6 +194,11 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, str | None, float]:
     load.add_argument("--concurrency", type=numbers(int, 1, True), default=[1, 16, 50, 100, 150],
                       help="closed loop: calls in flight (default: 1,16,50,100,150)")
     load.add_argument("--rate", type=numbers(float, 0.001, True), help="open loop: calls a second, e.g. 5,10")
+    add("--tune", nargs="?", const=list(NAMES), type=knob_names, metavar="NAMES",
+        help="restart the service of this host with other settings and find better ones (docs/benchmarking.md)")
+    add("--budget", type=budget, default=1800.0, metavar="30m", help="with --tune: time to take (default: 30m)")
+    add("--score-tolerance", type=numbers(float, 0), default=TOLERANCE,
+        help="with --tune: reject settings that change a score by more (default: %(default)s)")
     load.add_argument("--saturate", action="store_true",
                       help="closed loop: double the calls in flight until throughput stops growing")
     load.add_argument("--slo", type=slo, metavar="p95=500ms",
@@ -222,17 +235,24 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, str | None, float]:
     args.endpoint = args.endpoint.split(",")
     words = {w.partition("=")[0] for w in argv}
     texts = words & {"--docs", "--doc-words", "--doc-tokens", "--query-words", "--query-tokens", "--repeat"}
+    given = "--concurrency" in words
     for wrong, text in (
         (args.constant and not (args.rate or args.slo), "--constant: needs --rate or --slo"),
         (args.input and texts, f"{min(texts, default='')}: not with --input, which brings its own texts"),
         (args.runs > 1 and (args.slo or args.saturate), "--runs: not with a search"),
         (args.tokenizer and not (args.doc_tokens or args.query_tokens), "--tokenizer: needs lengths in tokens"),
         (args.slo and args.requests, "--requests: not with --slo, give --seconds"),
+        (args.tune and (args.rate or args.saturate or args.runs > 1), "--tune: not with --rate, --saturate or --runs"),
+        (args.tune and given and len(args.concurrency) > 1, "--concurrency: one level with --tune"),
+        (not args.tune and words & {"--budget", "--score-tolerance"}, "--budget, --score-tolerance: need --tune"),
         (args.fail_over is not None and not args.compare, "--fail-over: needs --compare"),
         (args.compare and len(args.compare) < 2, "--compare: needs two files or more"),
     ):
         if wrong:
             parser.error(f"argument {text}")
+    if args.tune:
+        args.endpoint = args.endpoint[:1]
+        args.concurrency = args.concurrency if given else [TUNE_CONCURRENCY]
     try:
         cfg = get_config(base_url=args.base_url, served_model_name=args.model, timeout_s=args.timeout_s)
         args.base_url, args.model, args.timeout_s = cfg.local_base_url, cfg.served_model_name, cfg.timeout_s
@@ -258,6 +278,8 @@ def main(argv: list[str] | None = None) -> int:
     # A socket per call in flight: the usual soft limit of 1024 files is too low for an open loop that queues.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # -1 = no limit
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard if 0 < hard < 65536 else 65536, hard))
+    if args.tune:
+        return tune(args, begin)
     try:
         return asyncio.run(run(args, api_key, connect_timeout_s))
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from engine_args import Plan, make_plan, server_command, shown_args
+from engine_args import Plan, make_plan, server_command, shown_args, shown_env
 from env_utils import ConfigError, EnvConfig, get_config
 from service_health import (
     BUSY,
@@ -63,6 +63,8 @@ class State:
     vllm: str = ""
     model: str = ""
     url: str = ""
+    command: list[str] = field(default_factory=list)  # what was started, without secrets
+    env: dict[str, str] = field(default_factory=dict)
 
 
 class Watch(threading.Thread):
@@ -111,6 +113,7 @@ class Supervisor:
         self.command, self.env = server_command(plan)
         url, version = plan.cfg.service_url, plan.machine.vllm_version
         self.state = State("starting", os.getpid(), vllm=version, model=str(plan.checkpoint.path), url=url)
+        self.state.command, self.state.env = shown_args(plan), shown_env(self.env)
         self.header = f"vLLM {version}: {shlex.join(['vllm', *shown_args(plan)])}"
         self.header += "".join(f" {k}={shlex.quote(v)}" for k, v in sorted(plan.env.items()))
         # On a CPU nothing is compiled on first use, and a burst would take many seconds.
