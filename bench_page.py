@@ -16,6 +16,7 @@ td,th{padding:2px 8px;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child,.text td{text-align:left}
 svg{background:#fafafa;margin:4px}svg text{font:11px system-ui,sans-serif}summary{cursor:pointer;margin:6px 0}"""
 COLORS = ("#1f6fb4", "#d9650f", "#2a8f3c", "#a03ca0", "#b02a2a", "#5a5a5a")
+SIDES = ("present", "best")  # of the proof of --tune
 WIDE, HIGH, LEFT, BOTTOM = 440, 230, 58, 34  # of a chart, in pixels; the margins of its axes
 
 
@@ -73,6 +74,29 @@ def chart(title: str, x_name: str, lines: dict[str, list[tuple]], bars: list[lis
     return "".join(out) + f'<text x="{WIDE - 12}" y="14" text-anchor="end">{keys}</text></svg>'
 
 
+def tuning(state: dict) -> list[str]:
+    """The search of --tune: every candidate with what it gave and cost, a chart of them, and the turns of the proof."""
+    head = ("", "settings", "measured", "windows", "outcome", "score difference", "start, s", "measuring, s")
+    out = ["<h2>Settings tried</h2><table><tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in head) + "</tr>"]
+    best, points = 0.0, {"each window": [], "best so far": []}
+    for n, one in enumerate(state["tried"], 1):
+        mean = statistics.mean(one["values"]) if one["values"] else None
+        best = mean if one["outcome"] in ("start", "better") else best
+        points["each window"] += [(n, value) for value in one["values"]]
+        points["best so far"].append((n, best))
+        shown = "-" if mean is None else f"{mean:.4g}"
+        apart = "-" if one["score_difference"] is None else f"{one['score_difference']:.2g}"
+        outcome = f"{one['outcome']}: {one['why']}" if one["why"] else one["outcome"]
+        cells = (n, one["label"], shown, len(one["values"]), outcome, apart)
+        cells += (f"{one['restart_s']:.0f}", f"{one['measure_s']:.0f}")
+        out.append("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in cells) + "</tr>")
+    out.append("</table>" + chart(f"{state['unit']} of each candidate", "candidate", points))
+    if state["turns"]:
+        turns = {s: [(n, t["value"]) for n, t in enumerate(state["turns"], 1) if t["side"] == s] for s in SIDES}
+        out.append(chart(f"{state['unit']}, best and present settings in turns", "turn", turns))
+    return out
+
+
 def page(about: dict, rows: list[dict]) -> str:
     """One HTML file that needs no other: the settings, the table, charts against load, and each level's own charts."""
     cell = html.escape
@@ -82,7 +106,10 @@ def page(about: dict, rows: list[dict]) -> str:
     for row in rows:
         cells = table_cells(row | {"errors": error_cell(row)})
         out.append("<tr>" + "".join(f"<td>{cell(c)}</td>" for c in cells) + "</tr>")
-    out.append("</table><h2>Against load</h2>")
+    out.append("</table>")
+    out += [f"<p>{cell(text)}</p>" for text in about.get("findings") or ()]
+    out += tuning(about["tune"]) if about.get("tune") else []
+    out.append("<h2>Against load</h2>")
     for mode, x_name in (("closed", "calls in flight"), ("open", "calls a second")):
         chosen = [row for row in rows if row["mode"] == mode]
         levels = {row["level"] for row in chosen}
@@ -109,7 +136,7 @@ def page(about: dict, rows: list[dict]) -> str:
         out.append("</details>")
     out.append('<h2>To repeat it</h2><table class="text">')
     for name, value in about.items():
-        if name == "tune":
+        if name in ("tune", "findings"):
             continue
         out.append(f"<tr><td>{cell(name)}</td><td>{cell('unknown' if value is None else str(value))}</td></tr>")
     return "\n".join(out) + "</table></body></html>\n"

@@ -108,7 +108,7 @@ class Tuner:
         self.extra_args, self.slo, self.budget_s = extra_args, slo, budget_s
         self.unit = "calls/s within the SLO" if slo else "pairs/s"
         self.tolerance, self.clock, self.save = TOLERANCE, time.monotonic, lambda: None
-        self.state = {"tried": [], "turns": [], "spent_s": 0.0, "scores": None}
+        self.state = {"tried": [], "turns": [], "spent_s": 0.0, "scores": None, "unit": self.unit}
         self.seen: list[dict] = []  # settings of this search's path so far
         self.running: dict | None = None  # settings of the service that runs now
         self.began = None

@@ -4,11 +4,23 @@ through start_rerank.sh with the stand-in for vllm."""
 import asyncio
 import json
 import math
+import os
 import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
 import types
 
 import pytest
+from conftest import KIT, http, kit_environment
+from fake_kit import FakeKit, session_of
 
+import bench_rerank
+import bench_restart
+import bench_tune
 from bench_knobs import Knob
 from bench_restart import Trouble
 from bench_tune import Tuner
@@ -290,3 +302,119 @@ def test_a_budget_without_room_says_what_it_needs():
     tuner, _ = tuner_of(world, budget_s=300)
     lines = asyncio.run(tuner.run())
     assert len(tuner.state["tried"]) == 1 and "need about" in lines[1] and world.now <= 300
+
+
+# --- through the script ---
+
+
+@pytest.fixture
+def tunable_kit(tmp_path, checkpoints):
+    """The kit with a stand-in whose speed its settings decide (tunable_vllm.py)."""
+    made = FakeKit(tmp_path, checkpoints["qwen3"], program=KIT / "tests" / "tunable_vllm.py")
+    yield made
+    for pid in session_of(made.pid) if made.pid_file.exists() else []:
+        os.kill(pid, signal.SIGKILL)
+
+
+def wait_for(what, timeout_s=60):
+    end = time.monotonic() + timeout_s
+    while not (found := what()) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert found
+    return found
+
+
+def test_tune_through_the_script_with_an_interrupt(tunable_kit, tmp_path, monkeypatch, capsys):
+    kit = tunable_kit
+    env_file = tmp_path / "my.env"
+    env_file.write_text(f"MODEL_PATH={kit.settings.pop('MODEL_PATH')}\nMAX_NUM_SEQS=128\nSTOP_TIMEOUT_S=1\n")
+    kit.settings["KIT_ENV_FILE"] = env_file
+    assert kit("start").returncode == 0
+    before = kit.state
+    argv = ["--tune", "RENDERER_WORKERS,MAX_NUM_SEQS", "--concurrency", "16", "--docs", "2", "--seconds", "0.5"]
+    command = [sys.executable, str(KIT / "bench_rerank.py"), *argv, "--budget", "10m"]
+    state_file = kit.logs / f"tune-{kit.settings['PORT']}.json"
+
+    # Ctrl-C while a candidate starts: the service is as before.
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=kit_environment(**kit.settings), **pipes) as process:
+        wait_for(lambda: state_file.exists() and json.loads(state_file.read_text())["tried"])
+        wait_for(lambda: not kit.pid_file.exists() or kit.state.get("command") != before["command"])
+        process.send_signal(signal.SIGINT)
+        shown = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "the same command goes on" in shown, shown
+    assert kit("status").returncode == 0
+    assert (kit.state["command"], kit.state["env"]) == (before["command"], before["env"])
+    known = json.loads(state_file.read_text())
+    assert not known["done"] and known["was_running"] and known["tried"][0]["outcome"] == "start"
+
+    # The same again goes on and ends.
+    for key, value in kit_environment(**kit.settings).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(bench_tune, "TURNS", (2, 2, 2))
+    files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "html", "csv")}
+    outs = [word for kind, path in files.items() for word in (f"--{kind}", str(path))]
+    assert bench_rerank.main([*argv, "--budget", "9m", *outs]) == 0
+    shown = capsys.readouterr()
+    assert "going on with the search" in shown.err
+    out = json.loads(files["json"].read_text())["tune"]
+    assert [(t["label"], t["outcome"]) for t in out["tried"]] == [
+        ("present settings", "start"),
+        ("RENDERER_WORKERS=2", "scores"),
+        ("MAX_NUM_SEQS=256", "better"),
+        ("MAX_NUM_SEQS=512", "no start"),
+    ]
+    assert "out of GPU memory" in out["tried"][3]["why"] and "did not start: " in shown.out
+    change, half, sure = out["gain"]
+    assert sure and abs(change - 100) < max(10, 2 * half)  # twice as fast
+    assert "# tune: put into .env:\nMAX_NUM_SEQS=256\n" in shown.out
+    assert files["csv"].read_text().count("MAX_NUM_SEQS=256") > 3
+    page = files["html"].read_text()
+    assert "<td>MAX_NUM_SEQS=512</td>" in page and "pairs/s, best and present settings in turns" in page
+    assert "<p>tune: put into .env:</p>\n<p>MAX_NUM_SEQS=256</p>" in page
+    # All is as it was: .env, and a service with the present settings that is supervised as before.
+    assert "MAX_NUM_SEQS=128" in env_file.read_text() and len(env_file.read_text().splitlines()) == 3
+    assert (kit.state["command"], kit.state["env"]) == (before["command"], before["env"])
+    assert json.loads(kit("status", "--json").stdout)["state"] == "ready"
+    assert json.loads(state_file.read_text())["done"]
+
+
+def test_tune_refuses_a_service_that_is_not_its_own(tunable_kit, monkeypatch, capsys):
+    kit = tunable_kit
+    for key, value in kit_environment(**kit.settings).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(bench_restart, "LOOK_S", 0.5)
+    argv = ["--tune", "MAX_NUM_SEQS", "--concurrency", "2", "--docs", "4", "--seconds", "0.3"]
+
+    # Somebody's server on the port, which the script did not start.
+    with socket.create_server(("127.0.0.1", kit.settings["PORT"])):
+        assert bench_rerank.main(argv) == 1
+    assert "start_rerank.sh did not start" in capsys.readouterr().err and not kit.pid_file.exists()
+
+    # Started with other settings than the present ones: it could not be put back.
+    assert kit("start", MAX_NUM_SEQS=64).returncode == 0
+    assert bench_rerank.main(argv) == 1
+    assert "--max-num-seqs" not in (said := capsys.readouterr().err) and "64 -> 128" in said
+    assert kit.state["command"][kit.state["command"].index("--max-num-seqs") + 1] == "64"
+
+    # Others use it.
+    monkeypatch.setenv("MAX_NUM_SEQS", "64")
+    url, stop = f"http://127.0.0.1:{kit.settings['PORT']}/v1/rerank", threading.Event()
+
+    def load():
+        while not stop.is_set():
+            http("POST", url, {"query": "q", "documents": ["d"] * 4})
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    try:
+        assert bench_rerank.main(argv) == 1
+    finally:
+        stop.set()
+        thread.join()
+    pid = kit.server_pid
+    assert "others use the service" in capsys.readouterr().err and session_of(kit.pid) and pid == kit.server_pid
+
+    # Another host's service is not ours to restart.
+    assert bench_rerank.main([*argv, "--base-url", "http://10.1.2.3:80/v1"]) == 1
+    assert "of this host" in capsys.readouterr().err
