@@ -85,7 +85,7 @@ def knobs_of(shown: dict, cfg: EnvConfig, only: list[str] | None = None) -> tupl
         Knob("API_SERVER_COUNT", ("API_SERVER_COUNT",), high=max(shown["cores"], now["API_SERVER_COUNT"])),
         Knob("STEP", ("MAX_NUM_BATCHED_TOKENS", "MAX_NUM_SEQS"), low=(longest, 8), high=262144),
         Knob("MAX_NUM_BATCHED_TOKENS", ("MAX_NUM_BATCHED_TOKENS",), low=longest, high=262144),
-        Knob("MAX_NUM_SEQS", ("MAX_NUM_SEQS",), low=8, high=4096),
+        Knob("MAX_NUM_SEQS", ("MAX_NUM_SEQS",), high=4096),
     ]
     if has_renderer_workers():
         knobs.append(Knob("RENDERER_WORKERS", ("RENDERER_WORKERS",), high=8))

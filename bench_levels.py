@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench_page import write_files
 from bench_report import calls_of, doubts, error_cell, summarise, table_line
-from bench_server import is_local, observe, without_secrets
+from bench_server import gpus_of, is_local, observe, utilisation, without_secrets
 from bench_workload import (
     TAKEN,
     Bench,
@@ -94,6 +94,7 @@ class Rows:
 
     def __init__(self, args: argparse.Namespace, bench: Bench, about: dict):
         self.args, self.bench, self.about, self.rows = args, bench, about, []
+        self.model, self.gpu = {}, ""  # config.json and name of the GPU, where they are known
         cores = len(os.sched_getaffinity(0))
         # A server on this host needs cores too.
         self.most = args.processes or (max(2, cores // 2) if is_local(args.base_url) else cores)
@@ -120,6 +121,8 @@ class Rows:
             level = dataclasses.replace(level, processes=self.processes, calls=[], lags_s=[], cpu=0.0)
             row = await run_level(self.bench, level)
         if row:
+            if is_local(self.args.base_url):
+                row["mfu"] = utilisation(row, self.model, self.gpu, gpus_of(self.about["server_flags"]))
             row |= {} if settings is None else {"settings": settings}
             self.rows.append(row)
             print(table_line(row | {"errors": error_cell(row)}), flush=True)

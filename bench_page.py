@@ -97,6 +97,28 @@ def tuning(state: dict) -> list[str]:
     return out
 
 
+def compare_page(runs: dict[str, dict], lines: list[str]) -> str:
+    """One HTML file: the findings of a comparison, and charts of all runs {name: contents of --json} together."""
+    cell = html.escape
+    out = ['<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Rerank benchmark: comparison</title>']
+    out.append(f"<style>{STYLE}</style></head><body><h1>Comparison</h1>")
+    out += [f"<p>{cell(line)}</p>" for line in lines]
+    rows = [row for run in runs.values() for row in run["rows"]]
+    for endpoint, mode in sorted({(row["endpoint"], row["mode"]) for row in rows}):
+        levels = {row["level"] for row in rows if (row["endpoint"], row["mode"]) == (endpoint, mode)}
+        for name in ("pairs/s", "p50_ms", "p95_ms"):
+            points = {}
+            for title, run in runs.items():
+                own = [
+                    r for r in run["rows"] if (r["endpoint"], r["mode"]) == (endpoint, mode) and not r["interrupted"]
+                ]
+                points[title] = [(r["level"], r[name]) for r in own]
+            x_name = "calls in flight" if mode == "closed" else "calls a second"
+            log_x = max(levels) > 8 * min(levels)
+            out.append(chart(f"{endpoint} {mode}: {name}", x_name, points, log_x=log_x))
+    return "\n".join(out) + "</body></html>\n"
+
+
 def page(about: dict, rows: list[dict]) -> str:
     """One HTML file that needs no other: the settings, the table, charts against load, and each level's own charts."""
     cell = html.escape

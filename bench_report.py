@@ -1,6 +1,7 @@
 """What a benchmark found: rows and verdicts, the table, cost and comparison (bench_rerank.py)."""
 
 import math
+import re
 import statistics
 from collections import Counter
 
@@ -243,6 +244,15 @@ def lost(rows: list[dict]) -> float:
     return sum(r["refused"] + r["err"] for r in rows) / max(1, sum(map(calls_of, rows)))
 
 
+def _apart(a: object, b: object) -> str:
+    """Two values, of two long ones (arguments of the server) only the words that differ."""
+    parts = [re.split(r" (?=--)", str(value)) for value in (a, b)]
+    if min(map(len, parts)) < 3:
+        return f"{a} -> {b}"
+    one, two = ([word for word in mine if word not in other] for mine, other in (parts, parts[::-1]))
+    return f"{' '.join(one) or '(nothing)'} -> {' '.join(two) or '(nothing)'}"
+
+
 def compare(base: dict, other: dict, fail_over: float | None = None) -> tuple[list[str], list[str], str]:
     """Differences of two runs (contents of --json), level by level.
 
@@ -253,7 +263,8 @@ def compare(base: dict, other: dict, fail_over: float | None = None) -> tuple[li
     lines, worse, untold = [], [], []
     for name in SETTINGS:
         if base.get(name) != other.get(name):
-            lines.append(f"differs: {name}: {base.get(name)} -> {other.get(name)}")
+            lines.append(f"differs: {name}: {_apart(base.get(name), other.get(name))}")
+    gpus = [gpus_of(out.get("server_flags")) * out.get("services", 1) for out in (base, other)]
     groups = [{}, {}]
     for group, out in zip(groups, (base, other), strict=True):
         for row in out["rows"]:
@@ -280,6 +291,11 @@ def compare(base: dict, other: dict, fail_over: float | None = None) -> tuple[li
             spread = f" +- {found[1] * percent:.1f}" if found else ""
             means = f"{statistics.mean(a):.1f} -> {statistics.mean(b):.1f}"
             lines.append(f"{level}: {name} {means}: {said} ({change:+.1f}{spread} %)")
+            if name == "pairs/s" and gpus[0] != gpus[1]:
+                factor, grown = statistics.mean(b) / statistics.mean(a), gpus[1] / gpus[0]
+                each = " -> ".join(f"{statistics.mean(v) / n:.1f}" for v, n in zip((a, b), gpus, strict=True))
+                times = f"{factor:.2f} times the throughput with {grown:g} times the GPUs"
+                lines.append(f"{level}: pairs/s a GPU {each}: {times}, {factor / grown:.0%} efficient")
             if fail_over is not None and sure and -change * sign > fail_over:
                 worse.append(lines[-1])
         if any(row["client_limited"] for row in rows[0] + rows[1]):

@@ -39,8 +39,17 @@ from pathlib import Path
 import aiohttp
 
 from bench_levels import Interrupted, Rows, check, level_of, saturate, search_slo, texts_of
+from bench_page import compare_page
 from bench_report import COLUMNS, compare, cost_lines, table_line
-from bench_server import ask_server, hardware, is_local, server_flags, server_processes, without_secrets
+from bench_server import (
+    ask_server,
+    hardware,
+    is_local,
+    model_config,
+    server_flags,
+    server_processes,
+    without_secrets,
+)
 from bench_tune import NAMES, TOLERANCE, budget, knob_names, tune
 from bench_workload import Bench, Lengths, Level, say
 from env_utils import get_config
@@ -94,7 +103,9 @@ async def begin(args: argparse.Namespace, bench: Bench) -> Rows:
         print(f"# {name}: {'unknown' if value is None else value}")
     print(table_line({name: name for name in COLUMNS}), flush=True)
     about |= {"error_texts": bench.error_texts, "findings": []}
-    return Rows(args, bench, about)
+    rows = Rows(args, bench, about)
+    rows.model, rows.gpu = model_config(answers["model_root"]), about["hardware"]
+    return rows
 
 
 async def run(args: argparse.Namespace, api_key: str | None, connect_timeout_s: float) -> int:
@@ -131,22 +142,25 @@ async def run(args: argparse.Namespace, api_key: str | None, connect_timeout_s: 
     return 0 if any(row["ok"] for row in rows.rows) else 1
 
 
-def run_compare(names: list[str], fail_over: float | None) -> int:
+def run_compare(names: list[str], fail_over: float | None, page: str | None = None) -> int:
     """Print how each file differs from the first. 1 = a regression of more than fail_over %, 2 = cannot be told."""
     try:
         outs = [json.loads(Path(name).read_text("utf-8")) for name in names]
-        code = 0
+        code, shown = 0, []
         print("# intervals: 95 %, Welch's t over the runs of a level, in % of the first file's mean")
         for name, out in zip(names[1:], outs[1:], strict=True):
             print(f"# {names[0]} -> {name}")
             lines, worse, untold = compare(outs[0], out, fail_over)
             print("\n".join(lines))
+            shown += [f"{names[0]} -> {name}", *lines]
             if fail_over is not None and untold:
                 say(f"[ERR] --fail-over cannot judge {untold}")
                 code = 2
             for text in worse:
                 say(f"[ERR] regression of more than {fail_over:g} %: {text}")
             code = 1 if worse else code
+        if page:
+            Path(page).write_text(compare_page(dict(zip(names, outs, strict=True)), shown), "utf-8")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
         say(f"[ERR] --compare: not a file that --json wrote: {exc!r}")
         return 2
@@ -188,7 +202,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, str | None, float]:
     """Arguments over configuration; exits 2 for what cannot be used. Returns (args, API key, connect timeout in s)."""
     parser = argparse.ArgumentParser(description="Load test of the running rerank service.")
     add = parser.add_argument
-    load, size, doc, query = (parser.add_mutually_exclusive_group() for _ in range(4))
+    load, size, doc, query, repeat = (parser.add_mutually_exclusive_group() for _ in range(5))
     # fmt: off
     add("--endpoint", default="rerank,score", choices=["rerank", "score", "rerank,score"], help="default: %(default)s")
     load.add_argument("--concurrency", type=numbers(int, 1, True), default=[1, 16, 50, 100, 150],
@@ -218,14 +232,15 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, str | None, float]:
     add("--tokenizer", metavar="FOLDER", help="for lengths in tokens (default: the served model's folder)")
     add("--input", metavar="FILE", help='your own calls, JSONL: {"query": "...", "documents": ["...", ...]}')
     add("--seed", type=numbers(int, 0), help="of texts and arrivals (default: a new one, printed)")
-    add("--repeat", nargs="?", const="all", choices=["all", "query"],
+    repeat.add_argument("--repeat", nargs="?", const="all", choices=["all", "query"],
         help="measure the prefix cache: all calls are the same, or share the query")
+    repeat.add_argument("--shared-query", action="store_true", help="the same as --repeat query")
     add("--base-url", help="default: BASE_URL, else HOST and PORT")
     add("--model", help="default: SERVED_MODEL_NAME")
     add("--timeout-s", help="seconds to wait for an answer (default: TIMEOUT_S)")
     add("--json", metavar="FILE", help="write header and rows")
     add("--csv", metavar="FILE", help="write rows")
-    add("--html", metavar="FILE", help="write one page with charts")
+    add("--html", metavar="FILE", help="write one page with charts; with --compare: plots of all files")
     add("--price-per-hour", type=numbers(float, 0), help="of the service: gives the cost of a million pairs")
     add("--target-pairs-s", type=numbers(float, 0.001, True), help="how many GPUs these rates need, e.g. 1000,5000")
     add("--compare", nargs="+", metavar="FILE", help="measure nothing: compare files of --json with the first one")
@@ -234,7 +249,16 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, str | None, float]:
     args = parser.parse_args(argv)
     args.endpoint = args.endpoint.split(",")
     words = {w.partition("=")[0] for w in argv}
-    texts = words & {"--docs", "--doc-words", "--doc-tokens", "--query-words", "--query-tokens", "--repeat"}
+    args.repeat = "query" if args.shared_query else args.repeat
+    texts = words & {
+        "--docs",
+        "--doc-words",
+        "--doc-tokens",
+        "--query-words",
+        "--query-tokens",
+        "--repeat",
+        "--shared-query",
+    }
     given = "--concurrency" in words
     for wrong, text in (
         (args.constant and not (args.rate or args.slo), "--constant: needs --rate or --slo"),
@@ -274,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     """0 done; 1 no server, no good answer, or a regression; 2 usage; 130 Ctrl-C (what was measured is printed)."""
     args, api_key, connect_timeout_s = parse_args(sys.argv[1:] if argv is None else argv)
     if args.compare:
-        return run_compare(args.compare, args.fail_over)
+        return run_compare(args.compare, args.fail_over, args.html)
     # A socket per call in flight: the usual soft limit of 1024 files is too low for an open loop that queues.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # -1 = no limit
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard if 0 < hard < 65536 else 65536, hard))

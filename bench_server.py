@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import itertools
+import json
 import math
 import os
 import platform
@@ -19,10 +20,11 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from bench_workload import CLOSED, OPENED, Bench, Gate
+from engine_defaults import count_weights
 
 # What bench_rerank.py may see of the server's side inside a window; None = not seen.
 SEEN = ("gpu_util", "gpu_mem_gib", "api_cpu", "engine_cpu", "server_cpu", "host_cpu", "host_cores")
-SEEN += ("queue_ms", "cache_hits", "step_tokens")
+SEEN += ("queue_ms", "cache_hits", "step_tokens", "mfu")
 
 
 def hardware() -> str:
@@ -61,6 +63,49 @@ def server_flags(base_url: str) -> str | None:
         if f"--port={port}" in flags or ("--port", port) in itertools.pairwise(flags):
             return without_secrets(flags)
     return None
+
+
+# Dense bf16 peak of one GPU in 1e12 operations a second, from NVIDIA's data sheets (without sparsity); the first
+# name that nvidia-smi's name holds.
+PEAKS = (("H200", 989), ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H20", 148), ("B200", 2250))
+PEAKS += (("A100", 312), ("A800", 312), ("L40S", 362), ("L40", 181), ("L4", 121), ("A10G", 70), ("A10", 125))
+PEAKS += (("RTX 4090", 165), ("A30", 165))
+
+
+def peak_flops(name: str) -> float | None:
+    """Dense bf16 operations a second of a GPU by its name; None = not in the list."""
+    return next((1e12 * peak for known, peak in PEAKS if known in name), None)
+
+
+def flops_per_token(config: dict, tokens_per_prompt: float) -> float | None:
+    """Operations that a decoder with gated MLP needs for one prompt token; None where config.json does not tell.
+
+    Two for each weight that is multiplied (embeddings are looked up), and for causal attention over the half of the
+    prompt that a token sees on average 2 * 2 * layers * heads * head_dim * tokens / 2.
+    """
+    hidden, layers, heads = map(config.get, ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    if not hidden or not layers or not heads:
+        return None
+    weights = count_weights({**config, "vocab_size": 0})
+    head_dim = config.get("head_dim") or hidden // heads
+    return 2 * weights + 2 * layers * heads * head_dim * tokens_per_prompt
+
+
+def utilisation(row: dict, config: dict, gpu: str, n_gpus: int) -> float | None:
+    """Model-FLOPs utilisation of a row against the bf16 peak of its GPUs; prefix-cache hits are not computed."""
+    peak = peak_flops(gpu)
+    each = flops_per_token(config, row["tokens_per_pair"] or 0)
+    if not peak or not each or not row["tok/s"]:
+        return None
+    return row["tok/s"] * (1 - (row["cache_hits"] or 0)) * each / (peak * n_gpus)
+
+
+def model_config(folder: str | None) -> dict:
+    """config.json of a folder on this host; {} where there is none."""
+    try:
+        return dict(json.loads((Path(folder) / "config.json").read_text("utf-8"))) if folder else {}
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 # vLLM's names on /metrics (vllm/v1/metrics/loggers.py; counters get _total from the Prometheus client).

@@ -9,7 +9,7 @@ import pytest
 from test_bench_report import a_row, runs
 
 import bench_page
-from bench_page import page
+from bench_page import compare_page, page
 from bench_report import summarise
 from bench_workload import Call, Level
 
@@ -74,3 +74,10 @@ def test_page_of_one_row_without_answers():
     level.calls = [Call(0.0, 0.0, 0.5, "timeout", 0, 1, True)]
     assert "no good answer" in "".join(Balance(page({}, [summarise(level)])).text)
     json.dumps(summarise(level))
+
+
+def test_compare_page_has_all_files_in_each_chart():
+    files = {"TP1 <a>.json": {"rows": runs([100, 101]) + runs([150], level=16)}, "TP2.json": {"rows": runs([170, 171])}}
+    shown = Balance(text := compare_page(files, ["worse <b>"]))
+    assert shown.tags.count("svg") == 3 and "worse &lt;b&gt;" in text and "<a>" not in text
+    assert text.count(">TP2.json</tspan>") == 3 and shown.tags.count("circle") == 3 * 5

@@ -241,3 +241,16 @@ def test_compare_counts_lost_calls_and_leaves_out_interrupted_rows():
     lines, worse, _ = compare({"rows": base}, {"rows": other}, fail_over=5)
     assert lines[-1] == worse[0] == "rerank closed 8: lost calls 0.0 % -> 33.3 %"
     assert compare({"rows": base}, {"rows": base + runs([10], interrupted=True)}, 5)[1] == []
+
+
+def test_compare_tells_flags_that_differ_and_what_a_gpu_gives():
+    flags = "m --port 8 --tensor-parallel-size {} --max-num-seqs 256 --dtype bfloat16"
+    base, other = (
+        {"server_flags": flags.format(n), "rows": runs(rates)} for n, rates in ((1, [100] * 3), (2, [150] * 3))
+    )
+    lines = compare(base, other)[0]
+    assert "differs: server_flags: --tensor-parallel-size 1 -> --tensor-parallel-size 2" in lines
+    each = "pairs/s a GPU 1000.0 -> 750.0: 1.50 times the throughput with 2 times the GPUs, 75% efficient"
+    assert f"rerank closed 8: {each}" in lines
+    assert not any("a GPU" in line for line in compare(base, base)[0])
+    assert "differs: server_flags: None -> m" in compare({"rows": []}, {"server_flags": "m", "rows": []})[0]

@@ -4,7 +4,14 @@ import os
 
 import pytest
 
-from bench_server import gpus_of, metric_sums, what_changed
+from bench_server import (
+    flops_per_token,
+    gpus_of,
+    metric_sums,
+    peak_flops,
+    utilisation,
+    what_changed,
+)
 
 
 def test_metrics_of_vllm_become_what_was_seen():
@@ -46,3 +53,20 @@ def test_processes_and_gpus_become_what_was_seen():
 def test_gpus_of_reads_the_servers_arguments():
     assert gpus_of(None) == gpus_of("m --port 1") == 1
     assert gpus_of("--data-parallel-size 8 --tensor-parallel-size 2") == 16
+
+
+def test_flops_utilisation_by_hand():
+    # Qwen3-Reranker-0.6B: 28 layers of 2 * 1024 * 128 * (16 + 8) + 3 * 1024 * 3072 weights = 440.4e6, embeddings apart.
+    config = {"hidden_size": 1024, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8}
+    config |= {"head_dim": 128, "intermediate_size": 3072, "vocab_size": 151669}
+    assert flops_per_token(config, 0) == pytest.approx(2 * 440.4e6, rel=1e-4)
+    # Attention over 1000 tokens, 500 seen on average: 2 * 2 * 28 * 16 * 128 * 500.
+    assert flops_per_token(config, 1000) - flops_per_token(config, 0) == 2 * 2 * 28 * 16 * 128 * 500
+    row = {"tok/s": 300_000.0, "tokens_per_pair": 0.0, "cache_hits": 0.5}
+    # 150,000 computed tokens/s * 880.8e6 = 132e12 of 989e12.
+    assert utilisation(row, config, "1 x NVIDIA H100 80GB HBM3", 1) == pytest.approx(0.1336, rel=1e-3)
+    assert utilisation(row, config, "4 x NVIDIA H100 80GB HBM3", 2) == pytest.approx(0.0668, rel=1e-3)
+    assert utilisation(row | {"tok/s": None}, config, "1 x NVIDIA H100 80GB HBM3", 1) is None
+    assert utilisation(row, config, "2 x AMD EPYC", 1) is None and utilisation(row, {}, "H100", 1) is None
+    names = ("NVIDIA H100 PCIe", "NVIDIA L4", "NVIDIA L40S", "NVIDIA A100-SXM4-80GB", "NVIDIA GeForce GTX 1080")
+    assert [peak_flops(name) for name in names] == [756e12, 121e12, 362e12, 312e12, None]
