@@ -54,7 +54,7 @@ NAMES += ("TP_DP", "GPU_MEMORY_UTILIZATION")
 def flag(words: list[str], name: str, default=None):
     """Value of a flag of `vllm serve`, the last one given, as number."""
     value = default
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for word, after in zip(words, [*words[1:], ""], strict=False):
         if word == name or word.startswith(f"{name}="):
             value = after if word == name else word.partition("=")[2]
     return value if value is None or isinstance(value, int | float) else float(value) if "." in value else int(value)

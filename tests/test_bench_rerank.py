@@ -935,6 +935,14 @@ def test_compare_exits_2_where_it_cannot_judge(tmp_path, capsys):
         (["--fail-over", "5"], "--fail-over"),
         (["--target-pairs-s", "0"], "'0'"),
         (["--processes", "0"], "'0'"),
+        (["--tune", "PORT"], "'PORT' is nothing to tune: ENGINES_PER_GPU, API_SERVER_COUNT"),
+        (["--tune", "--budget", "30"], "'30' is not a time"),
+        (["--tune", "--concurrency", "1,2"], "--concurrency"),
+        (["--tune", "--rate", "5"], "--tune"),
+        (["--budget", "30m"], "--budget"),
+        (["--score-tolerance", "0.1"], "--score-tolerance"),
+        (["--shared-query", "--repeat"], "--repeat"),
+        (["--input", "x", "--shared-query"], "--shared-query"),
     ],
 )
 def test_bad_usage_exits_2_and_names_the_value(argv, named, capsys):
@@ -956,6 +964,14 @@ def test_options_in_the_documentation_exist(capsys):
         bench_rerank.main(["--help"])
     known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     known |= {"--cpu-ms", "--delay-ms"}  # of the null server
+    known |= {
+        "--renderer-num-workers",
+        "--backend",
+        "--aiperf",
+        "--model",
+        "--calls",
+        "--turns",
+    }  # of vLLM, other tools
     text = (KIT / "docs" / "benchmarking.md").read_text("utf-8")
     assert set(re.findall(r"--[a-z][a-z-]+", text)) <= known
     # Every verdict is explained.
