@@ -85,7 +85,7 @@ def aiperf(args, url: str, folder: Path) -> dict:
             names = (("query", [one["query"]]), ("passages", one["documents"]))
             file.write(json.dumps({"texts": [{"name": n, "contents": c} for n, c in names]}) + "\n")
     command = [args.aiperf, "profile", "--model", "qwen3-reranker", "--endpoint-type", "cohere-rankings", "--url", url]
-    command += ["--endpoint", "/v1/rerank", "--tokenizer", args.model, "--input-file", str(folder / "aiperf.jsonl")]
+    command += ["--endpoint", "/v1/rerank", "--tokenizer", "builtin", "--input-file", str(folder / "aiperf.jsonl")]
     command += ["--custom-dataset-type", "single-turn", "--request-count", str(args.calls), "--ui", "none"]
     command += ["--concurrency", str(args.concurrency), "--warmup-request-count", str(args.warmup)]
     command += ["--artifact-dir", str(out), "--no-gpu-telemetry", "--no-server-metrics"]
