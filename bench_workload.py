@@ -234,6 +234,7 @@ class Bench:
         self.api_key, self.timeout_s, self.connect_timeout_s = api_key, timeout_s, connect_timeout_s
         self.first = 0  # number of the first call of the next level
         self.error_texts: dict[str, str] = {}
+        self.answered = 0  # pairs with a good answer so far
         self.checked = False
         self.server_pids: dict[int, bool] = {}  # {PID: is it an API process}, where the server is on this host
 
@@ -289,6 +290,8 @@ class Bench:
             self.in_flight[url] -= 1
         if error:
             self.note_error(error, text)
+        else:
+            self.answered += n_docs
         return Call(sent if due is None else due, sent, end or time.perf_counter(), error, tokens, n_docs, measured)
 
     def note_error(self, error: str, text: str) -> None:
@@ -518,6 +521,7 @@ async def drive_processes(bench: Bench, level: Level, gate: Gate) -> None:
         raise RuntimeError("a client process died; see its error above")
     for part, error_texts in parts:
         level.calls += part.calls
+        bench.answered += sum(c.pairs for c in part.calls if c.error is None)
         level.interrupted |= part.interrupted
         for error, text in error_texts.items():
             bench.note_error(error, text)

@@ -350,6 +350,11 @@ def shown_args(plan: Plan, group: int = 0) -> list[str]:
     return _hidden("\0".join(serve_args(plan, group))).split("\0")
 
 
+def shown_env(env: dict[str, str]) -> dict[str, str]:
+    """The part of an environment that changes what `vllm serve` does, without its key."""
+    return {k: v for k, v in env.items() if re.match(r"(VLLM|NCCL|OMP|GUARD)_|CUDA_VISIBLE", k) and k != "VLLM_API_KEY"}
+
+
 def _hidden(text: str) -> str:
     """Arguments without the values of keys and tokens."""
     return re.sub(r"(--(?:api[-_]key|hf[-_]token)[=\s\0]+)[^\s\0]+", r"\1***", text)

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
-from engine_args import Plan, make_plan, server_commands, shown_args
+from engine_args import Plan, make_plan, server_commands, shown_args, shown_env
 from env_utils import ConfigError, EnvConfig, get_config
 from multi_node import HEAD_LOST, NO_HEAD, Peers, describe_node, has_other_nodes, is_headless
 from service_health import (
@@ -68,6 +68,8 @@ class State:
     model: str = ""
     url: str = ""
     node: str = ""  # of several hosts: which one this is
+    command: list[str] = field(default_factory=list)  # what was started, without secrets
+    env: dict[str, str] = field(default_factory=dict)
 
 
 class Watch(threading.Thread):
@@ -139,6 +141,7 @@ class Supervisor:
         self.state = State("starting", os.getpid(), vllm=version, model=str(plan.checkpoint.path), url=url)
         if has_other_nodes(plan.cfg):
             self.state.node = describe_node(plan.cfg)
+        self.state.command, self.state.env = shown_args(plan), shown_env(server_commands(plan)[1])
         self.header = f"vLLM {version}: {shlex.join(['vllm', *shown_args(plan)])}"
         self.header += f" and {plan.engines - 1} more for its engines" if plan.engines > 1 else ""
         self.header += "".join(f" {k}={shlex.quote(v)}" for k, v in sorted(plan.env.items()))

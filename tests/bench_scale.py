@@ -39,7 +39,7 @@ from pathlib import Path
 KIT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(KIT))
 
-from bench_report import hardware, without_secrets  # noqa: E402
+from bench_server import hardware, without_secrets  # noqa: E402
 from env_utils import FIELDS, PASSED_ON, get_config  # noqa: E402
 from machine import list_gpus  # noqa: E402
 from service_health import request  # noqa: E402

@@ -30,9 +30,9 @@ def session_of(pid: int) -> list[int]:
 
 
 class FakeKit:
-    """The kit with a Python environment whose vllm is the stand-in."""
+    """The kit with a Python environment whose vllm is the stand-in `program`."""
 
-    def __init__(self, root: Path, model: Path, version: str | None = "0.32.0+cpu"):
+    def __init__(self, root: Path, model: Path, version: str | None = "0.32.0+cpu", program: Path = FAKE):
         bin_dir = root / "fake env" / "bin"
         bin_dir.mkdir(parents=True)
         site = bin_dir.parent / "lib" / f"python3.{sys.version_info[1]}" / "site-packages"
@@ -44,7 +44,7 @@ class FakeKit:
             info.mkdir()
             (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
         vllm = bin_dir / "vllm"
-        vllm.write_text(f'#!/bin/sh\nexec "{sys._base_executable}" "{FAKE}" "$@"\n')
+        vllm.write_text(f'#!/bin/sh\nexec "{sys._base_executable}" "{program}" "$@"\n')
         vllm.chmod(0o755)
         self.logs = root / "logs"
         self.settings = {

@@ -1,37 +1,21 @@
-"""bench_report.py: rows, verdicts, searches, cost, comparison and page on inputs with known answers."""
+"""bench_report.py: rows, verdicts, cost and comparison on inputs with known answers."""
 
-import asyncio
-import json
-import math
-import os
 import random
 import re
-import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 
 import pytest
 
-import bench_report
 from bench_report import (
-    SEEN,
     compare,
     cost_lines,
     difference,
     doubts,
-    gpus_of,
-    highest_rate,
     histogram,
-    knee,
-    late_share,
-    metric_sums,
-    page,
     percentile,
-    slo_text,
-    stops_growing,
     summarise,
     verdict,
-    what_changed,
 )
+from bench_server import SEEN
 from bench_workload import Call, Level
 
 # --- numbers ---
@@ -186,159 +170,6 @@ def test_verdict(seen, bound, says):
     assert found == bound and says in text
 
 
-def test_metrics_of_vllm_become_what_was_seen():
-    before = """# HELP vllm:request_queue_time_seconds Histogram
-# TYPE vllm:request_queue_time_seconds histogram
-vllm:request_queue_time_seconds_bucket{engine="0",le="0.3",model_name="m"} 9.0
-vllm:request_queue_time_seconds_count{engine="0",model_name="m"} 10.0
-vllm:request_queue_time_seconds_sum{engine="0",model_name="m"} 1.0
-vllm:request_queue_time_seconds_count{engine="1",model_name="a}b"} 0.0
-vllm:request_queue_time_seconds_sum{engine="1",model_name="a}b"} 0.0
-vllm:prefix_cache_queries_total{engine="0",model_name="m"} 1000.0
-vllm:prefix_cache_hits_total{engine="0",model_name="m"} 1e+02
-vllm:iteration_tokens_total_sum{engine="0",model_name="m"} 0.0
-vllm:iteration_tokens_total_count{engine="0",model_name="m"} 0.0
-vllm:external_prefix_cache_queries_total{engine="0"} 77.0
-"""
-    after = before.replace('_count{engine="0",model_name="m"} 10.0', '_count{engine="0",model_name="m"} 30.0')
-    after = after.replace('_count{engine="1",model_name="a}b"} 0.0', '_count{engine="1",model_name="a}b"} 20.0')
-    after = after.replace('_sum{engine="0",model_name="m"} 1.0', '_sum{engine="0",model_name="m"} 2.0')
-    after = after.replace('_sum{engine="1",model_name="a}b"} 0.0', '_sum{engine="1",model_name="a}b"} 1.0')
-    after = after.replace(" 1000.0", " 3000.0").replace(" 1e+02", " 6e+02")
-    first, last = ({"time_s": t, **metric_sums(text)} for t, text in ((5.0, before), (7.0, after)))
-    seen = what_changed(first, last, {}, [])
-    assert seen == {"queue_ms": pytest.approx(50.0), "cache_hits": 0.25}  # 2 s over 40 pairs; 500 of 2000 tokens
-    assert what_changed(last, first, {}, []) == {}  # the counters fell: the server started anew
-
-
-def test_processes_and_gpus_become_what_was_seen():
-    first = {"time_s": 10.0, 7: 1.0, 8: 2.0, 9: 5.0, "host_all": 1000, "host_busy": 100}
-    last = {"time_s": 12.0, 7: 2.8, 8: 2.2, 9: 8.0, "host_all": 1400, "host_busy": 400}
-    lines = ["0, 10, 1024\n", "1, 90, 40960\n", "0, 20, 1024\n", "1, 100, 51200\n", "1, [N/A], 4\n", "1, 5"]
-    seen = what_changed(first, last, {7: True, 8: True, 9: False, 10: True}, lines)
-    assert seen == {
-        "gpu_util": 95.0, "gpu_mem_gib": 50.0, "host_cpu": 0.75, "host_cores": os.cpu_count(),
-        "server_cpu": pytest.approx(2.5), "api_cpu": pytest.approx(0.9), "engine_cpu": pytest.approx(1.5),
-    }  # fmt: skip
-
-
-# --- searches ---
-
-
-@pytest.mark.parametrize(
-    ("rates", "stops", "at"),
-    [
-        ([10, 20, 40, 41, 41.5], True, 40),
-        ([10, 20, 40, 41, 45], False, 45),
-        ([10, 20, 40, 30, 41], True, 40),
-        ([10, 20, 40, 45, 41], False, 45),
-        ([10, 10.1], False, 10),
-        ([10, 10.1, 10.2], True, 10),
-        ([40, 20, 39], True, 40),
-        ([10, 19, 36, 70], False, 70),
-    ],
-)
-def test_saturation_is_two_doublings_without_growth(rates, stops, at):
-    rows = [{"req/s": rate} for rate in rates]
-    assert stops_growing(rows) is stops
-    assert knee(rows)["req/s"] == at
-
-
-def search(holds, guess, most=20):
-    tried = []
-
-    async def held(rate):
-        tried.append(rate)
-        return holds(rate, len(tried))
-
-    return asyncio.run(highest_rate(held, guess, most)), tried
-
-
-@pytest.mark.parametrize("guess", [1.0, 9.0, 36.0, 37.5, 40.0, 200.0])
-def test_highest_rate_ends_within_ten_percent(guess):
-    (low, high, twice), tried = search(lambda rate, _: rate <= 37.0, guess)
-    assert low <= 37.0 < high <= 1.1 * low and twice
-    assert tried[-1] == high and tried.count(low) == tried.count(high) == 2 and len(tried) <= 20
-    assert all(rate == float(f"{rate:.3g}") for rate in tried)
-
-
-def test_highest_rate_that_never_or_always_holds():
-    (low, high, twice), tried = search(lambda rate, _: False, 64.0)
-    assert (low, twice) == (0.0, False) and high == 1.0 and min(tried) == 1.0
-    (low, high, twice), tried = search(lambda rate, _: True, 10.0)
-    assert low > 1000 and high == math.inf and not twice and len(tried) == 20
-
-
-def late(rate, seconds, rng, service_s=0.04, slo_s=0.5):
-    """(late calls, calls) of a server that takes 40 ms for each, one at a time; arrivals are Poisson."""
-    n, missed, wait, at = 0, 0, 0.0, 0.0
-    while at < seconds:
-        n, missed = n + 1, missed + (wait + service_s > slo_s)
-        gap = rng.expovariate(rate)
-        at, wait = at + gap, max(0.0, wait + service_s - gap)
-    return missed, n
-
-
-def test_highest_rate_finds_what_a_queue_holds_in_the_long_run():
-    """With the windows of --slo: 10 s, and 30 s for a rate that is tried again, all pooled."""
-    shares = {rate: late(rate, 20_000, random.Random(0)) for rate in (21.5, 22.5)}
-    assert [missed / n <= 0.05 for missed, n in shares.values()] == [True, False]
-    truth = 22.0
-    found = []
-    for seed in range(40):
-        rng, pool = random.Random(seed), {}
-
-        def holds(rate, _, rng=rng, pool=pool):
-            pool.setdefault(rate, []).append(late(rate, 30 if rate in pool else 10, rng))
-            missed, calls = map(sum, zip(*pool[rate], strict=True))
-            return missed <= 0.05 * calls
-
-        (low, high, _), tried = search(holds, 17.0)
-        assert low < high and len(tried) <= 20
-        found.append(low)
-    assert all(rate == pytest.approx(truth, rel=0.12) for rate in found)
-    assert sum(rate == pytest.approx(truth, rel=0.05) for rate in found) > 25
-
-
-@pytest.mark.parametrize("wrong", range(1, 8))
-def test_highest_rate_recovers_from_a_disturbed_window(wrong):
-    """A window that comes out wrong at the first try of a rate does not change the answer."""
-    first = set()
-
-    def holds(rate, n):
-        fresh = rate not in first
-        first.add(rate)
-        return (rate <= 37.0) != (n == wrong and fresh)
-
-    (low, high, sure), _ = search(holds, 40.0, most=30)
-    assert low <= 37.0 < high <= 1.1 * low and sure
-
-
-def test_slo_text_says_how_sure_it_is():
-    def window(level, missed, window_s=10.0, **more):
-        return a_row(level, slo_missed=missed, window_s=window_s, **more)
-
-    rows = [window(21.5, 0), window(22.6, 9), window(9.0, 40), window(21.5, 4, 30.0)]
-    text = slo_text("rerank: p95 <= 570 ms", 95, 570.0, rows, 21.5, 22.6, True)
-    assert "held up to 21.5 calls/s = 1000 pairs/s, not at 22.6; 4 of 80 calls missed there in 2 windows" in text
-    assert "(5.0%, below 10.7% with" in text and "an overload below 2.0% would not show" in text
-    assert "client" not in text and "NOT" not in text
-    rows[1]["client_limited"] = True
-    assert slo_text("x", 95, 570.0, rows, 21.5, 22.6, True).startswith("the client was the limit at 22.6")
-    text = slo_text("x", 95, 570.0, rows[:1], 21.5, math.inf, False)
-    assert "in 1 window (" in text and "no rate was too high; NOT confirmed" in text
-    assert slo_text("x", 95, 570.0, rows, 0.0, 9.0, False) == "x did not hold even at 9 calls/s"
-
-
-def test_late_share_has_an_honest_limit():
-    assert late_share(0, 100) == (0.0, pytest.approx(2.706 / 102.706, rel=1e-3))  # z^2 / (n + z^2)
-    assert late_share(100, 100)[1] == 1.0
-    # Coverage by trial: the true share lies below the limit in 95 % of the samples.
-    rng, true = random.Random(4), 0.04
-    below = sum(late_share(sum(rng.random() < true for _ in range(300)), 300)[1] > true for _ in range(800))
-    assert 0.92 < below / 800 < 0.98
-
-
 # --- cost ---
 
 
@@ -355,11 +186,6 @@ def test_cost_of_a_million_pairs_and_gpus_for_a_target():
     assert "16 GPUs for 1001 pairs/s" in lines[0] and not any("million" in line for line in lines)
     nothing = a_row() | {"pairs/s": 0.0}
     assert "never 5 pairs/s" in cost_lines({}, [nothing], 1.0, [5.0])[0]
-
-
-def test_gpus_of_reads_the_servers_arguments():
-    assert gpus_of(None) == gpus_of("m --port 1") == 1
-    assert gpus_of("--data-parallel-size 8 --tensor-parallel-size 2") == 16
 
 
 # --- comparison ---
@@ -417,66 +243,14 @@ def test_compare_counts_lost_calls_and_leaves_out_interrupted_rows():
     assert compare({"rows": base}, {"rows": base + runs([10], interrupted=True)}, 5)[1] == []
 
 
-# --- page ---
-
-
-class Balance(HTMLParser):
-    """Every tag that opens closes, in order; remembers tags and attributes."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.attributes, self.text = [], [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
-def test_page_needs_no_other_file_and_shows_everything():
-    rows = runs([100, 110]) + runs([200, 210], level=16) + [a_row(level=2, ok=0, p50_ms=None)]
-    about = {"command": "python bench_rerank.py --seed 7", "server_flags": None, "error_texts": {"x": "<script>&\"'"}}
-    text = page(about, rows)
-    found = Balance(text)
-    assert "script" not in found.tags and "link" not in found.tags and "img" not in found.tags
-    assert not {"src", "href", "style"} & {name for name, _ in found.attributes} and "url(" not in text
-    assert "@import" not in text and "http" not in text
-    shown = "".join(found.text)
-    assert "python bench_rerank.py --seed 7" in shown and "<script>" in shown and "unknown" in shown
-    drawings = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.S)]
-    assert len(drawings) == 2 + 3 * len(rows)
-    # Throughput against load: a point for each row, at a height in proportion to it.
-    circles = drawings[0].findall("circle")
-    expected = [pairs for _, pairs in sorted((row["level"], row["pairs/s"]) for row in rows)]
-    assert [float(c.find("title").text.split(": ")[1]) for c in circles] == pytest.approx(expected, rel=1e-4)
-    ground = bench_report.HIGH - bench_report.BOTTOM
-    heights = [(ground - float(c.get("cy"))) / float(c.find("title").text.split(": ")[1]) for c in circles]
-    assert heights == pytest.approx([heights[0]] * len(rows), rel=0.02)
-    # The line goes through the medians: one point a level.
-    line = [float(point.split(",")[1]) for point in drawings[0].find("polyline").get("points").split()]
-    ys = [float(c.get("cy")) for c in circles]  # one of level 2, two of 8, two of 16
-    assert line == pytest.approx([ys[0], (ys[1] + ys[2]) / 2, (ys[3] + ys[4]) / 2], abs=0.11)
-    # The histogram's bars are the calls.
-    bars = drawings[2].findall("rect")
-    assert sum(float(bar.find("title").text.split(": ")[1]) for bar in bars) == 40
-
-
-def test_page_of_one_row_without_answers():
-    level = Level("score", "open", 5, 0, 1, None, opened=0.0, closed=1.0)
-    level.calls = [Call(0.0, 0.0, 0.5, "timeout", 0, 1, True)]
-    assert "no good answer" in "".join(Balance(page({}, [summarise(level)])).text)
-    json.dumps(summarise(level))
+def test_compare_tells_flags_that_differ_and_what_a_gpu_gives():
+    flags = "m --port 8 --tensor-parallel-size {} --max-num-seqs 256 --dtype bfloat16"
+    base, other = (
+        {"server_flags": flags.format(n), "rows": runs(rates)} for n, rates in ((1, [100] * 3), (2, [150] * 3))
+    )
+    lines = compare(base, other)[0]
+    assert "differs: server_flags: --tensor-parallel-size 1 -> --tensor-parallel-size 2" in lines
+    each = "pairs/s a GPU 1000.0 -> 750.0: 1.50 times the throughput with 2 times the GPUs, 75% efficient"
+    assert f"rerank closed 8: {each}" in lines
+    assert not any("a GPU" in line for line in compare(base, base)[0])
+    assert "differs: server_flags: None -> m" in compare({"rows": []}, {"server_flags": "m", "rows": []})[0]

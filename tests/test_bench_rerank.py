@@ -20,9 +20,13 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
+import bench_levels
 import bench_rerank
+import bench_server
 import bench_workload
-from bench_report import COLUMNS, knee, percentile, server_flags, without_secrets
+from bench_levels import knee
+from bench_report import COLUMNS, percentile
+from bench_server import server_flags, without_secrets
 from bench_workload import Bench, Call, Gate, Level, Texts, drive_open
 
 KIT = Path(bench_rerank.__file__).parent
@@ -325,7 +329,7 @@ def test_open_loop_latency_runs_from_due_not_from_sending(monkeypatch):
     monkeypatch.setattr(Texts, "body", body)
     level = Level("rerank", "open", 50.0, 5, 145, None, constant=True)
     with serving() as service:
-        row = one_level(service.url, lambda b: bench_rerank.run_level(b, level))
+        row = one_level(service.url, lambda b: bench_levels.run_level(b, level))
     from_sending = sorted((c.end - c.sent) * 1000 for c in level.calls if c.measured)
     assert row["ok"] == 145
     assert 400 < row["p90_ms"] < 950 and row["max_ms"] > 900
@@ -380,7 +384,7 @@ def null_server(*argv):
 def test_closed_loop_of_several_processes_is_one_load(seconds):
     level = Level("rerank", "closed", 7, 7, None if seconds else 70, seconds, processes=3)
     with serving(slow(0.1)) as service:
-        row = one_level(service.url, lambda b: bench_rerank.run_level(b, level))
+        row = one_level(service.url, lambda b: bench_levels.run_level(b, level))
     assert service.most_in_flight == 7
     calls = 70 if seconds is None else row["ok"]
     assert row["ok"] == calls and row["err"] == 0 and row["client_processes"] == 3
@@ -410,7 +414,7 @@ def test_several_processes_merge_latencies_exactly():
 
     level = Level("rerank", "open", 60.0, 0, 120, None, constant=True, processes=2)
     with serving(behave) as service:
-        row = one_level(service.url, lambda b: bench_rerank.run_level(b, level))
+        row = one_level(service.url, lambda b: bench_levels.run_level(b, level))
     latencies = sorted((c.end - c.due) * 1000 for c in level.calls)
     assert len(latencies) == row["ok"] == 120
     assert [row["p90_ms"], row["p95_ms"], row["max_ms"]] == pytest.approx(
@@ -430,7 +434,7 @@ def test_several_processes_merge_latencies_exactly():
     ],
 )
 def test_the_client_gets_more_processes_where_it_is_the_limit(cpu, given, made, tmp_path, capsys, monkeypatch):
-    real, processes = bench_rerank.run_level, []
+    real, processes = bench_levels.run_level, []
 
     async def run_level(bench, level):
         processes.append(level.processes)
@@ -438,7 +442,7 @@ def test_the_client_gets_more_processes_where_it_is_the_limit(cpu, given, made, 
         row = await real(bench, dataclasses.replace(level, processes=1, calls=[]))
         return row | {"client_limited": processes[-1] < 4, "client_cpu": cpu}
 
-    monkeypatch.setattr(bench_rerank, "run_level", run_level)
+    monkeypatch.setattr(bench_levels, "run_level", run_level)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     with serving() as service:
         out = tmp_path / "o.json"
@@ -461,7 +465,7 @@ def test_a_client_process_that_dies_ends_the_level():
 
     async def main(bench):
         bench.texts = Dies(1, 4)
-        await bench_rerank.run_level(bench, level)
+        await bench_levels.run_level(bench, level)
 
     begun = time.perf_counter()
     with serving(slow(0.05)) as service, pytest.raises(RuntimeError, match="a client process died"):
@@ -554,15 +558,15 @@ def test_server_processes_are_found_by_port_and_measured(tmp_path, capsys):
     for argv in (["--cpu-ms", "20"], ["--delay-ms", "20"]):
         process, service.url = null_server(*argv)
         with process:
-            assert bench_rerank.server_processes(service.url) == {process.pid: True}
+            assert bench_server.server_processes(service.url) == {process.pid: True}
             row = bench(service, tmp_path, "--endpoint", "rerank", "--concurrency", "2", "--seconds", "1.5")[1]["rows"][
                 0
             ]
             process.kill()
         shares.append(row["api_cpu"])
         assert row["server_cpu"] == row["api_cpu"] and 0 < row["host_cpu"] <= 1
-    assert bench_rerank.server_processes(service.url) == {}
-    assert bench_rerank.server_processes("http://10.1.2.3:80/v1") == {}
+    assert bench_server.server_processes(service.url) == {}
+    assert bench_server.server_processes("http://10.1.2.3:80/v1") == {}
     assert shares[0] > 3 * shares[1]  # one computes all the time, one only waits
 
 
@@ -951,6 +955,14 @@ def test_compare_exits_2_where_it_cannot_judge(tmp_path, capsys):
         (["--fail-over", "5"], "--fail-over"),
         (["--target-pairs-s", "0"], "'0'"),
         (["--processes", "0"], "'0'"),
+        (["--tune", "PORT"], "'PORT' is nothing to tune: ENGINES_PER_GPU, API_SERVER_COUNT"),
+        (["--tune", "--budget", "30"], "'30' is not a time"),
+        (["--tune", "--concurrency", "1,2"], "--concurrency"),
+        (["--tune", "--rate", "5"], "--tune"),
+        (["--budget", "30m"], "--budget"),
+        (["--score-tolerance", "0.1"], "--score-tolerance"),
+        (["--shared-query", "--repeat"], "--repeat"),
+        (["--input", "x", "--shared-query"], "--shared-query"),
     ],
 )
 def test_bad_usage_exits_2_and_names_the_value(argv, named, capsys):
@@ -972,6 +984,14 @@ def test_options_in_the_documentation_exist(capsys):
         bench_rerank.main(["--help"])
     known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     known |= {"--cpu-ms", "--delay-ms"}  # of the null server
+    known |= {
+        "--renderer-num-workers",
+        "--backend",
+        "--aiperf",
+        "--model",
+        "--calls",
+        "--turns",
+    }  # of vLLM, other tools
     text = (KIT / "docs" / "benchmarking.md").read_text("utf-8")
     assert set(re.findall(r"--[a-z][a-z-]+", text)) <= known
     # Every verdict is explained.
