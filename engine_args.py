@@ -15,11 +15,12 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from engine_defaults import api_servers, count_weights, fastokens_agrees
 from env_utils import FIELDS, KIT_DIR, ConfigError, EnvConfig, get_config, passed_on_env
-from model_files import Checkpoint, Profile, find_profile, locate, read_checkpoint
+from model_files import Checkpoint, Profile, adapted_folder, find_profile, locate, make_adapted, read_checkpoint
 
 OLDEST_VLLM = (0, 26)
 GIB = 2**30
@@ -131,7 +132,16 @@ def make_plan(
     profile = find_profile(checkpoint, cfg.model_profile)
     plan = Plan(cfg, machine, profile, checkpoint, profile.template_text(cfg.instruction), {}, cfg.api_server_count)
     engine, why = plan.engine, plan.why
-    engine["model"] = str(checkpoint.path)
+    engine["model"] = str(adapted_folder(checkpoint, profile, cfg.log_path))
+    if profile.needs and find_spec(profile.needs) is None:
+        raise ConfigError(
+            f"{checkpoint.path} is served by profile {profile.name}, for which vLLM imports {profile.needs}: this "
+            f"Python has none (the CPU build leaves it out); use the GPU build"
+        )
+    if profile.config_file:
+        # The code that is trusted is the kit's own: the adapted folder holds no other.
+        engine["trust_remote_code"] = True
+        why["trust_remote_code"] = f"for the kit's own {profile.config_file}, in the folder that is served"
     engine["runner"] = "pooling"
     if profile.convert:
         engine["convert"] = profile.convert
@@ -143,6 +153,7 @@ def make_plan(
     if cfg.quantization:
         engine["quantization"] = cfg.quantization
     engine["max_model_len"], why["max_model_len"] = _max_model_len(cfg, checkpoint)
+    engine |= profile.engine
     engine["tensor_parallel_size"] = cfg.tp
     if cfg.dp > 1:
         engine["data_parallel_size"] = cfg.dp
@@ -382,6 +393,7 @@ def vllm_command() -> str:
 def server_command(plan: Plan) -> tuple[list[str], dict[str, str]]:
     """(argv, environment) of `vllm serve`. The API key travels in the environment, not in the process list."""
     args = serve_args(plan)
+    make_adapted(plan.checkpoint, plan.profile, Path(plan.engine["model"]))
     if plan.cfg.instruction and plan.template is not None:
         plan.cfg.log_path.mkdir(parents=True, exist_ok=True)
         _template_file(plan).write_text(plan.template, "utf-8")

@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from guard_rules import FIRST_PAIRS, MAX_DEPTH, Load, Refusal, parse
 from long_documents import (
     MODES,
+    EmptyTextCounts,
     Fitter,
     Split,
     TooManyWindows,
@@ -459,7 +460,10 @@ def _make_fitter(scope):
             raise LookupError(f"scoring of kind {served.name}")
         config = served.model_config
         tokenizer = _plain_tokenizer(config.tokenizer, config.trust_remote_code)
-        return Fitter(tokenizer, None if separate else template, config.max_model_len, separate=separate)
+        fitter = Fitter(tokenizer, None if separate else template, config.max_model_len, separate=separate)
+        if fitter.needs_cover:
+            served.tokenizer = EmptyTextCounts(served.tokenizer)
+        return fitter
     except Exception as exc:  # another release of vLLM: long texts get vLLM's own 400
         logger.warning("guard: long documents are not cut (%s: %s)", type(exc).__name__, exc)
         return False

@@ -26,6 +26,7 @@ from pathlib import Path
 from engine_args import Plan, make_plan
 from env_utils import ConfigError, get_config
 from long_documents import Fitter
+from model_files import make_adapted
 
 EXAMPLE_QUERY = "What is the capital of China?"
 EXAMPLE_DOCUMENTS = (
@@ -65,7 +66,10 @@ class PairEncoder:
         from transformers import AutoTokenizer
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        self.tokenizer = AutoTokenizer.from_pretrained(plan.checkpoint.path)
+        make_adapted(plan.checkpoint, plan.profile, Path(plan.engine["model"]))
+        # Said in full: left open, transformers asks the terminal whether to run a checkpoint's code.
+        trusted = plan.engine.get("trust_remote_code", False)
+        self.tokenizer = AutoTokenizer.from_pretrained(plan.engine["model"], trust_remote_code=trusted)
         self.template, self.max_length = plan.template, plan.engine["max_model_len"]
 
     def encode(self, pairs: list[Pair]) -> list[Prompt]:
