@@ -303,6 +303,37 @@ def test_the_profile_is_found_from_the_files(name, tmp_path):
         assert find_profile(found).name == family.profile
 
 
+def logit_score(folder: Path, true: str, false: str | None) -> Path:
+    """The files of sentence-transformers 5.4 that name the tokens of the score."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = {"true_token_id": tokenizer.convert_tokens_to_ids(true)}
+    ids["false_token_id"] = None if false is None else tokenizer.convert_tokens_to_ids(false)
+    kind = "sentence_transformers.cross_encoder.modules.logit_score.LogitScore"
+    (folder / "modules.json").write_text(json.dumps([{"path": "1_LogitScore", "type": kind}]))
+    (folder / "1_LogitScore").mkdir()
+    (folder / "1_LogitScore" / "config.json").write_text(json.dumps(ids))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "true", "false", "profile"),
+    [
+        (tiny_models.mxbai_rerank_v2, "1", "0", "mxbai_rerank_v2"),
+        (tiny_models.bge_reranker_v2_gemma, "Yes", None, "bge_reranker_v2_gemma"),
+    ],
+)
+def test_the_tokens_of_the_score_name_the_family_in_a_folder_of_any_name(make, true, false, profile, tmp_path):
+    folder = make(tmp_path / "my-model")
+    with pytest.raises(ConfigError, match="fits no profile"):
+        find_profile(read_checkpoint(folder))
+    assert find_profile(read_checkpoint(logit_score(folder, true, false))).name == profile
+    other = logit_score(make(tmp_path / "other"), "yes", false)
+    with pytest.raises(ConfigError, match="fits no profile"):
+        find_profile(read_checkpoint(other))
+
+
 def checkpoint(name, architectures, modules=(), pooling=None, **config):
     return Checkpoint(Path("/m") / name, {"architectures": architectures, **config}, modules, None, pooling)
 
