@@ -29,6 +29,8 @@ class EmptyTextCounts:
         self._tokenizer = tokenizer
 
     def __getattr__(self, name):
+        if name == "_tokenizer":  # a copy that is not filled yet
+            raise AttributeError(name)
         return getattr(self._tokenizer, name)
 
     def __call__(self, text, text_pair=None, **kwargs):

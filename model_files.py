@@ -96,7 +96,7 @@ class Checkpoint:
     @property
     def num_labels(self) -> int:
         # The default of transformers' PretrainedConfig is two labels.
-        return len(self.config.get("id2label") or {0: 0, 1: 1})
+        return len(self.config.get("id2label") or range(self.config.get("num_labels") or 2))
 
     @property
     def logit_texts(self) -> tuple[str | None, str | None] | None:
@@ -219,7 +219,7 @@ def _fits(checkpoint: Checkpoint, rule: dict) -> bool:
         "config_code": lambda v: (
             re.search(v + "$", checkpoint.config.get("auto_map", {}).get("AutoConfig", "")) is not None
         ),
-        "config": lambda v: all(checkpoint.config.get(key) == wanted for key, wanted in v.items()),
+        "config": lambda v: all(checkpoint.config.get(key, wanted) == wanted for key, wanted in v.items()),
         "labels_besides": lambda v: checkpoint.num_labels != v,
         "logit_tokens": lambda v: checkpoint.logit_tokens == tuple(v),
         "logit_texts": lambda v: checkpoint.logit_texts == tuple(v),
@@ -235,9 +235,8 @@ def adapted_folder(checkpoint: Checkpoint, profile: Profile, root: Path) -> Path
     """
     if not profile.config_changes:
         return checkpoint.path
-    files = _adapted_files(checkpoint, profile)
-    known = hashlib.sha256("\0".join([str(checkpoint.path), *files.values()]).encode()).hexdigest()[:12]
-    return root / f"model-{known}"
+    parts = [str(checkpoint.path), *_adapted_files(checkpoint, profile).values(), *map(str, _linked(checkpoint))]
+    return root / f"model-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:12]}"
 
 
 def make_adapted(checkpoint: Checkpoint, profile: Profile, folder: Path) -> None:
@@ -255,9 +254,8 @@ def make_adapted(checkpoint: Checkpoint, profile: Profile, folder: Path) -> None
         with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as scratch:
             part = Path(scratch, folder.name)
             part.mkdir()
-            for file in checkpoint.path.iterdir():
-                if file.suffix in (".json", ".safetensors", ".bin", ".model", ".txt") and file.name != "config.json":
-                    (part / file.name).symlink_to(file.absolute())
+            for file in _linked(checkpoint):
+                (part / file.name).symlink_to(file.absolute())
             for name, text in _adapted_files(checkpoint, profile).items():
                 (part / name).write_text(text, "utf-8")
             (part / SOURCE).symlink_to(checkpoint.path.absolute())
@@ -265,6 +263,12 @@ def make_adapted(checkpoint: Checkpoint, profile: Profile, folder: Path) -> None
     except OSError as exc:
         if not folder.is_dir():  # else another process was faster
             raise ConfigError(f"{folder} cannot be made: {exc.strerror}; is LOG_DIR writable?") from exc
+
+
+def _linked(checkpoint: Checkpoint) -> list[Path]:
+    """Files of a checkpoint that an adapted folder links to: weights and tokenizer, no code."""
+    kinds = (".json", ".safetensors", ".bin", ".model", ".txt")
+    return sorted(f for f in checkpoint.path.iterdir() if f.suffix in kinds and f.name != "config.json")
 
 
 def _adapted_files(checkpoint: Checkpoint, profile: Profile) -> dict[str, str]:

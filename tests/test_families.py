@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import tiny_hub_models
@@ -290,6 +291,10 @@ def test_scores_are_those_of_the_model_card(name, tmp_path):
             body = {"model": "qwen3-reranker", "query": "q", "documents": ["d"], "instruction": INSTRUCTION}
             status, answer = http("POST", f"{url}/rerank", body)
             assert status == 422 and "takes no instruction" in answer["error"]["message"]
+        if profile.config_changes:  # what is served is a folder of links: check looks at the checkpoint behind it
+            checked = run_kit("check", "--reference", MODEL_PATH=model, PORT=urlsplit(url).port)
+            assert checked.returncode == 0 and f"{model}, profile {profile.name}" in checked.stdout, checked.stdout
+            assert "float32 agrees within" in checked.stdout
 
 
 @pytest.mark.parametrize("name", FAMILIES)
