@@ -392,7 +392,7 @@ def gpus_of(flags: str | None) -> int:
 
 def cost_lines(about: dict, rows: list[dict], price_per_hour: float | None, targets: list[float] | None) -> list[str]:
     """What a million pairs cost at each level, and how many GPUs each target rate (pairs/s) needs."""
-    gpus, out = gpus_of(about.get("server_flags")), []
+    gpus, out = gpus_of(about.get("server_flags")) * about.get("services", 1), []
     for row in rows:
         cells = [f"{row['endpoint']} {row['mode']} {row['level']:g}: {row['pairs/s']:.1f} pairs/s"]
         cells.append("p95 -" if row["p95_ms"] is None else f"p95 {row['p95_ms']:.3g} ms")

@@ -144,10 +144,11 @@ async def look(bench: Bench) -> dict[str, float]:
     if is_local(bench.base_url) and Path("/proc/stat").exists():
         times = [int(t) for t in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
         now |= {"host_all": sum(times), "host_busy": sum(times) - times[3] - times[4]}  # idle, waiting for a disk
-    url, timeout = bench.base_url.removesuffix("/v1") + "/metrics", aiohttp.ClientTimeout(total=2)
-    with contextlib.suppress(aiohttp.ClientError, OSError, ValueError):
-        async with bench.session.get(url, timeout=timeout) as answer:
-            now.update(metric_sums(await answer.text()) if answer.status == 200 else {})
+    for base_url in bench.base_urls:
+        url, timeout = base_url.removesuffix("/v1") + "/metrics", aiohttp.ClientTimeout(total=2)
+        with contextlib.suppress(aiohttp.ClientError, OSError, ValueError):
+            async with bench.session.get(url, timeout=timeout) as answer:
+                now.update(metric_sums(await answer.text()) if answer.status == 200 else {})
     return now
 
 
@@ -199,7 +200,8 @@ async def describe(args: argparse.Namespace, bench: Bench, answers: dict, tokens
         "server": without_secrets([args.base_url]),
         **answers,
         "model": bench.model,
-        "server_flags": server_flags(args.base_url),
+        "services": len(bench.base_urls),
+        "server_flags": server_flags(bench.base_url),
         "hardware": hardware() + ("" if is_local(args.base_url) else " (this client's; the server is another host)"),
         "client": f"Python {platform.python_version()}, aiohttp {aiohttp.__version__}, retries off",
         "timeout_s": args.timeout_s,
@@ -348,7 +350,7 @@ async def check(bench: Bench, endpoints: list[str]) -> float | None:
         bench.first += 1
         if first.error:
             what = "no server" if first.error == "connect" else f"{first.error} for {endpoint}"
-            where, why = without_secrets([bench.base_url]), bench.error_texts[first.error]
+            where, why = without_secrets([bench.addresses]), bench.error_texts[first.error]
             raise RuntimeError(f"{what} at {where}: run sh start_rerank.sh status ({why})")
     bench.checked = True
     return first.tokens / first.pairs or None
@@ -383,7 +385,8 @@ async def run(args: argparse.Namespace, api_key: str | None, connect_timeout_s: 
         except RuntimeError as exc:
             say(f"[ERR] {exc}")
             return 1
-        bench.server_pids = server_processes(args.base_url)
+        for base_url in bench.base_urls:
+            bench.server_pids |= server_processes(base_url)
         about = await describe(args, bench, answers, tokens_per_pair)
         for name, value in about.items():
             print(f"# {name}: {'unknown' if value is None else value}")
@@ -496,7 +499,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, str | None, float]:
     add("--seed", type=numbers(int, 0), help="of texts and arrivals (default: a new one, printed)")
     add("--repeat", nargs="?", const="all", choices=["all", "query"],
         help="measure the prefix cache: all calls are the same, or share the query")
-    add("--base-url", help="default: BASE_URL, else HOST and PORT")
+    add("--base-url", help="default: BASE_URL, else HOST and PORT; of several (commas) a call takes the least busy one")
     add("--model", help="default: SERVED_MODEL_NAME")
     add("--timeout-s", help="seconds to wait for an answer (default: TIMEOUT_S)")
     add("--json", metavar="FILE", help="write header and rows")
@@ -525,8 +528,9 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, str | None, float]:
     try:
         cfg = get_config(base_url=args.base_url, served_model_name=args.model, timeout_s=args.timeout_s)
         args.base_url, args.model, args.timeout_s = cfg.local_base_url, cfg.served_model_name, cfg.timeout_s
-        if not re.fullmatch(r"https?://([^/@\s]*@)?(\[[\da-fA-F:]+\]|[^:/@\s]+)(:\d{1,5})?(/\S*)?", args.base_url):
-            raise ValueError(f"base URL {without_secrets([args.base_url])} is not http://HOST:PORT/v1")
+        for url in map(str.strip, args.base_url.split(",")):
+            if not re.fullmatch(r"https?://([^/@\s]*@)?(\[[\da-fA-F:]+\]|[^:/@\s]+)(:\d{1,5})?(/\S*)?", url):
+                raise ValueError(f"base URL {without_secrets([url])} is not http://HOST:PORT/v1")
         for name in filter(None, (args.json, args.csv, args.html)):
             open(name, "a").close()  # now, not after a long run
     except (ValueError, OSError) as exc:  # ConfigError is a ValueError

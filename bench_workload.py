@@ -227,7 +227,10 @@ class Bench:
     """What all levels share: session, texts, the number of the next call, the first text of each error."""
 
     def __init__(self, base_url, model, texts=None, api_key=None, timeout_s=120.0, connect_timeout_s=5.0):
-        self.base_url, self.model, self.texts = base_url, model, texts
+        self.addresses, self.model, self.texts = base_url, model, texts
+        self.base_urls = [url.strip().rstrip("/") for url in base_url.split(",")]
+        self.base_url = self.base_urls[0]
+        self.in_flight = dict.fromkeys(self.base_urls, 0)  # calls by address; the one used last stands last
         self.api_key, self.timeout_s, self.connect_timeout_s = api_key, timeout_s, connect_timeout_s
         self.first = 0  # number of the first call of the next level
         self.error_texts: dict[str, str] = {}
@@ -249,7 +252,7 @@ class Bench:
 
     def twin(self) -> "Bench":
         """The same for another process: no session, nothing found yet."""
-        twin = Bench(self.base_url, self.model, self.texts, self.api_key, self.timeout_s, self.connect_timeout_s)
+        twin = Bench(self.addresses, self.model, self.texts, self.api_key, self.timeout_s, self.connect_timeout_s)
         twin.first = self.first
         return twin
 
@@ -263,8 +266,10 @@ class Bench:
         """Send one call and judge its answer. Never raises for what the server or the network does."""
         sent = time.perf_counter()
         end, error, text, tokens = None, None, None, 0
+        url = min(self.in_flight, key=self.in_flight.get)
+        self.in_flight[url] = self.in_flight.pop(url) + 1
         try:
-            async with self.session.post(f"{self.base_url}/{endpoint}", data=body, allow_redirects=False) as answer:
+            async with self.session.post(f"{url}/{endpoint}", data=body, allow_redirects=False) as answer:
                 data = await answer.read()
             end = time.perf_counter()
             if answer.status == 200:
@@ -280,6 +285,8 @@ class Bench:
             error, text = "bad_answer", exc.message
         except (aiohttp.ClientError, OSError) as exc:
             error, text = "disconnect", f"{type(exc).__name__}: {exc}"
+        finally:
+            self.in_flight[url] -= 1
         if error:
             self.note_error(error, text)
         return Call(sent if due is None else due, sent, end or time.perf_counter(), error, tokens, n_docs, measured)

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine_args import GIB, free_memory, vllm_version
 from env_utils import ConfigError, EnvConfig, get_config
+from machine import GIB, free_memory, vllm_version
 from model_files import Checkpoint, Profile, find_profile, read_checkpoint
 from service_health import request
 

@@ -6,38 +6,24 @@
 import ipaddress
 import json
 import os
+import random
 import re
 import shlex
-import shutil
 import socket
 import ssl
-import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from engine_defaults import api_servers, count_weights, fastokens_agrees
+from engine_defaults import api_servers, count_weights, engines_per_gpu, fastokens_agrees, weight_bytes
 from env_utils import FIELDS, KIT_DIR, ConfigError, EnvConfig, get_config, passed_on_env
+from machine import GIB, Machine, NoVllm, cpu_has_bf16, probe_machine, vllm_command, vllm_version
 from model_files import Checkpoint, Profile, adapted_folder, find_profile, locate, make_adapted, read_checkpoint
 
-OLDEST_VLLM = (0, 26)
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What serves: the installed vLLM, and the GPUs or the CPU below it."""
-
-    vllm_version: str
-    gpus: tuple[str, ...]  # "name, MiB" of every GPU of the host
-    cores: tuple[int, ...]  # usable CPU cores
-    memory_bytes: int  # memory that is free for us now
-
-    @property
-    def is_cpu(self) -> bool:
-        return self.vllm_version.endswith("+cpu")
+KV_GIB_AT_MOST = 16  # of one of several engines on a GPU: six full steps of a 0.6B model
+ENGINE_GIB = 4  # CUDA context, activations of one step and graphs of one engine, beside weights and KV cache
 
 
 @dataclass
@@ -50,63 +36,15 @@ class Plan:
     checkpoint: Checkpoint
     template: str | None  # Jinja text
     engine: dict  # keyword arguments of vllm.LLM; flags of vllm serve by the same names
+    engines: int = 1  # on each GPU
     api_servers: int | None = None  # None = vLLM's own choice, one for each data parallel rank
     env: dict[str, str] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)  # engine key -> one line
 
-
-class NoVllm(ConfigError):
-    """vLLM is missing or too old."""
-
-
-def vllm_version() -> str:
-    """Version of the installed vLLM; `+cpu` at its end marks the CPU build.
-
-    Raises:
-        NoVllm: not installed, or older than the kit supports.
-    """
-    try:
-        found = version("vllm")
-    except PackageNotFoundError:
-        raise NoVllm('vLLM is not installed for this Python: run "sh start_rerank.sh setup"') from None
-    numbers = tuple(int(n) for n in found.split("+")[0].split(".")[:2] if n.isdigit())
-    if numbers < OLDEST_VLLM:
-        raise NoVllm(
-            f"vLLM {found} is too old, {OLDEST_VLLM[0]}.{OLDEST_VLLM[1]} or newer is needed: older releases hang on "
-            'prompts of exactly max_model_len tokens or ignore instructions; run "sh start_rerank.sh setup"'
-        )
-    return found
-
-
-def probe_machine() -> Machine:
-    """Look at the machine; asks nvidia-smi, imports neither torch nor vllm (that would cost 10 s)."""
-    found = vllm_version()
-    cores = tuple(sorted(os.sched_getaffinity(0)))
-    return Machine(found, () if found.endswith("+cpu") else list_gpus(), cores, free_memory())
-
-
-def list_gpus() -> tuple[str, ...]:
-    """`name, MiB` of every NVIDIA GPU of this host; empty without a working nvidia-smi."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    return tuple(line.strip() for line in done.stdout.splitlines() if line.strip()) if done.returncode == 0 else ()
-
-
-def free_memory() -> int:
-    """Bytes of memory that a new process can take: the host's, or what the cgroup leaves of it."""
-    free = 0
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) * 1024
-    try:  # cgroup v2; containers see the host's /proc/meminfo
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return free if limit == "max" else min(free, int(limit) - used)
+    @property
+    def copies(self) -> int:
+        """Engines in all: vLLM's data parallel ranks."""
+        return self.cfg.dp * self.engines
 
 
 def make_plan(
@@ -130,7 +68,8 @@ def make_plan(
     _check_gpus(cfg, machine)
     checkpoint = read_checkpoint(locate(str(model)))
     profile = find_profile(checkpoint, cfg.model_profile)
-    plan = Plan(cfg, machine, profile, checkpoint, profile.template_text(cfg.instruction), {}, cfg.api_server_count)
+    plan = Plan(cfg, machine, profile, checkpoint, profile.template_text(cfg.instruction), {})
+    plan.api_servers = cfg.api_server_count
     engine, why = plan.engine, plan.why
     engine["model"] = str(adapted_folder(checkpoint, profile, cfg.log_path))
     if profile.needs and find_spec(profile.needs) is None:
@@ -155,8 +94,10 @@ def make_plan(
     engine["max_model_len"], why["max_model_len"] = _max_model_len(cfg, checkpoint)
     engine |= profile.engine
     engine["tensor_parallel_size"] = cfg.tp
-    if cfg.dp > 1:
-        engine["data_parallel_size"] = cfg.dp
+    if not offline:
+        plan.engines, why["engines_per_gpu"] = _engines(plan)
+    if plan.copies > 1:
+        engine["data_parallel_size"] = plan.copies
     if profile.prefix_caching:
         engine["enable_prefix_caching"] = True
     if machine.is_cpu:
@@ -185,7 +126,7 @@ def _guard_env(plan: Plan) -> dict[str, str]:
     # vLLM takes an instruction for any model and drops it where no template asks for it.
     env["GUARD_TAKES_INSTRUCTION"] = str(int(plan.profile.instruction))
     # vLLM runs one API process for each data parallel rank unless told otherwise.
-    return env | {"GUARD_API_SERVERS": str(plan.api_servers or cfg.dp)}
+    return env | {"GUARD_API_SERVERS": str(plan.api_servers or plan.copies)}
 
 
 def _check_gpus(cfg: EnvConfig, machine: Machine) -> None:
@@ -213,6 +154,21 @@ def _check_gpus(cfg: EnvConfig, machine: Machine) -> None:
         raise ConfigError(f"TP x DP = {cfg.tp} x {cfg.dp} = {wanted}, but this host has {len(machine.gpus)} GPUs")
 
 
+def _engines(plan: Plan) -> tuple[int, str]:
+    """Engine processes on each GPU, and why."""
+    cfg, machine = plan.cfg, plan.machine
+    if cfg.engines_per_gpu:
+        return cfg.engines_per_gpu, f"{cfg.engines_per_gpu}: ENGINES_PER_GPU"
+    if machine.is_cpu:
+        return 1, "1: the CPU build"
+    if cfg.tp * cfg.dp > 1:
+        return 1, "1: TP or DP is set"
+    if "--data-parallel" in cfg.extra_args:
+        return 1, "1: EXTRA_ARGS arranges data parallel ranks"
+    n, why = engines_per_gpu(count_weights(plan.checkpoint.config), machine.gpu_mib, len(machine.cores))
+    return n, f"{n}: {why}"
+
+
 def _max_model_len(cfg: EnvConfig, checkpoint: Checkpoint) -> tuple[int, str]:
     """Tokens of the longest prompt, and why."""
     config = checkpoint.config
@@ -234,23 +190,46 @@ def _max_model_len(cfg: EnvConfig, checkpoint: Checkpoint) -> tuple[int, str]:
 
 def _plan_gpu(plan: Plan, offline: bool) -> None:
     cfg, engine, why = plan.cfg, plan.engine, plan.why
-    engine["gpu_memory_utilization"] = cfg.gpu_memory_utilization or 0.85
+    share = cfg.gpu_memory_utilization or 0.85
+    # Each engine checks at its start that its share is free, and the others take theirs at the same time.
+    engine["gpu_memory_utilization"] = round(share / plan.engines, 3)
     # 0.6B on an H100, engine alone: 1079 pairs/s with 8192 tokens and 128 pairs a step, 1712 with 65536 and 1024.
-    large = offline and int(plan.machine.gpus[0].rsplit(",", 1)[1]) > 70_000
+    large = offline and plan.machine.gpu_mib > 70_000
     tokens, pairs = (65536, 1024) if large else (24576, 256)
     engine["max_num_batched_tokens"] = cfg.max_num_batched_tokens or max(tokens, engine["max_model_len"])
     engine["max_num_seqs"] = cfg.max_num_seqs or pairs
     why["gpu_memory_utilization"] = "GPU_MEMORY_UTILIZATION" if cfg.gpu_memory_utilization else "0.85 unless set"
+    if plan.engines > 1:
+        why["gpu_memory_utilization"] += f", shared by {plan.engines} engines"
+        _plan_kv_cache(plan)
     if cfg.cuda_visible_devices is None:
         plan.env["CUDA_VISIBLE_DEVICES"] = ",".join(str(i) for i in range(cfg.tp * cfg.dp))
+
+
+def _plan_kv_cache(plan: Plan) -> None:
+    """KV cache of one of several engines on a GPU: vLLM's own measurement would count what the others take."""
+    engine, cfg = plan.engine, plan.cfg
+    if "--kv-cache-memory-bytes" in cfg.extra_args:
+        return
+    share = engine["gpu_memory_utilization"] * plan.machine.gpu_mib * 2**20
+    left = int(share - weight_bytes(plan.checkpoint.path, plan.checkpoint.config) / cfg.tp - ENGINE_GIB * GIB)
+    step = engine["max_num_batched_tokens"] * _kv_bytes_per_token(plan) // cfg.tp
+    if left < step:
+        raise ConfigError(
+            f"ENGINES_PER_GPU={plan.engines} leaves {max(0, left) / GIB:.1f} GiB of KV cache to each engine, and one "
+            f"step of {engine['max_num_batched_tokens']} tokens needs {step / GIB:.1f}: lower ENGINES_PER_GPU or "
+            "MAX_NUM_BATCHED_TOKENS"
+        )
+    engine["kv_cache_memory_bytes"] = min(left, max(KV_GIB_AT_MOST * GIB, 2 * step))
+    plan.why["kv_cache_memory_bytes"] = f"an engine's share less weights and {ENGINE_GIB} GiB, at most six steps or so"
 
 
 def _plan_tokenizing(plan: Plan) -> None:
     """API processes and the tokenizer's implementation: they limit a small model on a large GPU."""
     cfg = plan.cfg
-    if cfg.api_server_count is None and cfg.dp == 1:
-        n, why = api_servers(count_weights(plan.checkpoint.config), len(plan.machine.cores))
-        plan.api_servers = n if n > 1 else None
+    if cfg.api_server_count is None:
+        n, why = api_servers(count_weights(plan.checkpoint.config), len(plan.machine.cores), cfg.dp)
+        plan.api_servers = n if n > 1 or plan.copies > 1 else None
         plan.why["api_server_count"] = f"{n}: {why}"
     if "VLLM_USE_FASTOKENS" not in {**os.environ, **passed_on_env()}:
         agrees, why = fastokens_agrees(plan.checkpoint.path)
@@ -267,7 +246,7 @@ def _plan_cpu(plan: Plan) -> None:
     engine["enforce_eager"] = True
     if cfg.dtype == "auto":
         # vLLM's own choice is float16 where a checkpoint is float32, which this CPU build computes many times slower.
-        engine["dtype"] = "bfloat16" if _cpu_has_bf16() else "float32"
+        engine["dtype"] = "bfloat16" if cpu_has_bf16() else "float32"
         why["dtype"] = "bfloat16 where the CPU computes it, else float32"
     if cfg.gpu_memory_utilization:
         engine["gpu_memory_utilization"] = cfg.gpu_memory_utilization
@@ -276,13 +255,14 @@ def _plan_cpu(plan: Plan) -> None:
         need = 2 * engine["max_num_batched_tokens"] * _kv_bytes_per_token(plan)
         engine["kv_cache_memory_bytes"] = max(GIB, need)
         why["kv_cache_memory_bytes"] = "room for two engine steps, 1 GiB at least"
-        if engine["kv_cache_memory_bytes"] > 0.8 * plan.machine.memory_bytes:
+        all_engines = plan.copies * engine["kv_cache_memory_bytes"]
+        if all_engines > 0.8 * plan.machine.memory_bytes:
             free = plan.machine.memory_bytes / GIB
             raise ConfigError(
-                f"{engine['kv_cache_memory_bytes'] / GIB:.1f} GiB of KV cache do not fit into {free:.1f} GiB of free "
+                f"{all_engines / GIB:.1f} GiB of KV cache do not fit into {free:.1f} GiB of free "
                 "memory: lower MAX_NUM_BATCHED_TOKENS or MAX_MODEL_LEN"
             )
-    workers = cfg.tp * cfg.dp
+    workers = cfg.tp * plan.copies
     if workers > 1:
         plan.env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         plan.env["OMP_NUM_THREADS"] = str(max(1, len(cores) // workers))
@@ -295,12 +275,6 @@ def _plan_cpu(plan: Plan) -> None:
         why["threads"] = "vLLM binds one thread to each physical core but one"
 
 
-def _cpu_has_bf16() -> bool:
-    """The CPU has bf16 instructions: AVX512_BF16 or AMX on x86, BF16 on Arm."""
-    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return bool(flags and {"avx512_bf16", "amx_bf16", "bf16"} & set(flags[1].split()))
-
-
 def _kv_bytes_per_token(plan: Plan) -> int:
     config = plan.checkpoint.config
     heads = config.get("num_attention_heads") or 1
@@ -310,17 +284,41 @@ def _kv_bytes_per_token(plan: Plan) -> int:
     return 2 * layers * (config.get("num_key_value_heads") or heads) * head_dim * size
 
 
-def serve_args(plan: Plan) -> list[str]:
-    """Arguments of `vllm serve`, without secrets."""
+def serve_args(plan: Plan, group: int = 0, rpc_port: int | str = "FREE_PORT") -> list[str]:
+    """Arguments of `vllm serve`, without secrets.
+
+    Args:
+        group: 0 = API processes and the first engine of each GPU; 1, 2 ... = the next engine of each GPU, without an
+            API: to vLLM a further (headless) node of one data parallel service, which here is the same host.
+        rpc_port: where the groups find each other, on loopback.
+    """
     cfg, engine = plan.cfg, dict(plan.engine)
-    args = ["serve", engine.pop("model"), "--served-model-name", cfg.served_model_name]
-    args += ["--host", cfg.host, "--port", str(cfg.port)]
+    args = ["serve", engine.pop("model")]
+    if group == 0:
+        args += ["--served-model-name", cfg.served_model_name, "--host", cfg.host, "--port", str(cfg.port)]
     for key, value in engine.items():
         flag = "--" + key.replace("_", "-")
         if value is True:
             args.append(flag)
         else:
             args += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+    if plan.engines > 1:
+        args += ["--data-parallel-size-local", str(cfg.dp), "--data-parallel-address", "127.0.0.1"]
+        args += ["--data-parallel-rpc-port", str(rpc_port)]
+    if group:
+        args += ["--headless", "--data-parallel-start-rank", str(cfg.dp * group)]
+    else:
+        args += _api_args(plan)
+    args += ["--shutdown-timeout", str(cfg.stop_timeout_s)]
+    try:
+        return args + shlex.split(cfg.extra_args)
+    except ValueError as exc:
+        raise ConfigError(f"EXTRA_ARGS={_hidden(cfg.extra_args)!r} does not read as shell words: {exc}") from None
+
+
+def _api_args(plan: Plan) -> list[str]:
+    """What the API processes need beside the engine's arguments."""
+    cfg, args = plan.cfg, ["--disable-uvicorn-access-log"]
     if plan.template is not None:
         args += ["--chat-template", str(_template_file(plan))]
     if plan.api_servers:
@@ -330,16 +328,12 @@ def serve_args(plan: Plan) -> list[str]:
         args += ["--ssl-certfile", certificate, "--ssl-keyfile", key]
     if cfg.guard:
         args += ["--middleware", "server_guard.Guard"]
-    args += ["--shutdown-timeout", str(cfg.stop_timeout_s), "--disable-uvicorn-access-log"]
-    try:
-        return args + shlex.split(cfg.extra_args)
-    except ValueError as exc:
-        raise ConfigError(f"EXTRA_ARGS={_hidden(cfg.extra_args)!r} does not read as shell words: {exc}") from None
+    return args
 
 
-def shown_args(plan: Plan) -> list[str]:
+def shown_args(plan: Plan, group: int = 0) -> list[str]:
     """serve_args() for people to read: a key or token that EXTRA_ARGS brings is not shown."""
-    return _hidden("\0".join(serve_args(plan))).split("\0")
+    return _hidden("\0".join(serve_args(plan, group))).split("\0")
 
 
 def _hidden(text: str) -> str:
@@ -378,25 +372,21 @@ def explain(plan: Plan) -> str:
         lines.append(f"{key}: {plan.engine[key]} ({reason})" if key in plan.engine else f"{key}: {reason}")
     lines.append("# command")
     env = [f"{k}={shlex.quote(v)}" for k, v in plan.env.items()] + (["VLLM_API_KEY=***"] if cfg.api_key else [])
-    return "\n".join(lines) + "\n" + " ".join([*env, "vllm", shlex.join(shown_args(plan))])
+    commands = [" ".join([*env, "vllm", shlex.join(shown_args(plan, group))]) for group in range(plan.engines)]
+    return "\n".join([*lines, *commands])
 
 
-def vllm_command() -> str:
-    """The `vllm` program of this Python environment, or the first on PATH."""
-    beside = Path(sys.executable).parent / "vllm"
-    found = str(beside) if os.access(beside, os.X_OK) else shutil.which("vllm")
-    if not found:
-        raise NoVllm(f'no vllm program beside {sys.executable} or on PATH: run "sh start_rerank.sh setup"')
-    return found
+def server_commands(plan: Plan) -> tuple[list[list[str]], dict[str, str]]:
+    """(argv of each `vllm serve`, their environment). The first is the service, the others engines beside it.
 
-
-def server_command(plan: Plan) -> tuple[list[str], dict[str, str]]:
-    """(argv, environment) of `vllm serve`. The API key travels in the environment, not in the process list."""
-    args = serve_args(plan)
+    The API key travels in the environment, not in the process list.
+    """
     make_adapted(plan.checkpoint, plan.profile, Path(plan.engine["model"]))
     if plan.cfg.instruction and plan.template is not None:
         plan.cfg.log_path.mkdir(parents=True, exist_ok=True)
         _template_file(plan).write_text(plan.template, "utf-8")
+    rpc_port = _free_port() if plan.engines > 1 else 0
+    commands = [[vllm_command(), *serve_args(plan, group, rpc_port)] for group in range(plan.engines)]
     env = {**os.environ, **passed_on_env(), **plan.env}
     if plan.cfg.cuda_visible_devices is not None:
         env["CUDA_VISIBLE_DEVICES"] = plan.cfg.cuda_visible_devices
@@ -405,13 +395,28 @@ def server_command(plan: Plan) -> tuple[list[str], dict[str, str]]:
     if plan.cfg.api_key:
         env["VLLM_API_KEY"] = plan.cfg.api_key
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(KIT_DIR), env.get("PYTHONPATH")]))
-    return [vllm_command(), *args], env
+    return commands, env
+
+
+def _free_port() -> int:
+    """A port of loopback that is free and stays so until vLLM binds it, a minute later.
+
+    From below the kernel's range for outgoing connections: clients of this host take ports from that all the time.
+    """
+    for _ in range(100):
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+    raise ConfigError("no free port between 20000 and 32000 on 127.0.0.1 for the engines of this service")
 
 
 def become_server(plan: Plan) -> None:
-    """Replace this process by `vllm serve`."""
-    command, env = server_command(plan)
-    os.execve(command[0], command, env)
+    """Replace this process by `vllm serve`, or by a supervisor of several that act as one."""
+    commands, env = server_commands(plan)
+    if len(commands) > 1:
+        os.execv(sys.executable, [sys.executable, str(KIT_DIR / "supervisor.py"), "foreground"])
+    os.execve(commands[0][0], commands[0], env)
 
 
 def check_network(cfg: EnvConfig) -> None:

@@ -28,18 +28,39 @@ def count_weights(config: dict) -> int:
     return layers * (attention + mlp) + embeddings
 
 
-def api_servers(n_weights: int, n_cores: int) -> tuple[int, str]:
-    """API processes of one engine on a GPU, and why.
+def api_servers(n_weights: int, n_cores: int, dp: int = 1) -> tuple[int, str]:
+    """API processes of a service on `dp` GPUs (or groups of them), and why.
 
     A small model answers faster than one process can tokenize, serialize and speak HTTP; a large one does not.
     """
     if n_weights > 6e9:
+        n, why = 1, "the GPU is the bottleneck of a model of this size"
+    elif n_weights > 2e9:
+        n, why = (2, "two keep the GPU busy at this size") if n_cores >= 8 else (1, "few cores")
+    else:
+        # H100, 16 cores, 0.6B, vLLM 0.26: pairs/s at 64 calls in flight with 1, 2, 4 (fastokens): 1450, 2100, 2060.
+        n = 4 if n_cores >= 8 else 2 if n_cores >= 4 else 1
+        why = "one API process cannot feed the GPU with a model of this size"
+    if dp == 1:
+        return n, why
+    return max(dp, min(n * dp, n_cores // 2)), f"{why}; {dp} copies"
+
+
+def engines_per_gpu(n_weights: int, gpu_mib: int, n_cores: int) -> tuple[int, str]:
+    """Engine processes on one GPU, and why: one process cannot launch the work of a small model fast enough."""
+    if not n_weights or n_weights > 2e9:
         return 1, "the GPU is the bottleneck of a model of this size"
-    if n_weights > 2e9:
-        return (2, "two keep the GPU busy at this size") if n_cores >= 8 else (1, "few cores")
-    # H100, 16 cores, 0.6B, vLLM 0.26: pairs/s at 64 calls in flight with 1, 2, 4 (fastokens): 1450, 2100, 2060.
-    n = 4 if n_cores >= 8 else 2 if n_cores >= 4 else 1
-    return n, "one API process cannot feed the GPU with a model of this size"
+    if gpu_mib < 70_000:
+        return 1, "one engine keeps a smaller GPU busy"
+    if n_cores < 12:
+        return 1, "few cores"
+    return 2, "one engine process leaves a large GPU half idle with a model of this size"
+
+
+def weight_bytes(checkpoint: Path, config: dict) -> int:
+    """Bytes of a checkpoint's weights: its files, else its size by config.json in 16 bits."""
+    found = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    return found or 2 * count_weights(config)
 
 
 def fastokens_agrees(checkpoint: Path, n_probes: int = N_PROBES) -> tuple[bool, str]:

@@ -62,6 +62,7 @@ class EnvConfig:
     cuda_visible_devices: str | None = _key(None, "GPUs to use, e.g. 0,1; unset: the first TP x DP", "gpu")
     tp: int = _key(1, "tensor parallel size: one model over several GPUs", "gpu", low=1)
     dp: int = _key(1, "data parallel size: copies of the model", "gpu", low=1)
+    engines_per_gpu: int | None = _key(None, "engine processes that share each GPU; more than 1 pays for small models on large GPUs", "gpu", low=1, high=8)
     gpu_memory_utilization: float | None = _key(None, "share of the memory that vLLM may take (0-1)", "engine", low=0.01, high=1)
     max_model_len: int | None = _key(None, "longest prompt in tokens (query + document + template)", "engine", low=16)
     max_num_batched_tokens: int | None = _key(None, "most tokens in one engine step", "engine", low=16)

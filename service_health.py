@@ -103,9 +103,9 @@ def request(
         connection.close()
 
 
-def probe(cfg: EnvConfig, timeout_s: float = 60.0) -> str | None:
-    """Score one pair. None when the score is a finite number, BUSY for a refusal by load, else what is wrong."""
-    body = {"model": cfg.served_model_name, "query": "ping", "documents": ["pong"]}
+def probe(cfg: EnvConfig, timeout_s: float = 60.0, n_docs: int = 1) -> str | None:
+    """Score n_docs pairs. None when the score is a finite number, BUSY for a refusal by load, else what is wrong."""
+    body = {"model": cfg.served_model_name, "query": "ping", "documents": ["pong"] * n_docs}
     try:
         status, data = request(cfg, "GET", "/health", timeout_s=5)
         if status != 200:
@@ -158,25 +158,43 @@ def listens(cfg: EnvConfig) -> bool:
         return False
 
 
-def metrics(cfg: EnvConfig) -> dict[str, float]:
-    """Sums of the server's metrics over their labels, by name; empty without an answer."""
+def samples(cfg: EnvConfig) -> list[tuple[str, str, float]]:
+    """The server's metrics: (name, labels as they stand in braces, value); empty without an answer."""
     try:
         status, data = request(cfg, "GET", "/metrics")
     except (OSError, http.client.HTTPException):
-        return {}
+        return []
+    lines = data.decode("utf-8", "replace").splitlines() if status == 200 else ()
+    found = (re.fullmatch(r"([a-z_:]+)(?:\{(.*)\})? (\S+)", line) for line in lines)
+    return [(match[1], match[2] or "", float(match[3])) for match in found if match]
+
+
+def metrics(cfg: EnvConfig) -> dict[str, float]:
+    """Sums of the server's metrics over their labels, by name; empty without an answer."""
     out: dict[str, float] = {}
-    for line in data.decode("utf-8", "replace").splitlines() if status == 200 else ():
-        match = re.fullmatch(r"([a-z_:]+)(?:\{.*\})? (\S+)", line)
-        if match:
-            out[match[1]] = out.get(match[1], 0.0) + float(match[2])
+    for name, _, value in samples(cfg):
+        out[name] = out.get(name, 0.0) + value
     return out
 
 
-def progress(cfg: EnvConfig) -> float | None:
-    """A number that grows while the server scores: pairs answered and engine steps; None = it does not tell."""
-    now = metrics(cfg)
-    found = [now[name] for name in ("rerank_guard_pairs_total", "vllm:prompt_tokens_total") if name in now]
-    return sum(found) if found else None
+def progress(cfg: EnvConfig) -> dict[str, tuple[float, bool]]:
+    """{engine: (a number that grows while it scores, it has pairs now)}; empty = the server does not tell.
+
+    Engines are those of vLLM's own metrics; without them (--disable-log-stats) the guard's count of answered pairs
+    stands for all under the name "".
+    """
+    steps, held, pairs = {}, {}, None
+    for name, labels, value in samples(cfg):
+        if name == "rerank_guard_pairs_total":
+            pairs = (pairs or 0.0) + value
+        elif engine := re.search(r'engine="(\d+)"', labels):
+            if name == "vllm:prompt_tokens_total":
+                steps[engine[1]] = steps.get(engine[1], 0.0) + value
+            elif name in ("vllm:num_requests_running", "vllm:num_requests_waiting"):
+                held[engine[1]] = held.get(engine[1], 0.0) + value
+    if not steps:
+        return {} if pairs is None else {"": (pairs, False)}
+    return {engine: (count, held.get(engine, 0.0) > 0) for engine, count in steps.items()}
 
 
 def phase(log_text: str) -> str:
@@ -278,8 +296,9 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
     Returns:
         READY, DIED or LOADING.
     """
-    begin = time.monotonic()
+    begin = looked = time.monotonic()
     shown, shown_at, last, answered = "", -10.0, "no answer yet", 0.0
+    spent: dict[str, float] = {}  # seconds by phase
     while True:
         waited = time.monotonic() - begin
         if not is_alive(pid):
@@ -287,14 +306,20 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
             print(f"[ERR] died after {waited:.0f} s: {cause}", file=sys.stderr)
             return DIED
         now = phase(read_log(log)) if log.is_file() else "loading"
-        if listens(cfg):  # a server that loads must not be asked for scores
+        open_now = listens(cfg)
+        now = "first scores" if open_now else now
+        since, looked = looked, time.monotonic()
+        spent[now] = spent.get(now, 0.0) + looked - since
+        if open_now:  # a server that loads must not be asked for scores
             last = probe(cfg)
             answered = answered or (time.monotonic() if last in (None, BUSY) else 0.0)
             # A supervisor must have seen it too: a death before that is a failed start to it. Where it cannot say so
             # (full disk), its silence does not count for long.
             seen = supervised_state(cfg, pid) in ("ready", None) or time.monotonic() - answered > 5
             if last in (None, BUSY) and seen:
-                print(f"ready after {time.monotonic() - begin:.0f} s")
+                spent[now] += time.monotonic() - looked
+                parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in spent.items() if seconds >= 0.5)
+                print(f"ready after {time.monotonic() - begin:.0f} s" + (f" ({parts})" if parts else ""))
                 return READY
         if now != shown or waited - shown_at >= 15:
             print(f"... {waited:4.0f} s  {now}", file=sys.stderr)

@@ -1,4 +1,6 @@
-"""Keeps one `vllm serve` running: starts it, restarts it after a crash or a hang, rotates its log, stops it.
+"""Keeps one service running: starts it, restarts it after a crash or a hang, rotates its log, stops it.
+
+A service is one `vllm serve`; with ENGINES_PER_GPU above 1 it is several that act as one, and die as one.
 
 `sh start_rerank.sh start` runs this in a session of its own; the server and all its processes are in that session. What
 it does stands in the log, what it knows in LOG_DIR/rerank-PORT.state (JSON, read by status). RESTART=no: a server that
@@ -15,11 +17,11 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
-from engine_args import Plan, make_plan, server_command, shown_args
+from engine_args import Plan, make_plan, server_commands, shown_args
 from env_utils import ConfigError, EnvConfig, get_config
 from service_health import (
     BUSY,
@@ -42,7 +44,7 @@ PROBE_EVERY_S = 10.0
 LONGEST_BACKOFF_S = 60.0
 END_OF_ENGINE_S = 10  # beyond STOP_TIMEOUT_S, for the engine's own end
 END_OF_LOADING_S = 3
-PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
 @dataclass
@@ -68,39 +70,60 @@ class State:
 class Watch(threading.Thread):
     """Asks the server for a score every PROBE_EVERY_S, so that the loop below never waits for an answer.
 
-    Alive is a server that scores, or that refuses or is slow because it is busy: then its counters grow. A server whose
-    API answers while its engine hangs is not: it takes no pair any more, and its counters stand still.
+    Alive is a server that scores, or that refuses or is slow because it is busy: then its counters grow. One whose API
+    answers while an engine hangs is not. Each engine is judged by its own counter: it is suspect while that stands
+    still although a probe got no answer, or although the engine holds pairs.
     """
 
-    def __init__(self, cfg: EnvConfig, warm: bool):
+    def __init__(self, cfg: EnvConfig, warm: bool, n_engines: int = 1):
         super().__init__(daemon=True)
         self.cfg, self.warm = cfg, warm
+        # vLLM deals the pairs of a call out to its engines: each gets some.
+        self.n_docs = 1 if n_engines == 1 else 4 * n_engines
         limit = cfg.health_timeout_s or 10 * PROBE_EVERY_S
         self.every_s = min(PROBE_EVERY_S, limit / 4)
         self.ready = False
-        self.alive_at = time.monotonic()
+        self.suspect_since: dict[str, float] = {}  # by engine; monotonic
         self.stopped = threading.Event()
         self.start()
 
     def run(self) -> None:
-        seen = None
+        seen: dict[str, float] = {}
         while not self.stopped.wait(self.every_s if self.ready else 0.5):
             if not self.ready and not listens(self.cfg):
                 continue
-            wrong = probe(self.cfg, self.every_s if self.ready else 60.0)
-            if wrong is None or (wrong == BUSY and not self.ready):
-                if self.warm and not self.ready and wrong is None:
+            asked_at = time.monotonic()
+            wrong = probe(self.cfg, self.every_s if self.ready else 60.0, self.n_docs)
+            if not self.ready:
+                if self.warm and wrong is None:
                     warm_up(self.cfg)
-                self.ready, self.alive_at = True, time.monotonic()
+                self.ready = wrong in (None, BUSY)
                 continue
-            now = progress(self.cfg)
-            if now is not None and now != seen:
-                self.alive_at = time.monotonic()
-            seen = now if now is not None else seen
+            seen = self._judge(progress(self.cfg), seen, wrong is None, asked_at)
 
-    def hangs(self) -> bool:
-        limit = self.cfg.health_timeout_s
-        return bool(limit) and self.ready and time.monotonic() - self.alive_at > limit
+    def _judge(self, now: dict, seen: dict[str, float], answered: bool, asked_at: float) -> dict[str, float]:
+        """Bring suspect_since up to date; returns the counters for the next time.
+
+        now: progress(). Without any counter, an answered probe is all the progress there is.
+        """
+        counters = {engine: count for engine, (count, _) in now.items()} or {"": seen.get("", 0.0) + answered}
+        for engine, count in counters.items():
+            holds_pairs = engine in now and now[engine][1]
+            if count != seen.get(engine) or (answered and not engine):
+                self.suspect_since.pop(engine, None)
+            elif not answered or holds_pairs:
+                self.suspect_since.setdefault(engine, asked_at)
+        if "" not in counters:
+            self.suspect_since.pop("", None)
+        return counters
+
+    def hangs(self) -> str:
+        """Which engine hangs, in words; empty = none."""
+        limit, now = self.cfg.health_timeout_s, time.monotonic()
+        hung = sorted(engine for engine, since in dict(self.suspect_since).items() if now - since > limit)
+        if not limit or not hung:
+            return ""
+        return f"it hung: engine {', '.join(hung)} scored nothing" if any(hung) else "it hung: no answer"
 
 
 class Supervisor:
@@ -108,16 +131,17 @@ class Supervisor:
 
     def __init__(self, plan: Plan):
         self.cfg, self.log = plan.cfg, log_file(plan.cfg)
-        self.command, self.env = server_command(plan)
+        self.plan = plan
         url, version = plan.cfg.service_url, plan.machine.vllm_version
         self.state = State("starting", os.getpid(), vllm=version, model=str(plan.checkpoint.path), url=url)
         self.header = f"vLLM {version}: {shlex.join(['vllm', *shown_args(plan)])}"
+        self.header += f" and {plan.engines - 1} more for its engines" if plan.engines > 1 else ""
         self.header += "".join(f" {k}={shlex.quote(v)}" for k, v in sorted(plan.env.items()))
         # On a CPU nothing is compiled on first use, and a burst would take many seconds.
         self.warm = not plan.machine.is_cpu
         self.asked_to_stop = False
         self.crashes: list[float] = []  # monotonic times, within RESTART_WINDOW_S
-        self.server = 0
+        self.servers: list[int] = []  # the first is the service, the others are engines beside it
         self.umask = os.umask(0o077)  # log, state and old logs are for their owner
 
     def run(self) -> int:
@@ -182,28 +206,31 @@ class Supervisor:
         _ended.clear()  # PIDs come again
         os.umask(self.umask)  # caches that the server fills may be shared with others
         unignore = [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE]
-        self.server = os.posix_spawn(self.command[0], self.command, self.env, setsigdef=unignore)
+        commands, env = server_commands(self.plan)
+        self.servers = [os.posix_spawn(argv[0], argv, env, setsigdef=unignore) for argv in commands]
         os.umask(0o077)
         now = time.time()
         self._save(
             state="starting",
-            server_pid=self.server,
-            server_born=born(self.server) or 0,
+            server_pid=self.servers[0],
+            server_born=born(self.servers[0]) or 0,
             server_began=now,
             ready_since=0.0,
         )
 
     def _watch_until_death(self) -> str | None:
         """Why the server died, or None after a stop that was asked for."""
-        watch, next_rotation = Watch(self.cfg, self.warm), 0.0
+        watch, next_rotation = Watch(self.cfg, self.warm, self.plan.copies), 0.0
         try:
             while True:
-                status = reap(self.server)
+                ended = [(number, reap(pid)) for number, pid in enumerate(self.servers)]
                 if self.asked_to_stop:
                     self._stop_server()
                     return None
-                if status is not None:
-                    return describe_end(status, read_log(self.log))
+                for number, status in ended:
+                    if status is not None:  # vLLM's front does not notice the death of an engine beside it
+                        who = f"engine process {number + 1} of {len(ended)}: " if number else ""
+                        return who + describe_end(status, read_log(self.log))
                 if watch.ready and not self.state.ready_since:
                     self._save(state="ready", ready_since=time.time())
                     self._note(f"ready after {time.time() - self.state.server_began:.0f} s")
@@ -219,8 +246,8 @@ class Supervisor:
 
     def _hangs(self, watch: Watch) -> str:
         """Why this server counts as dead although it lives; empty = it does not."""
-        if watch.hangs():
-            return f"it hung: no answer for HEALTH_TIMEOUT_S={self.cfg.health_timeout_s} s, killed"
+        if hung := watch.hangs():
+            return f"{hung} for HEALTH_TIMEOUT_S={self.cfg.health_timeout_s} s, killed"
         # The first start has start's own deadline, at which it is left alone.
         loading_s = time.time() - self.state.server_began
         if self.state.restarts and not watch.ready and loading_s > self.cfg.start_timeout_s:
@@ -233,16 +260,17 @@ class Supervisor:
         limit_s = self.cfg.stop_timeout_s + END_OF_ENGINE_S if self.state.ready_since else END_OF_LOADING_S
         self._save(state="stopping")
         self._note(f"stopping: calls in flight get {self.cfg.stop_timeout_s} s")
-        if is_alive(self.server):
-            os.kill(self.server, signal.SIGTERM)
         end = time.monotonic() + limit_s
-        while time.monotonic() < end and is_alive(self.server):
-            reap(self.server)
-            time.sleep(TICK_S)
+        for pid in self.servers:  # the engines beside it only when it has drained
+            if is_alive(pid):
+                os.kill(pid, signal.SIGTERM)
+            while time.monotonic() < end and is_alive(pid):
+                reap(pid)
+                time.sleep(TICK_S)
         # What its end takes along (the engine) is nearly gone by now.
         end = time.monotonic() + 2
         while time.monotonic() < end and rest_of_session():
-            reap(self.server)
+            reap(0)
             time.sleep(TICK_S)
         if left := rest_of_session():
             self._note(f"killing what is left: {' '.join(map(str, left))}")
@@ -338,8 +366,30 @@ def rotate_if_large(log: Path, limit: int, keep: int) -> bool:
     return True
 
 
+def run_in_foreground(cfg: EnvConfig) -> int:
+    """For `start_rerank.sh run` with several servers: supervise them in a session of its own, without restarts.
+
+    This process waits and hands TERM and INT on; systemd or a container runtime restarts it.
+    """
+    plan = make_plan(replace(cfg, restart="no"))
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        os._exit(Supervisor(plan).run())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os.kill(child, signal.SIGTERM))
+    while True:  # as PID 1 of a container it gets other processes' children too
+        pid, status = os.wait()
+        if pid == child:
+            return os.waitstatus_to_exitcode(status)
+
+
 def main(argv: list[str]) -> int:
-    """Without arguments: become a session of its own and run until stopped. `rotate`: make place for a new log."""
+    """Without arguments: become a session of its own and run until stopped.
+
+    `rotate`: make place for a new log. `foreground`: stay in the caller's session.
+    """
     try:
         cfg = get_config()
         if argv == ["rotate"]:
@@ -348,8 +398,10 @@ def main(argv: list[str]) -> int:
                 rotate(log, cfg.log_keep)
                 log.rename(log.with_name(f"{log.name}.1"))
             return 0
+        if argv == ["foreground"]:
+            return run_in_foreground(cfg)
         if argv:
-            print("usage: supervisor.py [rotate]", file=sys.stderr)
+            print("usage: supervisor.py [rotate | foreground]", file=sys.stderr)
             return 2
         os.setsid()  # a closing terminal does not reach it, and stop finds all that is in it
         return Supervisor(make_plan(cfg)).run()

@@ -11,22 +11,22 @@ overlapping windows of its document ("windows": n).
 """
 
 import argparse
-import json
 import math
 import os
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from copy import deepcopy
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from engine_args import Plan, make_plan
 from env_utils import ConfigError, get_config
 from long_documents import Fitter
-from model_files import make_adapted
+from offline_engine import Feeder, ahead
+from pair_prompts import Pair, PairEncoder, Prompt
+from score_files import CHUNK, Result, lines_done, score_file
 
 EXAMPLE_QUERY = "What is the capital of China?"
 EXAMPLE_DOCUMENTS = (
@@ -35,98 +35,6 @@ EXAMPLE_DOCUMENTS = (
     "Shanghai is a large city in China.",
     "中国的首都是北京。",
 )
-CHUNK = 4096  # pairs between two writes: what an interrupt can cost
-CHUNK_CHARS = 16_000_000  # or this many characters: token ids of books take gigabytes
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One query with one document; `line` is its number in the input file, `extra` its id."""
-
-    query: str
-    document: str
-    instruction: str | None = None
-    line: int = 0
-    extra: tuple = ()
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids of one pair. A long pair is cut as its family's reference cuts it, and says so."""
-
-    ids: list[int]
-    cut: bool
-    n_first: int | None = None  # BERT: tokens of the first segment
-
-
-class PairEncoder:
-    """Pairs to token ids, many at a time: the tokenizer uses every core, vLLM's own rendering one."""
-
-    def __init__(self, plan: Plan):
-        from transformers import AutoTokenizer
-
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        make_adapted(plan.checkpoint, plan.profile, Path(plan.engine["model"]))
-        # Said in full: left open, transformers asks the terminal whether to run a checkpoint's code.
-        trusted = plan.engine.get("trust_remote_code", False)
-        self.tokenizer = AutoTokenizer.from_pretrained(plan.engine["model"], trust_remote_code=trusted)
-        self.template, self.max_length = plan.template, plan.engine["max_model_len"]
-
-    def encode(self, pairs: list[Pair]) -> list[Prompt]:
-        """Token ids of N pairs.
-
-        Source: the profile's template, cut as on the model card of Qwen3-Reranker (the end of the document, then of
-        the query; the suffix stays); without a template the tokenizer's own pair format with longest_first.
-        """
-        if self.template is None:
-            return self._encode_segments(pairs)
-        out: list[Prompt | None] = [None] * len(pairs)
-        groups: dict[str | None, list[int]] = {}
-        for index, pair in enumerate(pairs):
-            groups.setdefault(pair.instruction, []).append(index)
-        for instruction, indices in groups.items():
-            texts = self._render([pairs[i] for i in indices], instruction)
-            for index, ids in zip(indices, self.tokenizer(texts)["input_ids"], strict=True):
-                cut = len(ids) > self.max_length
-                if cut:
-                    suffix = self._suffix(instruction)
-                    ids = ids[: self.max_length - len(suffix)] + suffix
-                out[index] = Prompt(ids, cut)
-        return out
-
-    def _render(self, pairs: list[Pair], instruction: str | None) -> list[str]:
-        chats = [[{"role": "query", "content": p.query}, {"role": "document", "content": p.document}] for p in pairs]
-        more = {"instruction": instruction} if instruction else {}
-        return self.tokenizer.apply_chat_template(chats, chat_template=self.template, tokenize=False, **more)
-
-    def _suffix(self, instruction: str | None) -> list[int]:
-        """Token ids behind the document."""
-        mark = "\ue000"  # a private character that no template holds
-        text = self._render([Pair("", mark)], instruction)[0].rpartition(mark)[2]
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) + 16 > self.max_length:
-            raise ConfigError(f"MAX_MODEL_LEN={self.max_length} leaves no room beside the template")
-        return ids
-
-    def _encode_segments(self, pairs: list[Pair]) -> list[Prompt]:
-        both = ([p.query for p in pairs], [p.document for p in pairs])
-        whole = self.tokenizer(*both, return_token_type_ids=False)["input_ids"]
-        batch = self.tokenizer(*both, truncation="longest_first", max_length=self.max_length)
-        kinds = batch.get("token_type_ids") or [None] * len(pairs)
-        return [
-            Prompt(ids, len(ids) < len(full), kind.index(1) if kind and 1 in kind else None)
-            for ids, full, kind in zip(batch["input_ids"], whole, kinds, strict=True)
-        ]
-
-
-@dataclass(frozen=True)
-class Result:
-    """A pair's score, or why it has none; `cut` when the model saw only a part of the pair."""
-
-    score: float | None
-    cut: bool = False
-    error: str | None = None
-    windows: int = 1  # of which the score is the best
 
 
 @dataclass(frozen=True)
@@ -134,9 +42,9 @@ class Prepared:
     """N pairs ready for the engine: what is scored for them, and for which of the N."""
 
     n_pairs: int
-    owners: list[int]  # owners[i] = index of the pair that scored[i] is, or is a window of
-    scored: list[Pair]
-    prompts: list[Prompt]  # of `scored`; empty for embedding models
+    owners: list[int]  # owners[i] = index of the pair that the i-th scored pair is, or is a window of
+    needs: list[tuple[int, ...]]  # needs[i] = indices of the prompts that its score comes from
+    prompts: list[Prompt]
     cut: set[int]  # indices of pairs whose query was cut beside its windows
 
 
@@ -154,17 +62,21 @@ class OfflineReranker:
         engine = {k: v for k, v in plan.engine.items() if k != "data_parallel_size"}
         self.plan = plan
         self.embeds = plan.profile.reference == "embedding"
+        # Every distinct text of a chunk is embedded once: the larger, the fewer come twice.
+        self.chunk = 4096 if self.embeds else CHUNK
         self.encoder = PairEncoder(plan)
         self.fitter = None
         if plan.cfg.long_documents == "chunk":
-            # A tokenizer of its own: prepare() runs in another thread than _cosine(), and one is not thread-safe.
-            tokenizer, length = deepcopy(self.encoder.tokenizer), plan.engine["max_model_len"]
-            self.fitter = Fitter(tokenizer, plan.template, length, separate=self.embeds)
+            length = plan.engine["max_model_len"]
+            self.fitter = Fitter(self.encoder.tokenizer, plan.template, length, separate=self.embeds)
         self.llm = LLM(**engine)
+        self.feeder = Feeder(self.llm, "embed" if self.embeds else "classify")
 
     def score(self, pairs: list[Pair]) -> list[Result]:
         """Score N pairs; N results in the same order."""
-        return self.run(self.prepare(pairs))
+        parts = (pairs[i : i + self.chunk] for i in range(0, len(pairs), self.chunk))
+        prepared = ahead((None, self.prepare(part)) for part in parts)
+        return [result for _, results in self.stream(prepared) for result in results]
 
     def prepare(self, pairs: list[Pair]) -> Prepared:
         """The part that needs no engine, so that a thread can do it while the engine runs."""
@@ -179,23 +91,68 @@ class OfflineReranker:
                 cut |= {index} if is_cut else set()
             owners += [index] * len(parts)
             scored += parts
-        return Prepared(len(pairs), owners, scored, [] if self.embeds else self.encoder.encode(scored), cut)
+        if not self.embeds:
+            return Prepared(len(pairs), owners, [(i,) for i in range(len(scored))], self.encoder.encode(scored), cut)
+        texts = list(dict.fromkeys(text for pair in scored for text in (pair.query, pair.document)))
+        where = {text: i for i, text in enumerate(texts)}
+        needs = [(where[pair.query], where[pair.document]) for pair in scored]
+        return Prepared(len(pairs), owners, needs, self.encoder.encode_texts(texts) if texts else [], cut)
 
-    def run(self, prepared: Prepared) -> list[Result]:
-        """Results of prepare()'s pairs, in their order."""
-        results = self._cosine(prepared.scored) if self.embeds else self._classify(prepared.prompts)
+    def stream(self, source: Iterable[tuple[Any, Prepared]]) -> Iterator[tuple[Any, list[Result]]]:
+        """Results of many prepare()d lists, each with the tag that came with it, in their order.
+
+        The engine gets the next lists while it works on the first, so it is never idle between two.
+        """
+        source, more, waiting = iter(source), True, deque()
+        try:
+            while True:
+                while more and self.feeder.has_room:
+                    tag, prepared = next(source, (None, None))
+                    if prepared is None:
+                        more = False
+                    else:
+                        waiting.append((tag, prepared, self.feeder.submit(prepared.prompts)))
+                if not waiting:
+                    return
+                tag, prepared, batch = waiting[0]
+                if batch.done:
+                    waiting.popleft()
+                    yield tag, self._results(prepared, batch.outputs)
+                else:
+                    self.feeder.step()
+        finally:
+            self.feeder.abort()
+
+    def _results(self, prepared: Prepared, outputs: list) -> list[Result]:
+        """Results of the pairs of one prepare(), in their order."""
         refused = Result(None, error=f"profile {self.plan.profile.name} takes no instruction")
         out = [refused] * prepared.n_pairs
         windows = Counter(prepared.owners)
-        for owner, result in zip(prepared.owners, results, strict=True):
-            if result.cut and self.plan.cfg.long_documents == "error":
+        scores = self._scores(prepared.needs, outputs)
+        for owner, needs, score in zip(prepared.owners, prepared.needs, scores, strict=True):
+            cut = any(prepared.prompts[i].cut for i in needs)
+            if cut and self.plan.cfg.long_documents == "error":
                 limit = self.encoder.max_length
                 out[owner] = Result(None, error=f"longer than MAX_MODEL_LEN={limit} (LONG_DOCUMENTS=error)")
-            elif not math.isfinite(result.score):
-                out[owner] = Result(None, error=f"the model gave the score {result.score}")
-            elif out[owner] is refused or (out[owner].score is not None and result.score > out[owner].score):
-                out[owner] = replace(result, cut=result.cut or owner in prepared.cut, windows=windows[owner])
+            elif not math.isfinite(score):
+                out[owner] = Result(None, error=f"the model gave the score {score}")
+            elif out[owner] is refused or (out[owner].score is not None and score > out[owner].score):
+                out[owner] = Result(score, cut or owner in prepared.cut, windows=windows[owner])
         return out
+
+    def _scores(self, needs: list[tuple[int, ...]], outputs: list) -> list[float]:
+        """One score for each of `needs`: the head's output, or the cosine of two embeddings."""
+        import torch
+
+        if not needs:
+            return []
+        if any(output is None for output in outputs):
+            raise RuntimeError("the engine gave no output for a pair; its log says why (VLLM_LOGGING_LEVEL=INFO)")
+        values = torch.stack(outputs).float()
+        if not self.embeds:
+            return values[:, 0].tolist()
+        first, second = (values[torch.tensor(side)] for side in zip(*needs, strict=True))
+        return torch.cosine_similarity(first, second, dim=1).tolist()
 
     def __enter__(self):
         return self
@@ -206,155 +163,6 @@ class OfflineReranker:
 
     def _takes(self, pair: Pair) -> bool:
         return self.plan.profile.instruction or not pair.instruction
-
-    def _classify(self, prompts: list[Prompt]) -> list[Result]:
-        from vllm import PoolingParams
-
-        if not prompts:
-            return []
-        params = [
-            PoolingParams(extra_kwargs={"compressed_token_type_ids": p.n_first} if p.n_first is not None else None)
-            for p in prompts
-        ]
-        outputs = self.llm.classify(
-            [{"prompt_token_ids": p.ids} for p in prompts], pooling_params=params, use_tqdm=False
-        )
-        return [Result(o.outputs.probs[0], p.cut) for o, p in zip(outputs, prompts, strict=True)]
-
-    def _cosine(self, pairs: list[Pair]) -> list[Result]:
-        """Cosine of the two embeddings; every distinct text is embedded once."""
-        import torch
-
-        texts = list(dict.fromkeys(t for p in pairs for t in (p.query, p.document)))
-        if not texts:
-            return []
-        limit = self.encoder.max_length
-        whole = self.encoder.tokenizer(texts)["input_ids"]
-        batch = self.encoder.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
-        outputs = self.llm.embed([{"prompt_token_ids": ids} for ids in batch], use_tqdm=False)
-        vectors = {t: torch.tensor(o.outputs.embedding) for t, o in zip(texts, outputs, strict=True)}
-        cut = {t for t, ids in zip(texts, whole, strict=True) if len(ids) > limit}
-        return [
-            Result(
-                torch.cosine_similarity(vectors[p.query], vectors[p.document], dim=0).item(),
-                p.query in cut or p.document in cut,
-            )
-            for p in pairs
-        ]
-
-
-def parse_line(text: str, number: int) -> Pair | dict:
-    """A line of the input as a Pair, or as the output line that reports what is wrong with it."""
-    row = None
-    try:
-        row = json.loads(text)
-        if not isinstance(row, dict):
-            raise ValueError("not a JSON object")
-        for name in ("query", "document"):
-            if not isinstance(row.get(name), str):
-                raise ValueError(f"field {name!r} is missing or no text")
-        if not isinstance(row.get("instruction"), str | None):
-            raise ValueError("field 'instruction' is no text")
-        "".join((row["query"], row["document"], row.get("instruction") or "")).encode()  # lone surrogates
-    except (ValueError, RecursionError) as exc:
-        reason = "a lone surrogate is no text" if isinstance(exc, UnicodeEncodeError) else " ".join(str(exc).split())
-        return {"line": number, "error": reason, **({"id": row["id"]} if isinstance(row, dict) and "id" in row else {})}
-    extra = (("id", row["id"]),) if "id" in row else ()
-    return Pair(row["query"], row["document"], row.get("instruction"), number, extra)
-
-
-def lines_done(output: Path) -> int:
-    """Lines that an earlier run finished; a line that it was writing when it stopped is cut off.
-
-    Raises:
-        ConfigError: the file is no output of this program.
-    """
-    if not output.exists():
-        return 0
-    done = good = 0
-    with output.open("r+b") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            try:
-                if json.loads(line)["line"] != done + 1:
-                    raise ValueError
-            except (ValueError, LookupError, TypeError):
-                raise ConfigError(f"{output} line {done + 1} is no score line: choose another --output") from None
-            done, good = done + 1, good + len(line)
-        file.truncate(good)
-    return done
-
-
-def read_chunks(path: Path, skip: int) -> Iterator[list[Pair | dict]]:
-    """Chunks of parsed lines, from line skip + 1 on. Bytes that are no UTF-8 make a line broken, not the file."""
-    chunk: list[Pair | dict] = []
-    n_chars = 0
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, 1):
-            if number <= skip:
-                continue
-            try:
-                chunk.append(parse_line(raw.decode("utf-8-sig" if number == 1 else "utf-8"), number))
-            except UnicodeDecodeError as exc:
-                chunk.append({"line": number, "error": f"not UTF-8: {exc.reason} at byte {exc.start}"})
-            n_chars += len(raw)
-            if len(chunk) == CHUNK or n_chars > CHUNK_CHARS:
-                yield chunk
-                chunk, n_chars = [], 0
-    if chunk:
-        yield chunk
-
-
-def score_file(reranker: OfflineReranker, source: Path, output: Path, skip: int, total: int) -> tuple[int, int]:
-    """Score a file from line skip + 1 on and append to the output after every chunk.
-
-    Returns:
-        (lines scored, lines without a score) of this run.
-    """
-    from tqdm import tqdm
-
-    scored = failed = 0
-    with (
-        output.open("a", encoding="utf-8") as out,
-        tqdm(total=total, initial=skip, unit="pair", file=sys.stderr, dynamic_ncols=True) as bar,
-    ):
-        for chunk, prepared in _ahead(reranker, read_chunks(source, skip)):
-            results = iter(reranker.run(prepared))
-            for row in chunk:
-                if isinstance(row, Pair):
-                    row = _output_row(row, next(results))
-                if "error" in row:
-                    failed += 1
-                    tqdm.write(f"[WARN] {source} line {row['line']}: {row['error']}", file=sys.stderr)
-                else:
-                    scored += 1
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-            out.flush()
-            bar.update(len(chunk))
-    return scored, failed
-
-
-def _ahead(reranker: OfflineReranker, chunks: Iterator[list]) -> Iterator[tuple[list, Prepared]]:
-    """Chunks with their prepared pairs; the next chunk is tokenized while the engine scores the present one."""
-
-    def prepare_next():
-        chunk = next(chunks, None)
-        return chunk and (chunk, reranker.prepare([row for row in chunk if isinstance(row, Pair)]))
-
-    with ThreadPoolExecutor(1) as pool:
-        ready = pool.submit(prepare_next).result()
-        while ready:
-            coming = pool.submit(prepare_next)
-            yield ready
-            ready = coming.result()
-
-
-def _output_row(pair: Pair, result: Result) -> dict:
-    row = {"line": pair.line}
-    row |= {"error": result.error} if result.score is None else {"score": result.score}
-    row |= {"cut": True} if result.cut else {}
-    return row | ({"windows": result.windows} if result.windows > 1 else {}) | dict(pair.extra)
 
 
 def example_pairs() -> list[Pair]:

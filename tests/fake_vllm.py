@@ -71,6 +71,8 @@ def main():
         signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     if MODE == "family":
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    if "--headless" in args:
+        time.sleep(600)
     host, port = args[args.index("--host") + 1], int(args[args.index("--port") + 1])
     server = ThreadingHTTPServer((host, port), Handler)
     print("INFO 01-01 00:00:00 [fake.py:1] Application startup complete.", flush=True)

@@ -10,6 +10,7 @@ import pytest
 from conftest import self_signed
 
 import engine_args
+import machine
 from engine_args import Machine, NoVllm, make_plan, serve_args
 from env_utils import ConfigError, get_config
 
@@ -17,8 +18,8 @@ CPU = Machine("0.32.0+cpu", (), (0, 1), 16 * 2**30)
 GPU4 = Machine("0.32.0", ("NVIDIA H100, 81559",) * 4, tuple(range(16)), 2**37)
 
 
-def plan(checkpoints, machine=CPU, model="qwen3", **settings):
-    return make_plan(get_config(**settings), checkpoints[model], machine)
+def plan(checkpoints, on=CPU, model="qwen3", **settings):
+    return make_plan(get_config(**settings), checkpoints[model], on)
 
 
 def flag(args, name):
@@ -85,7 +86,7 @@ def test_first_gpus_are_taken_when_none_are_named(checkpoints):
 
 
 @pytest.mark.parametrize(
-    ("machine", "settings", "said"),
+    ("on", "settings", "said"),
     [
         (GPU4, {"tp": 1, "cuda_visible_devices": "0,1"}, ("= 1 x 1 = 1,", "makes 2 GPUs")),
         (GPU4, {"tp": 2, "dp": 2, "cuda_visible_devices": "0"}, ("= 2 x 2 = 4,", "makes 1 GPUs")),
@@ -94,13 +95,15 @@ def test_first_gpus_are_taken_when_none_are_named(checkpoints):
         (CPU, {"cuda_visible_devices": "0"}, ("CUDA_VISIBLE_DEVICES='0' asks for a GPU", "CPU build")),
         (CPU, {"max_model_len": 99999}, ("MAX_MODEL_LEN=99999", "2048")),
         (CPU, {"max_num_batched_tokens": 400_000_000}, ("KV cache do not fit",)),
+        (CPU, {"engines_per_gpu": 8, "dp": 2}, ("16.0 GiB of KV cache do not fit",)),
+        (GPU4, {"engines_per_gpu": 8, "gpu_memory_utilization": 0.4}, ("ENGINES_PER_GPU=8 leaves 0.0 GiB",)),
         (CPU, {"instruction": "x", "model": "bert"}, ("takes none",)),
         (CPU, {"extra_args": "'open"}, ("EXTRA_ARGS", "shell words")),
     ],
 )
-def test_refusals_name_the_numbers(checkpoints, machine, settings, said):
+def test_refusals_name_the_numbers(checkpoints, on, settings, said):
     with pytest.raises(ConfigError) as caught:
-        serve_args(plan(checkpoints, machine, **settings))
+        serve_args(plan(checkpoints, on, **settings))
     for part in said:
         assert part in str(caught.value)
 
@@ -116,7 +119,7 @@ def test_cpu_takes_all_cores_of_a_small_machine_and_leaves_the_users_choice(chec
 
 @pytest.mark.parametrize(("has_bf16", "dtype"), [(True, "bfloat16"), (False, "float32")])
 def test_cpu_computes_in_a_precision_that_it_has(checkpoints, monkeypatch, has_bf16, dtype):
-    monkeypatch.setattr(engine_args, "_cpu_has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(engine_args, "cpu_has_bf16", lambda: has_bf16)
     assert flag(serve_args(plan(checkpoints)), "--dtype") == dtype
     assert flag(serve_args(plan(checkpoints, dtype="float16")), "--dtype") == "float16"
     assert flag(serve_args(plan(checkpoints, GPU4)), "--dtype") == "auto"
@@ -126,6 +129,36 @@ def test_instruction_becomes_the_templates_default(checkpoints, tmp_path):
     mine = plan(checkpoints, instruction="Find code", log_dir=str(tmp_path))
     assert "Find code" in mine.template
     assert flag(serve_args(mine), "--chat-template") == f"{tmp_path}/template-11438.jinja"
+
+
+def test_engines_that_share_a_gpu_are_nodes_of_one_service(checkpoints):
+    """Two GPUs with two engines each: ranks 0 and 1 behind the API, 2 and 3 on the same GPUs beside it."""
+    made = plan(checkpoints, GPU4, dp=2, engines_per_gpu=2, gpu_memory_utilization=0.8, api_key="k", port=5)
+    first, second = serve_args(made, 0, 7), serve_args(made, 1, 7)
+    for args in (first, second):
+        assert flag(args, "--data-parallel-size") == "4" and flag(args, "--data-parallel-size-local") == "2"
+        assert (flag(args, "--data-parallel-address"), flag(args, "--data-parallel-rpc-port")) == ("127.0.0.1", "7")
+        assert flag(args, "--gpu-memory-utilization") == "0.4"
+        # Half of 81559 MiB x 0.8, less 4 GiB; a tiny model's cache has no use for more than 16 GiB.
+        assert int(flag(args, "--kv-cache-memory-bytes")) == 16 * 2**30
+    assert flag(first, "--port") == "5" and "--middleware" in first and "--headless" not in first
+    assert "--headless" in second and flag(second, "--data-parallel-start-rank") == "2"
+    assert not {"--port", "--middleware", "--chat-template", "--api-server-count"} & set(second)
+    assert made.env["CUDA_VISIBLE_DEVICES"] == "0,1" and made.env["GUARD_API_SERVERS"] == flag(
+        first, "--api-server-count"
+    )
+    commands, env = engine_args.server_commands(made)
+    assert len(commands) == 2 and flag(commands[0], "--data-parallel-rpc-port") == flag(
+        commands[1], "--data-parallel-rpc-port"
+    )
+    assert env["VLLM_API_KEY"] == "k"
+    assert engine_args.explain(made).count("vllm serve ") == 2
+
+
+def test_one_engine_needs_no_nodes(checkpoints):
+    args = serve_args(plan(checkpoints, GPU4, dp=2))
+    assert not [word for word in args if word.startswith("--data-parallel-") and word != "--data-parallel-size"]
+    assert make_plan(get_config(engines_per_gpu=2), checkpoints["qwen3"], GPU4, offline=True).copies == 1
 
 
 @pytest.mark.parametrize(
@@ -138,7 +171,7 @@ def test_vllm_version_refuses_missing_and_old(monkeypatch, found, said):
             raise PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr(engine_args, "version", version)
+    monkeypatch.setattr(machine, "version", version)
     with pytest.raises(NoVllm, match=said):
         engine_args.vllm_version()
 
@@ -153,6 +186,7 @@ def test_every_flag_is_known_to_the_installed_vllm(checkpoints):
     """`vllm serve` exits at an unknown flag; ask its help instead of a running server."""
     args = serve_args(plan(checkpoints, GPU4, tp=2, dp=2, quantization="fp8", api_server_count=2))
     args += serve_args(plan(checkpoints))
+    args += serve_args(plan(checkpoints, GPU4, engines_per_gpu=2), 1)
     flags = sorted({a for a in args if a.startswith("--")})
     env = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
     help_text = subprocess.run(

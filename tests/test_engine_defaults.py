@@ -6,7 +6,7 @@ import pytest
 
 import engine_defaults
 from engine_args import Machine, explain, make_plan, serve_args
-from engine_defaults import api_servers, count_weights, fastokens_agrees
+from engine_defaults import api_servers, count_weights, engines_per_gpu, fastokens_agrees
 from env_utils import get_config
 
 fastokens = pytest.importorskip("fastokens")  # x86-64 only
@@ -32,11 +32,22 @@ def test_weights_are_counted_from_the_config(n_weights):
 
 
 @pytest.mark.parametrize(
-    ("n_weights", "n_cores", "n"),
-    [(0.6e9, 16, 4), (0.6e9, 4, 2), (0.6e9, 2, 1), (4e9, 16, 2), (4e9, 4, 1), (8e9, 64, 1)],
+    ("n_weights", "n_cores", "dp", "n"),
+    [
+        *((0.6e9, 16, 1, 4), (0.6e9, 4, 1, 2), (0.6e9, 2, 1, 1), (4e9, 16, 1, 2), (4e9, 4, 1, 1), (8e9, 64, 1, 1)),
+        *((0.6e9, 32, 2, 8), (0.6e9, 16, 8, 8), (8e9, 64, 4, 4)),
+    ],
 )
-def test_small_models_get_more_api_processes(n_weights, n_cores, n):
-    assert api_servers(n_weights, n_cores)[0] == n
+def test_small_models_get_more_api_processes(n_weights, n_cores, dp, n):
+    assert api_servers(n_weights, n_cores, dp)[0] == n
+
+
+@pytest.mark.parametrize(
+    ("n_weights", "gpu_mib", "n_cores", "n"),
+    [(0.6e9, 81559, 16, 2), (0.6e9, 81559, 8, 1), (0.6e9, 24564, 16, 1), (4e9, 81559, 64, 1), (0, 81559, 16, 1)],
+)
+def test_small_models_share_a_large_gpu(n_weights, gpu_mib, n_cores, n):
+    assert engines_per_gpu(n_weights, gpu_mib, n_cores)[0] == n
 
 
 def test_fastokens_is_used_only_with_the_same_ids(checkpoints, monkeypatch, tmp_path):
@@ -86,11 +97,12 @@ def test_the_plan_of_a_gpu_service_feeds_the_gpu(checkpoints, monkeypatch):
 
 
 @pytest.mark.parametrize("other", [{"offline": True}, {"dp": 2}, {"cpu": True}])
-def test_other_services_keep_vllms_choice(checkpoints, monkeypatch, other):
+def test_other_services(checkpoints, monkeypatch, other):
     monkeypatch.delenv("VLLM_USE_FASTOKENS", raising=False)
     machine = Machine("0.32.0+cpu", (), tuple(range(16)), 2**37) if "cpu" in other else H100
     if "dp" in other:
         machine = Machine("0.32.0", H100.gpus * 2, H100.cores, 2**37)
     plan = make_plan(get_config(dp=other.get("dp", 1)), checkpoints["qwen3"], machine, offline="offline" in other)
-    assert "--api-server-count" not in serve_args(plan)
+    # Two copies need twice the API processes of one.
+    assert ("--api-server-count" in serve_args(plan)) == ("dp" in other)
     assert ("VLLM_USE_FASTOKENS" in plan.env) == ("dp" in other)

@@ -10,8 +10,9 @@ import tiny_models
 import torch
 from transformers import AutoTokenizer
 
-from engine_args import Machine, make_plan, server_command
+from engine_args import make_plan, server_commands
 from env_utils import ConfigError, get_config
+from machine import Machine
 from model_files import all_profiles, find_profile, read_checkpoint
 from vllm_usage import Pair
 from vllm_usage_tiny import qwen3_vl_prompt_ids, reference_scores
@@ -48,8 +49,8 @@ def test_the_folder_that_is_served_holds_no_code_but_our_own(folders, name, tmp_
     plan = make_plan(get_config(log_dir=str(tmp_path)), folder, CPU)
     assert plan.profile.name == name and plan.checkpoint.path == folder
     assert not list(tmp_path.iterdir()), "a plan alone writes nothing"
-    server_command(plan)
-    server_command(plan)  # a restart takes the folder that is there
+    server_commands(plan)
+    server_commands(plan)  # a restart takes the folder that is there
     served = tmp_path / os.path.basename(plan.engine["model"])
     assert [served] == list(tmp_path.iterdir())
     code = [file.name for file in served.glob("*.py")]
@@ -67,7 +68,7 @@ def test_a_tokenizer_with_code_of_its_own_is_refused(tmp_path):
     file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": {"AutoTokenizer": ["x.Y", None]}}))
     plan = make_plan(get_config(log_dir=str(tmp_path / "log")), folder, CPU)
     with pytest.raises(ConfigError, match="tokenizer with code of its own"):
-        server_command(plan)
+        server_commands(plan)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,84 @@ def test_a_busy_server_is_not_taken_for_a_hanging_one(kit, tmp_path, grows):
     assert (kit.server_pid == first) == grows
 
 
+def engines_of(kit):
+    """PIDs of the session but the supervisor and the service's own."""
+    return [pid for pid in session_of(kit.pid) if pid not in (kit.pid, kit.server_pid)]
+
+
+def test_several_engines_live_and_die_as_one_service(kit):
+    kit("start", ENGINES_PER_GPU=3)
+    leader, first, others = kit.pid, kit.server_pid, engines_of(kit)
+    assert len(others) == 2 and "and 2 more for its engines" in kit.log
+    os.kill(others[0], signal.SIGKILL)
+    state = until(has(kit, state="ready", restarts=1))
+    assert state["why"].startswith("engine process ") and "of 3: killed by signal 9" in state["why"]
+    assert not any(map(alive, [first, *others])) and len(session_of(leader)) == 4
+    os.kill(kit.server_pid, signal.SIGKILL)
+    until(has(kit, state="ready", restarts=2))
+    assert len(session_of(leader)) == 4
+    assert kit("stop").returncode == 0 and session_of(leader) == []
+    assert "killing what is left" not in kit.log
+
+
+def test_engines_of_one_service_are_told_of_each_other(kit, tmp_path):
+    kit("start", ENGINES_PER_GPU=2)
+    argv = [Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in (kit.server_pid, *engines_of(kit))]
+    ports = {words[words.index("--data-parallel-rpc-port") + 1] for words in argv}
+    assert len(ports) == 1 and ports.pop().isdigit()
+    assert ["--headless" in words for words in argv] == [False, True]
+    assert argv[1][argv[1].index("--data-parallel-start-rank") + 1] == "1"
+
+
+@pytest.mark.parametrize("ending", ["TERM", "INT", "engine dies", "KILL"])
+def test_run_with_several_engines_stays_in_the_foreground(kit, ending):
+    """What systemd and container runtimes run: one process to wait for, no restarts, nothing left behind."""
+    env = kit_environment(**kit.settings, ENGINES_PER_GPU=2)
+    with subprocess.Popen(["dash", str(KIT / "start_rerank.sh"), "run"], env=env, start_new_session=True) as run:
+        until(lambda: _answers(kit.settings["PORT"]))
+        own = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+        leader = own[0]
+        members = session_of(leader)
+        assert len(own) == 1 and len(members) == 3, "supervisor, service and one more engine, in a session of their own"
+        if ending == "engine dies":
+            os.kill(max(members), signal.SIGKILL)
+        else:
+            run.send_signal(getattr(signal, f"SIG{ending}"))
+        assert run.wait(30) == {"TERM": 0, "INT": 0, "engine dies": 1, "KILL": -9}[ending]
+    until(lambda: session_of(leader) == [])
+
+
+@pytest.mark.parametrize(
+    ("looks", "suspect"),
+    [
+        # what progress() says at each look, and whether the probe before it was answered
+        ([({"0": (5, False)}, True), ({"0": (6, False)}, True)], []),
+        ([({"0": (5, True)}, False), ({"0": (9, True)}, False)], []),  # slow, but it scores
+        ([({"0": (5, False)}, True), ({"0": (5, False)}, False)], ["0"]),
+        ([({"0": (5, False), "1": (5, False)}, True), ({"0": (6, False), "1": (5, True)}, True)], ["1"]),
+        # idle when it stopped: probes reach it or the other in turn
+        ([({"0": (5, False), "1": (5, False)}, False)] * 2 + [({"0": (6, False), "1": (5, False)}, True)], ["1"]),
+        ([({"0": (5, False), "1": (5, False)}, True)] * 3, []),  # another engine answered, this one was not asked
+        ([({"0": (5, True)}, False)] * 2 + [({"0": (9, True)}, False)], []),  # a pause, then it scores again
+        ([({}, True), ({}, True)], []),  # no metrics: the answer is what counts
+        ([({}, True), ({}, False)], [""]),
+        ([({}, False), ({}, True)], []),
+        ([({"": (5, False)}, False), ({"": (5, False)}, False)], [""]),
+        ([({"": (5, False)}, False), ({"": (6, False)}, False)], []),
+        ([({}, True), ({}, False), ({"0": (1, False)}, True)], []),  # metrics came back
+    ],
+)
+def test_watch_judges_each_engine_by_its_own_counter(monkeypatch, looks, suspect):
+    monkeypatch.setattr(supervisor.Watch, "start", lambda self: None)
+    watch, seen = supervisor.Watch(get_config(health_timeout_s=10), False), {}
+    for number, (now, answered) in enumerate(looks):
+        seen = watch._judge(now, seen, answered, time.monotonic() - 100 + number)
+    assert sorted(watch.suspect_since) == suspect
+    assert bool(watch.hangs()) == bool(suspect)
+    watch.cfg = get_config(health_timeout_s=1000)
+    assert not watch.hangs(), "suspect for less than HEALTH_TIMEOUT_S"
+
+
 def test_health_timeout_0_never_kills(kit):
     kit("start", HEALTH_TIMEOUT_S=0)
     first = kit.server_pid
@@ -266,7 +344,7 @@ def test_a_gpu_service_is_warm_before_it_is_ready(monkeypatch, warm):
     """The burst comes after the first score and before anyone is told that the service is ready; not on a CPU."""
     order, watches = [], []
     monkeypatch.setattr(supervisor, "listens", lambda cfg: True)
-    monkeypatch.setattr(supervisor, "probe", lambda cfg, timeout_s: order.append("probe"))
+    monkeypatch.setattr(supervisor, "probe", lambda cfg, timeout_s, n_docs: order.append("probe"))
     monkeypatch.setattr(supervisor, "warm_up", lambda cfg: order.append(f"warm, ready={watches[0].ready}"))
     watches.append(supervisor.Watch(get_config(health_timeout_s=2), warm))
     until(lambda: watches[0].ready and order.count("probe") > 2)
@@ -309,6 +387,8 @@ def real(checkpoints, tmp_path_factory):
         "STOP_TIMEOUT_S": 10,
         "HEALTH_TIMEOUT_S": 12,
         "STARTUP_CHECK": 0,
+        "ENGINES_PER_GPU": 2,
+        "API_SERVER_COUNT": 1,
     }
     started = run_kit("start", **settings)
     assert started.returncode == 0, started.stdout + started.stderr
@@ -342,28 +422,34 @@ class Load(threading.Thread):
 
 
 def members(leader):
-    """{process title: PID} of a session."""
+    """{what it is: PID} of the processes of a session with two engines."""
     found = {}
-    for pid in session_of(leader):
+    for pid in sorted(session_of(leader)):
         name = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-        for kind in ("vllm serve", "EngineCore", "Worker"):
+        for kind in ("--headless", "vllm serve", "EngineCore_DP0", "EngineCore_DP1"):
             if kind in name:
                 found[kind] = pid
+                break
+        else:
+            if "Worker" in name:
+                found[f"Worker {sum(key.startswith('Worker') for key in found)}"] = pid
     return found
 
 
 @pytest.mark.server
 @pytest.mark.parametrize(
-    ("victim", "how"), [("vllm serve", "KILL"), ("EngineCore", "KILL"), ("Worker", "KILL"), ("EngineCore", "STOP")]
+    ("victim", "how"),
+    [("vllm serve", "KILL"), ("EngineCore_DP1", "KILL"), ("Worker 0", "KILL"), ("EngineCore_DP1", "STOP")],
 )
 def test_the_real_service_comes_back_under_load(real, victim, how):
     status = json.loads(run_kit("status", "--json", **real).stdout)
     leader, before, port = status["pid"], status["restarts"], real["PORT"]
     expected = ask(port)
     assert isinstance(expected, list)
-    assert progress(get_config(port=port, api_key=KEY, ssl_certfile="a", ssl_keyfile="b")) > 0
+    engines = progress(get_config(port=port, api_key=KEY, ssl_certfile="a", ssl_keyfile="b"))
+    assert set(engines) == {"0", "1"} and all(count > 0 for count, _ in engines.values()), "both engines score"
     old = members(leader)
-    assert set(old) == {"vllm serve", "EngineCore", "Worker"}
+    assert set(old) == {"vllm serve", "--headless", "EngineCore_DP0", "EngineCore_DP1", "Worker 0", "Worker 1"}
     load = Load(port)
     until(lambda: load.seen["ok"] > 3)
     began = time.monotonic()

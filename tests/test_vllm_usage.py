@@ -10,13 +10,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import KIT, kit_environment
 
+import score_files
 import vllm_usage
 import vllm_usage_tiny
 from engine_args import make_plan
 from env_utils import ConfigError, get_config
-from vllm_usage import Pair, Result, lines_done, parse_line, read_chunks, score_file
+from offline_engine import Batch
+from pair_prompts import Pair, Prompt
+from score_files import Result, lines_done, parse_line, read_chunks, score_file
 from vllm_usage_tiny import qwen3_prompt_ids
 
 
@@ -26,8 +30,14 @@ class LengthReranker:
     def __init__(self):
         self.calls = []
 
+    chunk = 4
+
     def prepare(self, pairs):
         return pairs
+
+    def stream(self, source):
+        for tag, pairs in source:
+            yield tag, self.run(pairs)
 
     def run(self, pairs):
         self.calls.append(len(pairs))
@@ -95,8 +105,7 @@ def test_broken_utf8_costs_one_line(tmp_path):
     assert isinstance(chunk[0], Pair) and "not UTF-8" in chunk[1]["error"] and isinstance(chunk[2], Pair)
 
 
-def test_resume_equals_a_single_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(vllm_usage, "CHUNK", 4)
+def test_resume_equals_a_single_run(tmp_path):
     source = write_rows(tmp_path / "in.jsonl", [row(n % 80, id=n) for n in range(23)])
     whole, parts = tmp_path / "whole.jsonl", tmp_path / "parts.jsonl"
     score_file(LengthReranker(), source, whole, 0, 23)
@@ -133,6 +142,31 @@ class Windows:
         return query[:2], [document[i : i + 4] for i in range(0, len(document), 4)], len(query) > 2
 
 
+class SlowFeeder:
+    """Stands for offline_engine.Feeder: scores a prompt by its one id, one a step, the last one first; holds 3."""
+
+    def __init__(self, scores=float):
+        self.scores, self.queue, self.held, self.most = scores, [], 0, 0
+
+    @property
+    def has_room(self):
+        return len(self.queue) < 3
+
+    def submit(self, prompts):
+        batch = Batch(prompts, [None] * len(prompts), len(prompts))
+        self.queue += [(batch, i) for i in range(len(prompts))]
+        self.most = max(self.most, len(self.queue))
+        return batch
+
+    def step(self):
+        batch, i = self.queue.pop()
+        batch.outputs[i] = torch.tensor([self.scores(batch.prompts[i].ids[0])])
+        batch.n_left -= 1
+
+    def abort(self):
+        self.queue.clear()
+
+
 def without_engine(long_documents="truncate", instruction=True):
     """An OfflineReranker whose engine scores a document by its last character and cuts those above 4 characters."""
     reranker = object.__new__(vllm_usage.OfflineReranker)
@@ -140,8 +174,9 @@ def without_engine(long_documents="truncate", instruction=True):
     cfg = SimpleNamespace(long_documents=long_documents)
     reranker.plan, reranker.embeds = SimpleNamespace(profile=profile, cfg=cfg), False
     reranker.fitter = Windows() if long_documents == "chunk" else None
-    reranker.encoder = SimpleNamespace(encode=lambda pairs: pairs, max_length=4)
-    reranker._classify = lambda pairs: [Result(ord(p.document[-1]) - ord("a"), len(p.document) > 4) for p in pairs]
+    encode = lambda pairs: [Prompt([ord(p.document[-1]) - ord("a")], len(p.document) > 4) for p in pairs]  # noqa: E731
+    reranker.encoder = SimpleNamespace(encode=encode, max_length=4)
+    reranker.feeder, reranker.chunk = SlowFeeder(), 4
     return reranker
 
 
@@ -149,21 +184,32 @@ def test_chunk_keeps_the_best_window():
     pairs = [Pair("q", "b"), Pair("q", "xxxbxxxdxxxc"), Pair("long", "xxxexxxd"), Pair("q", "a")]
     results = without_engine("chunk").score(pairs)
     assert [(r.score, r.windows, r.cut) for r in results] == [(1, 1, False), (3, 3, False), (4, 2, True), (0, 1, False)]
-    assert vllm_usage._output_row(pairs[2], results[2]) == {"line": 0, "score": 4, "cut": True, "windows": 2}
+    assert score_files._output_row(pairs[2], results[2]) == {"line": 0, "score": 4, "cut": True, "windows": 2}
 
 
 def test_a_score_that_is_no_number_is_an_error():
     reranker = without_engine("chunk")
-    reranker._classify = lambda pairs: [Result(math.nan if p.document == "xxxb" else 0.5) for p in pairs]
+    reranker.feeder = SlowFeeder(lambda n: math.nan if n == 1 else 0.5)
     for document in ("xxxbxxxd", "xxxdxxxb"):
         (result,) = reranker.score([Pair("q", document)])
         assert result.score is None and "nan" in result.error
 
 
 def test_chunks_are_bounded_in_characters(tmp_path, monkeypatch):
-    monkeypatch.setattr(vllm_usage, "CHUNK_CHARS", 1000)
+    monkeypatch.setattr(score_files, "CHUNK_CHARS", 1000)
     source = write_rows(tmp_path / "in.jsonl", [row(400)] * 7)
     assert [len(chunk) for chunk in read_chunks(source, 0)] == [3, 3, 1]
+
+
+def test_stream_keeps_the_engine_fed_and_the_order():
+    reranker = without_engine()
+    lists = [[Pair("q", chr(ord("a") + (7 * n + i) % 26)) for i in range(2)] for n in range(40)]
+    got = list(reranker.stream((n, reranker.prepare(pairs)) for n, pairs in enumerate(lists)))
+    assert [tag for tag, _ in got] == list(range(40))
+    assert [[r.score for r in results] for _, results in got] == [
+        [ord(p.document) - ord("a") for p in pairs] for pairs in lists
+    ]
+    assert reranker.feeder.most == 4  # two lists at a time
 
 
 def test_error_reports_what_would_be_cut():
