@@ -84,8 +84,13 @@ def make_plan(
     engine["runner"] = "pooling"
     if profile.convert:
         engine["convert"] = profile.convert
-    if profile.hf_overrides:
-        engine["hf_overrides"] = profile.hf_overrides
+    overrides = dict(profile.hf_overrides)
+    text = checkpoint.config.get("text_config")
+    if isinstance(text, dict) and "tie_word_embeddings" not in text:
+        # Qwen3-VL-Reranker-8B says it at the top alone; vLLM 0.32 dies where its text model does not have it.
+        overrides["text_config"] = {"tie_word_embeddings": checkpoint.config.get("tie_word_embeddings", False)}
+    if overrides:
+        engine["hf_overrides"] = overrides
     if profile.pooler_config:
         engine["pooler_config"] = profile.pooler_config
     engine["dtype"] = cfg.dtype

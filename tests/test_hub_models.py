@@ -98,6 +98,11 @@ def test_qwen3_vl_is_refused_where_vllm_cannot_import_it(tmp_path, monkeypatch):
     plan = make_plan(get_config(), folder, CPU)
     assert plan.engine["limit_mm_per_prompt"] == {"image": 0, "video": 0}
     assert plan.engine["max_model_len"] == 2048, "the sizes of the text model count"
+    assert "text_config" not in plan.engine["hf_overrides"]
+    untied = tiny_hub_models.qwen3_vl_reranker(tmp_path / "Qwen3-VL-Reranker-8B", tied=False)
+    overrides = make_plan(get_config(), untied, CPU).engine["hf_overrides"]
+    assert overrides["text_config"] == {"tie_word_embeddings": False}
+    assert "text_config" not in plan.profile.hf_overrides, "the profile itself stays as it is"
 
 
 def test_qwen3_vl_template_and_cut_are_those_of_the_model_card(tmp_path):

@@ -205,5 +205,7 @@ def qwen3_vl_reranker(folder: Path, *, tied: bool = True) -> Path:
     rope = saved["text_config"].pop("rope_parameters")
     saved["text_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     saved["vision_config"].pop("rope_parameters", None)
+    if not tied:  # the 8B model says so at the top alone
+        del saved["text_config"]["tie_word_embeddings"]
     (folder / "config.json").write_text(json.dumps({**saved, "transformers_version": "4.57.0.dev0"}))
     return folder
