@@ -72,6 +72,8 @@ def make_plan(
     plan.api_servers = cfg.api_server_count
     engine, why = plan.engine, plan.why
     engine["model"] = str(adapted_folder(checkpoint, profile, cfg.log_path))
+    if profile.config_changes:
+        why["model"] = "made at start: links to the checkpoint, beside a config.json that names no code of the hub"
     if profile.needs and find_spec(profile.needs) is None:
         raise ConfigError(
             f"{checkpoint.path} is served by profile {profile.name}, for which vLLM imports {profile.needs}: this "
