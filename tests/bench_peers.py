@@ -14,9 +14,11 @@ pairs (without float32: in the first precision). A way that fails is reported wi
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -44,13 +46,13 @@ def plan_for(args, dtype: str):
 
 
 def kit_way(args):
-    """(score, reset): pairs -> N floats, and what empties caches between two runs."""
+    """(variants, llm): {label: pairs -> N floats}, and the vllm.LLM, whose caches and processes need care."""
     from pair_prompts import Pair
     from vllm_usage import OfflineReranker
 
     reranker = OfflineReranker(plan_for(args, args.dtype))
     run = lambda pairs: [r.score for r in reranker.score([Pair(*p) for p in pairs])]  # noqa: E731
-    return {"": run}, reranker.llm.reset_prefix_cache
+    return {"": run}, reranker.llm
 
 
 def llm_score_way(args):
@@ -70,7 +72,7 @@ def llm_score_way(args):
         outputs = llm.score([q for q, _ in pairs], [d for _, d in pairs], use_tqdm=False, **more)
         return [output.outputs.score for output in outputs]
 
-    return {"": run}, llm.reset_prefix_cache
+    return {"": run}, llm
 
 
 def transformers_way(args):
@@ -203,15 +205,15 @@ def with_sizes(args, score, context):
 def work(args) -> dict:
     """What a way's process reports: for each length the runs of its best variant, and its first scores."""
     began = time.perf_counter()
-    variants, reset = globals()[f"{args.way}_way"](args)
+    variants, llm = globals()[f"{args.way}_way"](args)
     report = {"load_s": round(time.perf_counter() - began, 1), "lengths": {}}
     for length in args.lengths:
         pairs = [tuple(pair) for pair in json.loads((args.folder / f"{length}.json").read_text("utf-8"))]
         speeds: dict[str, list[float]] = {label: [] for label in variants}
 
         def timed(label, pairs=pairs, speeds=speeds):
-            if reset:
-                reset()
+            if llm:
+                llm.reset_prefix_cache()
             start = time.perf_counter()
             scores = variants[label](pairs)
             speeds[label].append(len(pairs) / (time.perf_counter() - start))
@@ -233,6 +235,8 @@ def work(args) -> dict:
             "runs": speeds,
             "scores": scores[:N_CHECKED],
         }
+    if llm:
+        llm.llm_engine.engine_core.shutdown()  # its process would outlive the os._exit() below
     return report
 
 
@@ -266,12 +270,22 @@ def run_way(way: str, dtype: str, model: Path, args) -> dict:
     command = [sys.executable, __file__, "--worker", way, "--dtype", dtype, "--model", str(model)]
     command += ["--folder", str(args.folder), "--out", str(out), "--runs", str(args.runs)]
     command += ["--lengths", ",".join(map(str, args.lengths)), "--batch-sizes", ",".join(map(str, args.sizes))]
-    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, timeout=args.timeout_s)
+    log = args.folder / "log.txt"
+    with log.open("w") as file:  # no pipe: a process that outlives its parent would hold it open
+        child = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+        try:
+            code = f"exit code {child.wait(args.timeout_s)}"
+        except subprocess.TimeoutExpired:
+            code = f"not done in {args.timeout_s:g} s"
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)  # engine processes of a way that failed
+        child.wait()
     if out.exists():
         return json.loads(out.read_text("utf-8"))
-    print(done.stderr[-3000:], file=sys.stderr)
-    lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-    return {"error": f"exit code {done.returncode}: {lines[-1][:200]}"}
+    said = log.read_text("utf-8", "replace")
+    print(said[-3000:], file=sys.stderr)
+    lines = [line for line in said.splitlines() if "Error" in line] or ["no message"]
+    return {"error": f"{code}: {lines[-1][:200]}"}
 
 
 def table(rows: list[dict]) -> str:
@@ -379,7 +393,8 @@ def main() -> int:
         args.lengths = [int(n) for n in args.lengths.split(",")]
         args.sizes = [int(n) for n in args.batch_sizes.split(",")]
         args.max_length = plan_for(args, args.dtype).engine["max_model_len"]
-        Path(args.out).write_text(json.dumps(work(args)), "utf-8")
+        report = work(args)
+        Path(args.out).write_text(json.dumps(report), "utf-8")
         return 0
     defaults(args)
     args.folder = Path(tempfile.mkdtemp(prefix="peers-"))

@@ -1,14 +1,15 @@
 """How does throughput grow with the GPUs? Starts arrangements of services, loads each, writes one table and one JSON.
 
     python tests/bench_scale.py --model FOLDER --arrange "DP=1" "TP=2" "DP=2" "replicas=2" --out scale
-    python tests/bench_scale.py --model A --model B --arrange "DP=1" "TP=2" --extra-args "--load-format dummy" --out scale
+    python tests/bench_scale.py --model A --model B --arrange "DP=1" "TP=2" --extra-args "--load-format dummy"
     python tests/bench_scale.py --model FOLDER --arrange "DP=1" "DP=2" --cpu --words --out scale
 
-An arrangement is KEY=VALUE settings of the kit, separated by spaces, and `replicas=N`: N independent services on N
-ports, between which the load generator picks the one with the fewest calls in flight. It takes TP x DP x replicas GPUs.
-Each is started by start_rerank.sh, asked for the scores of the same 200 pairs, loaded by bench_rerank.py and stopped.
-The model's first arrangement on one GPU is what the efficiency compares with: throughput / (GPUs x its throughput), that
-at as many calls in flight for each GPU where it was measured (--per-gpu), else its best.
+An arrangement is KEY=VALUE settings of the kit or VLLM_* variables, separated by spaces, and `replicas=N`: N
+independent services on N ports, between which the load generator picks the one with the fewest calls in flight. It
+takes TP x DP x replicas GPUs.
+Each is started by start_rerank.sh, asked for the scores of the same 512 pairs, loaded by bench_rerank.py and stopped.
+The model's first arrangement on one GPU is what the efficiency compares with: throughput / (GPUs x its throughput),
+that at as many calls in flight for each GPU where it was measured (--per-gpu), else its best.
 
 --start-all starts all arrangements at once, on GPUs that they share, and loads one after the other: the start is most
 of the time. They must fit beside each other: GPU_MEMORY_UTILIZATION, or --extra-args "--kv-cache-memory-bytes 4G".
@@ -17,10 +18,12 @@ Needs no network and nothing but what vLLM brings.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -37,11 +40,11 @@ KIT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(KIT))
 
 from bench_report import hardware, without_secrets  # noqa: E402
-from engine_args import list_gpus  # noqa: E402
-from env_utils import FIELDS, get_config  # noqa: E402
+from env_utils import FIELDS, PASSED_ON, get_config  # noqa: E402
+from machine import list_gpus  # noqa: E402
 from service_health import request  # noqa: E402
 
-N_QUERIES, N_DOCS = 20, 10  # the pairs whose scores are compared
+N_QUERIES, N_DOCS = 32, 16  # the pairs whose scores are compared
 COLUMNS = ("model", "arrangement", "gpus", "tokens", "in_flight", "pairs/s", "p50_ms", "p95_ms", "refused", "err")
 COLUMNS += ("efficiency", "parity", "bound")
 
@@ -72,11 +75,11 @@ class Arrangement:
 def parse_arrangement(model: str, text: str) -> Arrangement:
     """Raises ValueError for what is no setting."""
     settings, replicas = {}, 1
-    for word in text.split():
+    for word in shlex.split(text):
         key, sep, value = word.partition("=")
         if key == "replicas" and value.isdigit() and int(value):
             replicas = int(value)
-        elif sep and key in FIELDS:
+        elif sep and (key in FIELDS or PASSED_ON.search(key)):
             settings[key] = value
         else:
             raise ValueError(f"{word!r} in --arrange {text!r} is neither a setting of the kit nor replicas=N")
@@ -116,6 +119,7 @@ class Run:
         self.logs = self.out.with_suffix(".logs")
         self.measuring = threading.Lock()  # one load at a time, but for --together
         self.all_up = threading.Barrier(len(args.arrangements)) if args.start_all else None
+        self.met = threading.Event()
         self.loaded: set[str] = set()  # arrangements under load now
         self.stopped = False
         self.children: set[subprocess.Popen] = set()
@@ -132,7 +136,11 @@ class Run:
             it.error = f"{type(exc).__name__}: {exc}"
         if self.all_up:
             with suppress(threading.BrokenBarrierError):
-                self.all_up.wait(self.args.limit_s + 60)
+                if self.all_up.wait(self.args.limit_s + 60) == 0 and self.args.meet:
+                    self.meet(*self.args.meet.rsplit(":", 1))
+                    self.met.set()
+            if self.args.meet:
+                self.met.wait(self.args.limit_s)
         try:
             if not it.error:
                 with nullcontext() if self.args.together else self.measuring:
@@ -146,6 +154,14 @@ class Run:
             self.cards.give(it.cards)
             self.write()
             print(f"[scale] {it.name}: {it.error or 'done'}", file=sys.stderr, flush=True)
+
+    def meet(self, folder: str, n: str) -> None:
+        """Wait until n runs of this program have started all that they measure."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        Path(folder, self.out.name).touch()
+        end = time.monotonic() + self.args.limit_s
+        while len(list(Path(folder).iterdir())) < int(n) and time.monotonic() < end:
+            time.sleep(0.2)
 
     def start(self, it: Arrangement, end: float) -> None:
         with ThreadPoolExecutor(it.replicas) as pool:
@@ -201,8 +217,8 @@ class Run:
         it.scores = [pair_scores(cfg) for cfg in configs]
         before = engine_counts(configs)
         urls = ",".join(cfg.service_url for cfg in configs)
-        levels = [n * it.gpus for n in args.per_gpu] if args.per_gpu else args.concurrency
-        for tokens in args.tokens:
+        for tokens, own_levels in args.tokens:
+            levels = own_levels or ([n * it.gpus for n in args.per_gpu] if args.per_gpu else args.concurrency)
             file = self.logs / f"bench-{it.ports[0]}-{tokens}.json"
             command = [sys.executable, str(KIT / "bench_rerank.py"), "--endpoint", "rerank", "--base-url", urls]
             command += ["--concurrency", ",".join(map(str, levels)), "--seconds", f"{args.seconds:g}"]
@@ -232,7 +248,7 @@ class Run:
 
     def config(self, it: Arrangement, replica: int):
         settings = self.settings(it, replica)
-        return get_config(os.devnull, **{FIELDS[k].name: v for k, v in settings.items()})
+        return get_config(os.devnull, **{FIELDS[k].name: v for k, v in settings.items() if k in FIELDS})
 
     def write(self) -> None:
         """All that is known so far: a run that is cut short leaves what it had."""
@@ -297,7 +313,7 @@ _ports_lock = threading.Lock()
 
 
 def known_pairs() -> list[tuple[str, list[str]]]:
-    """The same 200 pairs for every arrangement: queries and documents of 5 to 200 words."""
+    """The same 512 pairs for every arrangement: queries and documents of 5 to 200 words."""
     rng = random.Random(8)
     words = [f"{a}{b}" for a in ("ca", "do", "en", "mi", "pro", "st") for b in ("pital", "main", "gine", "nute", "ate")]
     words += [
@@ -356,7 +372,18 @@ def parity(it: Arrangement, all_of_them: list[Arrangement]) -> dict | None:
     if not first or not it.scores:
         return None
     gaps = [abs(a - b) for scores in it.scores for a, b in zip(scores, first.scores[0], strict=True)]
-    return {"to": first.text, "max": max(gaps), "mean": sum(gaps) / len(gaps), "pairs": len(gaps)}
+    found = {"to": first.text, "max": max(gaps), "mean": sum(gaps) / len(gaps), "pairs": len(gaps)}
+    # What drift means for a user: another document first, and pairs of documents that change their order.
+    firsts = swaps = orders = 0
+    for at in range(0, len(gaps), N_DOCS):
+        a = first.scores[0][at % len(first.scores[0]) :][:N_DOCS]
+        b = [score for scores in it.scores for score in scores][at : at + N_DOCS]
+        firsts += a.index(max(a)) != b.index(max(b))
+        for i, j in itertools.combinations(range(N_DOCS), 2):
+            orders += 1
+            swaps += (a[i] - a[j]) * (b[i] - b[j]) < 0
+    queries = len(gaps) // N_DOCS
+    return found | {"other_first": f"{firsts} of {queries} queries", "swapped": f"{swaps} of {orders} document pairs"}
 
 
 def efficiency(it: Arrangement, row: dict, all_of_them: list[Arrangement]) -> float | None:
@@ -412,7 +439,17 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
     add("--model", action="append", required=True, help="folder of a checkpoint; several times for several models")
     add("--arrange", nargs="+", required=True, metavar="TEXT", help='e.g. "DP=1" "TP=2" "DP=2" "replicas=2"')
-    add("--tokens", type=numbers, default=[128], help="tokens a document, e.g. 128,512 (default: 128)")
+
+    def lengths(text: str) -> list[tuple[int, list[int] | None]]:
+        parts = [part.partition(":") for part in text.split(",")]
+        return [(int(n), [int(level) for level in levels.split("/")] if levels else None) for n, _, levels in parts]
+
+    add(
+        "--tokens",
+        type=lengths,
+        default=[(128, None)],
+        help="tokens a document, e.g. 128,512 (default: 128); 512:16/64 = that length with its own calls in flight",
+    )
     add("--query-tokens", type=int, default=16)
     add("--words", action="store_true", help="lengths are words, for a tokenizer that knows no English (test models)")
     add("--docs", type=int, default=32, help="documents a call")
@@ -425,6 +462,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--gpus", help="which GPUs to use, e.g. 0,1 (default: all)")
     add("--cpu", action="store_true", help="the CPU build; an arrangement still counts what would be GPUs")
     add("--start-all", action="store_true", help="start all at once on shared GPUs, load one after the other")
+    add("--meet", metavar="FOLDER:N", help="with --start-all: load only when N runs with this folder have started all")
     add("--together", action="store_true", help="load arrangements on disjoint GPUs at the same time")
     add("--out", default="scale", metavar="NAME", help="writes NAME.json, NAME.md and the folder NAME.logs")
     args = parser.parse_args(argv)
