@@ -15,12 +15,22 @@ import ssl
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from engine_defaults import api_servers, count_weights, engines_per_gpu, fastokens_agrees, weight_bytes
 from env_utils import FIELDS, KIT_DIR, ConfigError, EnvConfig, get_config, passed_on_env
 from machine import GIB, Machine, NoVllm, cpu_has_bf16, probe_machine, vllm_command, vllm_version
-from model_files import Checkpoint, Profile, content_id, find_profile, locate, read_checkpoint
+from model_files import (
+    Checkpoint,
+    Profile,
+    adapted_folder,
+    content_id,
+    find_profile,
+    locate,
+    make_adapted,
+    read_checkpoint,
+)
 from multi_node import check_nodes, check_rpc_port, describe_node, has_other_nodes, is_headless, node_env, node_flags
 
 KV_GIB_AT_MOST = 16  # of one of several engines on a GPU: six full steps of a 0.6B model
@@ -79,18 +89,35 @@ def make_plan(
     plan = Plan(cfg, machine, profile, checkpoint, profile.template_text(cfg.instruction), {})
     plan.api_servers = cfg.api_server_count
     engine, why = plan.engine, plan.why
-    engine["model"] = str(checkpoint.path)
+    engine["model"] = str(adapted_folder(checkpoint, profile, cfg.log_path))
+    if profile.config_changes:
+        why["model"] = "made at start: links to the checkpoint, beside a config.json that names no code of the hub"
+    if profile.needs and find_spec(profile.needs) is None:
+        raise ConfigError(
+            f"{checkpoint.path} is served by profile {profile.name}, for which vLLM imports {profile.needs}: this "
+            f"Python has none (the CPU build leaves it out); use the GPU build"
+        )
+    if profile.config_file:
+        # The code that is trusted is the kit's own: the adapted folder holds no other.
+        engine["trust_remote_code"] = True
+        why["trust_remote_code"] = f"for the kit's own {profile.config_file}, in the folder that is served"
     engine["runner"] = "pooling"
     if profile.convert:
         engine["convert"] = profile.convert
-    if profile.hf_overrides:
-        engine["hf_overrides"] = profile.hf_overrides
+    overrides = dict(profile.hf_overrides)
+    text = checkpoint.config.get("text_config")
+    if isinstance(text, dict) and "tie_word_embeddings" not in text:
+        # Qwen3-VL-Reranker-8B says it at the top alone; vLLM 0.32 dies where its text model does not have it.
+        overrides["text_config"] = {"tie_word_embeddings": checkpoint.config.get("tie_word_embeddings", False)}
+    if overrides:
+        engine["hf_overrides"] = overrides
     if profile.pooler_config:
         engine["pooler_config"] = profile.pooler_config
     engine["dtype"] = cfg.dtype
     if cfg.quantization:
         engine["quantization"] = cfg.quantization
     engine["max_model_len"], why["max_model_len"] = _max_model_len(cfg, checkpoint)
+    engine |= profile.engine
     engine["tensor_parallel_size"] = cfg.tp
     if not offline:
         plan.engines, why["engines_per_gpu"] = _engines(plan)
@@ -400,6 +427,7 @@ def server_commands(plan: Plan) -> tuple[list[list[str]], dict[str, str]]:
 
     The API key travels in the environment, not in the process list.
     """
+    make_adapted(plan.checkpoint, plan.profile, Path(plan.engine["model"]))
     if plan.cfg.instruction and plan.template is not None:
         plan.cfg.log_path.mkdir(parents=True, exist_ok=True)
         _template_file(plan).write_text(plan.template, "utf-8")

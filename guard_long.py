@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from guard_rules import Refusal
 from long_documents import (
     MODES,
+    EmptyTextCounts,
     Fitter,
     Split,
     TooManyWindows,
@@ -144,7 +145,10 @@ def make_fitter(scope):
             raise LookupError(f"scoring of kind {served.name}")
         config = served.model_config
         tokenizer = plain_tokenizer(config.tokenizer, config.trust_remote_code)
-        return Fitter(tokenizer, None if separate else template, config.max_model_len, separate=separate)
+        fitter = Fitter(tokenizer, None if separate else template, config.max_model_len, separate=separate)
+        if fitter.needs_cover:
+            served.tokenizer = EmptyTextCounts(served.tokenizer)
+        return fitter
     except Exception as exc:  # another release of vLLM: long texts get vLLM's own 400
         logger.warning("guard: long documents are not cut (%s: %s)", type(exc).__name__, exc)
         return False

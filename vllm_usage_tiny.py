@@ -25,6 +25,8 @@ PREFIX = (
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 
+VL_INSTRUCTION = "Given a search query, retrieve relevant candidates that answer the query."
+
 # MxbaiRerankV2 of package mxbai-rerank 0.1.6.
 MXBAI_SYSTEM = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
 MXBAI_TASK = (
@@ -90,6 +92,17 @@ def bge_gemma_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, 
     return [tokenizer.bos_token_id, *query, *newline, *passage][: max_length - len(suffix)] + suffix
 
 
+def qwen3_vl_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, max_length: int = 8192) -> list[int]:
+    """Token ids of Qwen3-VL-Reranker's prompt for text, as scripts/qwen3_vl_reranker.py on its model card builds it.
+
+    The whole prompt is one text; of a long one the end of the document is cut and the last turn kept.
+    """
+    system = PREFIX.partition("<|im_end|>")[0]
+    text = f"{system}<|im_end|>\n<|im_start|>user\n<Instruct>: {pair.instruction or instruction or VL_INSTRUCTION}"
+    text += f"<Query>:{pair.query or 'NULL'}\n<Document>:{pair.document or 'NULL'}"
+    return _joint_ids(tokenizer, text, ASSISTANT, max_length)
+
+
 # Causal rerankers: the prompt; the tokens for relevant and not relevant (None: the logit of the first alone counts);
 # what the logit is divided by before the sigmoid. The sigmoid of the difference of two logits is their softmax.
 CAUSAL = {
@@ -97,6 +110,7 @@ CAUSAL = {
     "mxbai_rerank_v2": (mxbai_prompt_ids, "1", "0", 1),
     "bge_reranker_v2_gemma": (bge_gemma_prompt_ids, "Yes", None, 1),
     "zerank2": (zerank_prompt_ids, "Yes", None, 5),
+    "qwen3_vl_reranker": (qwen3_vl_prompt_ids, "yes", "no", 1),
 }
 
 
@@ -108,8 +122,8 @@ def reference_scores(
     Args:
         model: checkpoint folder.
         kind: Profile.reference: a key of CAUSAL (causal_yes_no is the model card of Qwen3-Reranker),
-            sequence_classification (the converted Qwen3-Reranker and cross-encoders with a head) or embedding (cosine,
-            pooled as the checkpoint's Pooling module says).
+            sequence_classification (the converted Qwen3-Reranker and cross-encoders with a head), jina_reranker_v2,
+            gte_multilingual_reranker or embedding (cosine, pooled as the checkpoint's Pooling module says).
         pairs: N pairs.
         instruction: default instruction; None = the model card's.
         max_length: tokens of the longest prompt.
@@ -118,13 +132,10 @@ def reference_scores(
         N scores.
     """
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    loader = AutoModelForSequenceClassification
-    if kind in CAUSAL or kind == "embedding":
-        loader = AutoModelForCausalLM if kind in CAUSAL else AutoModel
-    network = loader.from_pretrained(model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    network = _network(model, kind)
     scores = []
     with torch.inference_mode():
         for pair in pairs:
@@ -136,7 +147,7 @@ def reference_scores(
                 if no is not None:
                     logit = logit - logits[tokenizer.convert_tokens_to_ids(no)]
                 scores.append(torch.sigmoid(logit / divisor).item())
-            elif kind == "sequence_classification":
+            elif kind in ("sequence_classification", "jina_reranker_v2", "gte_multilingual_reranker"):
                 if "Qwen" in type(network).__name__:
                     ids = torch.tensor([qwen3_prompt_ids(tokenizer, pair, instruction, max_length)])
                     scores.append(torch.sigmoid(network(ids).logits[0, 0]).item())
@@ -154,6 +165,84 @@ def reference_scores(
             else:
                 raise ValueError(f"unknown reference {kind!r}")
     return scores
+
+
+def _network(model: Path, kind: str):
+    """The transformers model of a checkpoint, in float32."""
+    import torch
+    import transformers
+
+    if kind == "jina_reranker_v2":
+        return _jina_reranker_v2(model)
+    config = None
+    loader = transformers.AutoModelForSequenceClassification
+    if kind == "gte_multilingual_reranker":
+        loader, config = _gte(model)
+    elif kind == "qwen3_vl_reranker":
+        loader = transformers.Qwen3VLForConditionalGeneration
+    elif kind in CAUSAL:
+        loader = transformers.AutoModelForCausalLM
+    elif kind == "embedding":
+        loader = transformers.AutoModel
+    return loader.from_pretrained(model, config=config, dtype=torch.float32).eval()
+
+
+# Names in jina-reranker-v2's checkpoint and what they are in XLM-RoBERTa: its hub repository converts the other way.
+JINA_NAMES = (
+    ("roberta.emb_ln", "roberta.embeddings.LayerNorm"),
+    ("encoder.layers.", "encoder.layer."),
+    ("mixer.out_proj", "attention.output.dense"),
+    ("norm1", "attention.output.LayerNorm"),
+    ("mlp.fc1", "intermediate.dense"),
+    ("mlp.fc2", "output.dense"),
+    ("norm2", "output.LayerNorm"),
+)
+
+
+def _jina_reranker_v2(model: Path):
+    """jina-reranker-v2 as transformers' XLM-RoBERTa: the same computation, its weights under other names.
+
+    Source: modeling_xlm_roberta.py of jinaai/jina-reranker-v2-base-multilingual, and the conversion beside it.
+    """
+    from safetensors.torch import load_file
+    from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
+
+    config = {k: v for k, v in read_checkpoint(model).config.items() if k not in ("auto_map", "architectures")}
+    network = XLMRobertaForSequenceClassification(XLMRobertaConfig(**{**config, "num_labels": 1})).float()
+    weights = {}
+    for file in sorted(model.glob("*.safetensors")):
+        for name, weight in load_file(file).items():
+            for theirs, ours in JINA_NAMES:
+                name = name.replace(theirs, ours)
+            if "mixer.Wqkv" in name:
+                for part, rows in zip(("query", "key", "value"), weight.chunk(3), strict=True):
+                    weights[name.replace("mixer.Wqkv", f"attention.self.{part}")] = rows
+            else:
+                weights[name] = weight
+    network.load_state_dict(weights)
+    return network.eval()
+
+
+def _gte(model: Path):
+    """(class, config) of gte-multilingual-reranker in transformers, which reads its weights under their own names.
+
+    Its NTK scaling by a factor f stretches the base by f and divides the frequencies by f ** (2 / head size): to
+    transformers that is linear scaling. Source: NTKScalingRotaryEmbedding in modeling.py of Alibaba-NLP/new-impl.
+    """
+    try:
+        from transformers import GteConfig, GteForSequenceClassification
+    except ImportError as exc:
+        raise ConfigError("the reference of gte-multilingual-reranker needs a transformers that has GTE") from exc
+    config = dict(read_checkpoint(model).config)
+    scaling, theta = config.pop("rope_scaling", None), config.pop("rope_theta", 10000.0)
+    rope = {"rope_type": "default", "rope_theta": theta}
+    if scaling:
+        if scaling.get("type") != "ntk" or scaling.get("mixed_b") is not None:
+            raise ConfigError(f"no reference for rope_scaling {scaling}")
+        stretch = scaling["factor"] ** (2 * config["num_attention_heads"] / config["hidden_size"])
+        rope = {"rope_type": "linear", "factor": stretch, "rope_theta": theta * scaling["factor"]}
+    kept = {k: v for k, v in config.items() if k not in ("auto_map", "architectures", "model_type")}
+    return GteForSequenceClassification, GteConfig(**kept, rope_parameters=rope)
 
 
 def _activation(config):

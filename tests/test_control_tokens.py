@@ -19,6 +19,7 @@ FAMILIES = {
     "qwen3_reranker": tiny_models.qwen3_tokenizer,
     "mxbai_rerank_v2": tiny_models.qwen3_tokenizer,
     "zerank2": tiny_models.qwen3_tokenizer,
+    "qwen3_vl_reranker": tiny_models.qwen3_tokenizer,
     "bge_reranker_v2_gemma": tiny_models.gemma_tokenizer,
 }
 INVISIBLE = "\u200b\u00ad\u2060\ufe0f\u0338"

@@ -9,9 +9,12 @@ import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
+import tiny_hub_models
 import tiny_models
 from conftest import KIT, free_port, http, kit_environment, run_kit
 
@@ -60,8 +63,6 @@ class Family:
     control: tuple | None = None
     # Values written into config.json.
     config: tuple = ()
-    # vLLM leaves the separator of an empty document out, and no other text has the ids of an empty one.
-    empty_documents: bool = True
     # Also by a real server; off where only the checkpoint's settings differ from a family that is served.
     online: bool = True
 
@@ -76,6 +77,10 @@ def seq_cls(folder: Path) -> Path:
 
 def untied(folder: Path) -> Path:
     return tiny_models.qwen3_reranker(folder, tied=False)
+
+
+def qwen3_vl_untied(folder: Path) -> Path:
+    return tiny_hub_models.qwen3_vl_reranker(folder, tied=False)
 
 
 FAMILIES = {
@@ -95,7 +100,6 @@ FAMILIES = {
         "cross_encoder",
         256,
         ENCODER_TEXTS,
-        empty_documents=False,
     ),
     # Trained by transformers' Trainer, which writes problem_type; a sigmoid all the same.
     "bert_regression": Family(
@@ -128,6 +132,23 @@ FAMILIES = {
         tiny_models.qwen3_embedding, "Qwen3-Embedding-0.6B", "embedding", 256, (*TEXTS, LONG_QUERY)
     ),
     "zerank2": Family(tiny_models.zerank2, "zerank-2", "zerank2", 512, control=QWEN_CONTROL),
+    "jina": Family(
+        tiny_hub_models.jina_reranker_v2, "jina-reranker-v2-base-multilingual", "jina_reranker_v2", 256, ENCODER_TEXTS
+    ),
+    "gte": Family(
+        tiny_hub_models.gte_multilingual_reranker,
+        "gte-multilingual-reranker-base",
+        "gte_multilingual_reranker",
+        256,
+        ENCODER_TEXTS,
+    ),
+    # vLLM's module of Qwen3-VL imports torchvision, which the CPU build leaves out.
+    "qwen3_vl": Family(
+        tiny_hub_models.qwen3_vl_reranker, "Qwen3-VL-Reranker-2B", "qwen3_vl_reranker", 512, control=QWEN_CONTROL
+    ),
+    "qwen3_vl_untied": Family(
+        qwen3_vl_untied, "Qwen3-VL-Reranker-8B", "qwen3_vl_reranker", 512, control=QWEN_CONTROL, online=False
+    ),
 }
 INSTRUCTION = "Find the paragraph 判断\nthat answers"
 OFFLINE = """
@@ -209,11 +230,24 @@ def server_scores(url: str, pairs: list[Pair]) -> tuple[list[float], list[int]]:
     return scores, lengths
 
 
+def rerank_scores(url: str, pairs: list[Pair]) -> list[float]:
+    """Scores of the pairs by /v1/rerank, one pair a call."""
+    scores = []
+    for pair in pairs:
+        body = {"model": "qwen3-reranker", "query": pair.query, "documents": [pair.document]}
+        status, answer = http("POST", f"{url}/rerank", body)
+        assert status == 200, answer
+        scores.append(answer["results"][0]["relevance_score"])
+    return scores
+
+
 @pytest.mark.server
 @pytest.mark.parametrize("name", FAMILIES)
 def test_scores_are_those_of_the_model_card(name, tmp_path):
     family = FAMILIES[name]
     profile = all_profiles()[family.profile]
+    if profile.needs and find_spec(profile.needs) is None:
+        pytest.skip(f"vLLM imports {profile.needs} for this family")
     model = make(family, tmp_path)
     pairs = [Pair(*text) for text in (*family.texts, ASCII_LONG)]
     wanted = list(pairs)
@@ -246,16 +280,21 @@ def test_scores_are_those_of_the_model_card(name, tmp_path):
             return
         url = ready()
         online = [i for i, p in enumerate(pairs) if len(p.document) < 1000 or p.document.isascii()]
-        online = [i for i in online if pairs[i].document or family.empty_documents]
         scores, lengths = server_scores(url, [pairs[i] for i in online] + [instructed] * profile.instruction)
         wanted_scores = [expected[i] for i in online] + [wanted_asked] * profile.instruction
         assert scores == pytest.approx(wanted_scores, abs=1e-4)
+        some = [i for i in online if pairs[i].query == "" or pairs[i].query == "empty document"]
+        assert rerank_scores(url, [pairs[i] for i in some]) == pytest.approx([expected[i] for i in some], abs=1e-4)
         if profile.reference != "embedding":
             assert lengths[: len(online)] == [len(ids[i]) for i in online]
         if not profile.instruction:
             body = {"model": "qwen3-reranker", "query": "q", "documents": ["d"], "instruction": INSTRUCTION}
             status, answer = http("POST", f"{url}/rerank", body)
             assert status == 422 and "takes no instruction" in answer["error"]["message"]
+        if profile.config_changes:  # what is served is a folder of links: check looks at the checkpoint behind it
+            checked = run_kit("check", "--reference", MODEL_PATH=model, PORT=urlsplit(url).port)
+            assert checked.returncode == 0 and f"{model}, profile {profile.name}" in checked.stdout, checked.stdout
+            assert "float32 agrees within" in checked.stdout
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -267,6 +306,37 @@ def test_the_profile_is_found_from_the_files(name, tmp_path):
             find_profile(found)
     else:
         assert find_profile(found).name == family.profile
+
+
+def logit_score(folder: Path, true: str, false: str | None) -> Path:
+    """The files of sentence-transformers 5.4 that name the tokens of the score."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = {"true_token_id": tokenizer.convert_tokens_to_ids(true)}
+    ids["false_token_id"] = None if false is None else tokenizer.convert_tokens_to_ids(false)
+    kind = "sentence_transformers.cross_encoder.modules.logit_score.LogitScore"
+    (folder / "modules.json").write_text(json.dumps([{"path": "1_LogitScore", "type": kind}]))
+    (folder / "1_LogitScore").mkdir()
+    (folder / "1_LogitScore" / "config.json").write_text(json.dumps(ids))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "true", "false", "profile"),
+    [
+        (tiny_models.mxbai_rerank_v2, "1", "0", "mxbai_rerank_v2"),
+        (tiny_models.bge_reranker_v2_gemma, "Yes", None, "bge_reranker_v2_gemma"),
+    ],
+)
+def test_the_tokens_of_the_score_name_the_family_in_a_folder_of_any_name(make, true, false, profile, tmp_path):
+    folder = make(tmp_path / "my-model")
+    with pytest.raises(ConfigError, match="fits no profile"):
+        find_profile(read_checkpoint(folder))
+    assert find_profile(read_checkpoint(logit_score(folder, true, false))).name == profile
+    other = logit_score(make(tmp_path / "other"), "yes", false)
+    with pytest.raises(ConfigError, match="fits no profile"):
+        find_profile(read_checkpoint(other))
 
 
 def checkpoint(name, architectures, modules=(), pooling=None, **config):
@@ -293,7 +363,7 @@ ST = ("Transformer", "Pooling")
         ),
         (checkpoint("jina-embeddings-v3", ["XLMRobertaModel"], ST, ("mean",), **OWN_CODE), "own_code"),
         (checkpoint("jina-reranker-v3", ["JinaForRanking"]), "listwise"),
-        (checkpoint("Qwen3-VL-Reranker-2B", ["Qwen3VLForConditionalGeneration"]), "multimodal"),
+        (checkpoint("jina-reranker-m0", ["JinaVLForRanking"]), "multimodal"),
         (checkpoint("mxbai-rerank-base-v1", ["DebertaV2ForSequenceClassification"], **ONE_LABEL), "deberta"),
         (checkpoint("bge-reranker-v2-minicpm-layerwise", ["LayerWiseMiniCPMForCausalLM"]), "layerwise"),
         (checkpoint("ettin-reranker", ["ModernBertModel"], (*ST, "Dense", "LayerNorm"), ("cls",)), "head_in_modules"),
@@ -357,14 +427,17 @@ def test_every_profile_says_what_its_score_means():
         assert profile.instruction == (profile.template is not None and "instruction" in profile.template_text())
 
 
+QWEN_TEMPLATES = ("qwen3_reranker", "mxbai_rerank_v2", "zerank2", "qwen3_vl_reranker")
+
+
 def test_templates_of_qwen_neutralise_the_same_tokens():
     macro = "{%- macro plain"
-    texts = [(PROFILE_DIR / f"{n}.jinja").read_text() for n in ("qwen3_reranker", "mxbai_rerank_v2", "zerank2")]
+    texts = [(PROFILE_DIR / f"{n}.jinja").read_text() for n in QWEN_TEMPLATES]
     blocks = {text[text.index(macro) : text.index("{%- endmacro")] for text in texts}
     assert len(blocks) == 1
 
 
-@pytest.mark.parametrize("name", ["mxbai_rerank_v2", "zerank2"])
+@pytest.mark.parametrize("name", ["mxbai_rerank_v2", "zerank2", "qwen3_vl_reranker"])
 def test_the_prompt_keeps_its_last_newline(name, tmp_path):
     from transformers import AutoTokenizer
 

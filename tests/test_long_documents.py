@@ -8,7 +8,15 @@ import pytest
 
 from engine_args import make_plan
 from env_utils import get_config
-from long_documents import Fitter, TooManyWindows, fit_payload, merge_windows, payload_fits_surely, split_payload
+from long_documents import (
+    EmptyTextCounts,
+    Fitter,
+    TooManyWindows,
+    fit_payload,
+    merge_windows,
+    payload_fits_surely,
+    split_payload,
+)
 from vllm_usage import Pair
 from vllm_usage_tiny import qwen3_prompt_ids, reference_scores
 
@@ -286,6 +294,33 @@ def test_an_empty_document_of_a_pair_keeps_its_separator(checkpoints):
     # vLLM calls the tokenizer with two strings; the reference (sentence-transformers) with two lists.
     as_vllm = tokenizer(text="q", text_pair=payload["documents"][1])["input_ids"]
     assert as_vllm == tokenizer(["q"], [""])["input_ids"][0] != tokenizer(text="q", text_pair="")["input_ids"]
+    # A query as long as its prompt may be, beside an empty document: the separator counts too.
+    for length in range(24, 34):
+        payload = {"query": "q " * length, "documents": [""]}
+        fit_payload(fitter, payload)
+        ids = tokenizer(text=payload["query"], text_pair=payload["documents"][0])["input_ids"]
+        assert len(ids) == min(length + 3, 32)
+
+
+def test_an_empty_document_keeps_its_separator_where_no_text_stands_for_it(tmp_path):
+    import tiny_models
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models.modernbert_cross_encoder(tmp_path))
+    fitter = Fitter(tokenizer, None, 32)
+    assert fitter.needs_cover and not fitter.blank
+    covered = EmptyTextCounts(tokenizer)
+    whole = tokenizer(["q"], [""])
+    one = covered(text="q", text_pair="", return_offsets_mapping=True)
+    assert one["input_ids"] == whole["input_ids"][0] != tokenizer(text="q", text_pair="")["input_ids"]
+    assert one.sequence_ids(0) == [None, 0, None, None] and len(one["offset_mapping"]) == 4
+    assert covered("q", "d")["input_ids"] == tokenizer("q", "d")["input_ids"]
+    assert covered("")["input_ids"] == tokenizer("")["input_ids"]
+    assert covered(["a", "b"], ["", ""])["input_ids"] == tokenizer(["a", "b"], ["", ""])["input_ids"]
+    assert covered.pad_token_id == tokenizer.pad_token_id
+    payload = {"query": "q " * 40, "documents": [""]}
+    fit_payload(fitter, payload)
+    assert len(covered(text=payload["query"], text_pair="")["input_ids"]) == 32
 
 
 @pytest.mark.parametrize(
