@@ -372,11 +372,11 @@ def parse(argv=None):
 
 def defaults(args) -> None:
     """Fill in what was not given, by machine."""
-    from engine_args import _cpu_has_bf16, probe_machine
+    from machine import cpu_has_bf16, probe_machine
 
     machine = probe_machine()
     gpu = not machine.is_cpu
-    args.dtypes = (args.dtypes or ("bf16" if gpu else "bf16,float32" if _cpu_has_bf16() else "float32")).split(",")
+    args.dtypes = (args.dtypes or ("bf16" if gpu else "bf16,float32" if cpu_has_bf16() else "float32")).split(",")
     args.lengths = [int(n) for n in (args.lengths or ("128,512" if gpu else "128")).split(",")]
     args.sizes = [int(n) for n in (args.batch_sizes or ("64,128,256" if gpu else "1,8,32")).split(",")]
     args.pairs = args.pairs or (4096 if gpu else 64)
