@@ -318,8 +318,9 @@ def found_version(name: str) -> str | None:
         return None
 
 
-def measure_model(model: Path, args) -> list[dict]:
-    rows = []
+def measure_model(model: Path, args, rows: list[dict]) -> None:
+    """Append this model's rows; the table so far goes to stderr after every way, so that an interrupt loses little."""
+    before = len(rows)
     for length in args.lengths:
         pairs = make_pairs(model / "tokenizer.json", args.pairs, length, args.docs, seed=length)
         (args.folder / f"{length}.json").write_text(json.dumps(pairs), "utf-8")
@@ -331,16 +332,16 @@ def measure_model(model: Path, args) -> list[dict]:
                 row = {"model": model.name, "tokens": length, "dtype": dtype, "way": way}
                 found = {"error": report["error"]} if "error" in report else report["lengths"][str(length)]
                 rows.append({**row, "load_s": report.get("load_s"), **found})
+            print(table(rows), file=sys.stderr, flush=True)
     # The reference: transformers in float32 where it ran, else in the first precision.
-    for row in rows:
+    for row in rows[before:]:
         for dtype in ("float32", *args.dtypes):
             key = (row["tokens"], dtype, "transformers")
-            same = [r for r in rows if (r["tokens"], r["dtype"], r["way"]) == key and "scores" in r]
+            same = [r for r in rows[before:] if (r["tokens"], r["dtype"], r["way"]) == key and "scores" in r]
             if same and "scores" in row:
                 pairs = zip(row["scores"], same[0]["scores"], strict=True)
                 row["difference"] = max(abs(a - b) for a, b in pairs)
                 break
-    return rows
 
 
 def parse(argv=None):
@@ -401,7 +402,7 @@ def main() -> int:
     rows = []
     try:
         for model in args.model:
-            rows += measure_model(model.resolve(), args)
+            measure_model(model.resolve(), args, rows)
         for name, url in (item.split("=", 1) for item in args.service):
             for length in args.lengths:
                 row = {"model": args.model[-1].name, "tokens": length, "dtype": "service", "way": name}
