@@ -277,9 +277,10 @@ def run_way(way: str, dtype: str, model: Path, args) -> dict:
             code = f"exit code {child.wait(args.timeout_s)}"
         except subprocess.TimeoutExpired:
             code = f"not done in {args.timeout_s:g} s"
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # engine processes of a way that failed
-        child.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # engine processes of a way that failed or was interrupted
+            child.wait()
     if out.exists():
         return json.loads(out.read_text("utf-8"))
     said = log.read_text("utf-8", "replace")
@@ -398,6 +399,7 @@ def main() -> int:
         Path(args.out).write_text(json.dumps(report), "utf-8")
         return 0
     defaults(args)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the way under way is ended too
     args.folder = Path(tempfile.mkdtemp(prefix="peers-"))
     rows = []
     try:
