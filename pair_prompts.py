@@ -57,6 +57,9 @@ class PairEncoder:
         self._backend = _rust_tokenizer(self.tokenizer)
         self._ids_of = _fast_ids(plan, self.tokenizer) if self.template is not None else None
         self._plain = _plain_macro(self.template) if self.template is not None else None
+        # A query and an instruction come many times, a document hardly ever.
+        self._plain_again = lru_cache(4096)(self._plain) if self._plain else None
+        self._last_suffix: tuple[str | None, list[int]] | None = None
         self._frames: dict[bool, list[str] | None] = {}
 
     def encode(self, pairs: list[Pair]) -> list[Prompt]:
@@ -98,7 +101,6 @@ class PairEncoder:
             if parts is None:
                 out.append(self.render_by_jinja(pair))
                 continue
-            # A query and an instruction come many times, a document hardly ever.
             filled = list(parts)
             for at in range(1, len(parts), 2):
                 text = getattr(pair, parts[at])
@@ -120,7 +122,6 @@ class PairEncoder:
     def _find_frame(self, with_instruction: bool) -> list[str] | None:
         if self._plain is None:
             return None
-        self._plain_again = lru_cache(4096)(self._plain)
         instruction = MARKS["instruction"] if with_instruction else None
         rendered = self.render_by_jinja(Pair(MARKS["query"], MARKS["document"], instruction))
         parts = re.split(f"([{''.join(MARKS.values())}])", rendered)
@@ -138,13 +139,15 @@ class PairEncoder:
         return parts
 
     def _suffix(self, instruction: str | None) -> list[int]:
-        """Token ids behind the document."""
-        mark = MARKS["document"]
-        text = self.render_by_jinja(Pair("", mark, instruction)).rpartition(mark)[2]
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) + 16 > self.max_length:
-            raise ConfigError(f"MAX_MODEL_LEN={self.max_length} leaves no room beside the template")
-        return ids
+        """Token ids behind the document; the last answer is kept, since instructions hardly differ."""
+        if self._last_suffix is None or self._last_suffix[0] != instruction:
+            mark = MARKS["document"]
+            text = self.render_by_jinja(Pair("", mark, instruction)).rpartition(mark)[2]
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(ids) + 16 > self.max_length:
+                raise ConfigError(f"MAX_MODEL_LEN={self.max_length} leaves no room beside the template")
+            self._last_suffix = instruction, ids
+        return self._last_suffix[1]
 
     # --- the tokenizer ---
 

@@ -1,7 +1,10 @@
-"""Files of pairs in, files of scores out, in input order and resumable."""
+"""Files of pairs in, files of scores out, in input order and resumable: one file, or a folder of shards."""
 
+import fcntl
+import gzip
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,9 @@ from pair_prompts import Pair
 
 CHUNK = 512  # pairs that are tokenized at a time, and between two writes
 CHUNK_CHARS = 16_000_000  # or this many characters: token ids of books take gigabytes
+
+
+UNREADABLE = (OSError, EOFError, zlib.error)  # what a file that is missing, forbidden or broken raises
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,7 @@ def lines_done(output: Path) -> int:
         return 0
     done = good = 0
     with output.open("r+b") as file:
+        _lock(file, output)  # another process's half line is no leftover
         for line in file:
             if not line.endswith(b"\n"):
                 break
@@ -72,7 +79,7 @@ def read_chunks(path: Path, skip: int, size: int = CHUNK) -> Iterator[list[Pair 
     """Chunks of parsed lines, from line skip + 1 on. Bytes that are no UTF-8 make a line broken, not the file."""
     chunk: list[Pair | dict] = []
     n_chars = 0
-    with path.open("rb") as file:
+    with _open(path) as file:
         for number, raw in enumerate(file, 1):
             if number <= skip:
                 continue
@@ -88,40 +95,159 @@ def read_chunks(path: Path, skip: int, size: int = CHUNK) -> Iterator[list[Pair 
         yield chunk
 
 
+@dataclass(frozen=True)
+class Shard:
+    """One input file, its output, and how far an earlier run came."""
+
+    source: Path
+    output: Path
+    skip: int = 0  # lines done before
+    total: int = 0  # lines of the input
+    size: int | None = None  # bytes of the output then; another process may have gone on with it since
+
+
+def find_shard(source: Path, output: Path) -> Shard:
+    """A shard as it is now; a line that an earlier run was writing when it stopped is cut off.
+
+    Raises:
+        ConfigError: it cannot be read, or the output is not its own.
+    """
+    try:
+        with _open(source) as file:
+            total = sum(1 for _ in file)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        skip = lines_done(output)
+    except UNREADABLE as exc:
+        raise ConfigError(f"{getattr(exc, 'filename', None) or source}: {_reason(exc)}") from exc
+    if skip > total:
+        raise ConfigError(f"{output} has {skip} lines, {source} only {total}: it is the output of another input")
+    return Shard(source, output, skip, total, output.stat().st_size if output.exists() else 0)
+
+
+def shard_files(source: Path, output: Path, part: tuple[int, int] = (1, 1)) -> list[tuple[Path, Path]]:
+    """(input, output) of a folder's *.jsonl and *.jsonl.gz files, by name; of part (I, N) every N-th from the I-th.
+
+    Raises:
+        ConfigError: no such files, or two whose outputs would be the same file.
+    """
+    files = sorted(path for path in source.iterdir() if path.name.endswith((".jsonl", ".jsonl.gz")) and path.is_file())
+    if not files:
+        raise ConfigError(f"{source} has no *.jsonl or *.jsonl.gz file")
+    outputs = [output / path.name.removesuffix(".gz") for path in files]
+    for path in outputs:
+        if outputs.count(path) > 1:
+            raise ConfigError(f"{source} has {path.name} and {path.name}.gz: both would become {path}")
+    return list(zip(files, outputs, strict=True))[part[0] - 1 :: part[1]]
+
+
 def score_file(reranker, source: Path, output: Path, skip: int, total: int) -> tuple[int, int]:
     """Score a file from line skip + 1 on and append to the output after every chunk.
 
     Returns:
         (lines scored, lines without a score) of this run.
     """
-    from tqdm import tqdm
-
-    scored = failed = 0
-    with (
-        output.open("a", encoding="utf-8") as out,
-        tqdm(total=total, initial=skip, unit="pair", file=sys.stderr, dynamic_ncols=True) as bar,
-    ):
-        prepared = ahead(_prepare(reranker, read_chunks(source, skip, reranker.chunk)))
-        for chunk, results in reranker.stream(prepared):
-            results = iter(results)
-            for row in chunk:
-                if isinstance(row, Pair):
-                    row = _output_row(row, next(results))
-                if "error" in row:
-                    failed += 1
-                    tqdm.write(f"[WARN] {source} line {row['line']}: {row['error']}", file=sys.stderr)
-                else:
-                    scored += 1
-                out.write(json.dumps(row, ensure_ascii=False) + "\n")
-            out.flush()
-            bar.update(len(chunk))
+    scored, failed, broken = score_shards(reranker, [Shard(source, output, skip, total)])
+    if broken:
+        raise ConfigError(broken[0])
     return scored, failed
 
 
-def _prepare(reranker, chunks: Iterator[list]) -> Iterator[tuple[list, Any]]:
-    """Chunks with their prepared pairs."""
-    for chunk in chunks:
-        yield chunk, reranker.prepare([row for row in chunk if isinstance(row, Pair)])
+def score_shards(reranker, shards: list[Shard]) -> tuple[int, int, list[str]]:
+    """Score shards one after the other, without a pause of the engine between two.
+
+    A shard that cannot be read or written to the end is reported and the rest is done; what it has stays.
+
+    Returns:
+        (lines scored, lines without a score, what was wrong with each broken shard) of this run.
+    """
+    from tqdm import tqdm
+
+    scored = failed = 0
+    broken: list[str] = []
+    total, done = sum(shard.total for shard in shards), sum(shard.skip for shard in shards)
+    file, current, closed = None, None, set()
+    with tqdm(total=total, initial=done, unit="pair", file=sys.stderr, dynamic_ncols=True) as bar:
+        try:
+            for (shard, chunk), results in reranker.stream(ahead(_prepare(reranker, shards))):
+                try:
+                    if shard is not current:
+                        if file:
+                            file.close()
+                        file, current = None, shard
+                        file = _open_output(shard)
+                    if shard in closed:
+                        continue
+                    if isinstance(chunk, Exception):
+                        raise chunk
+                    good, bad = _write_rows(file, shard, chunk, iter(results), tqdm.write)
+                except UNREADABLE as exc:
+                    closed.add(shard)
+                    broken.append(f"{getattr(exc, 'filename', None) or shard.source}: {_reason(exc)}")
+                    tqdm.write(f"[WARN] {broken[-1]}", file=sys.stderr)
+                    continue
+                scored, failed = scored + good, failed + bad
+                bar.update(len(chunk))
+        finally:
+            if file:
+                file.close()
+    return scored, failed, broken
+
+
+def _write_rows(file, shard: Shard, chunk: list, results: Iterator[Result], say) -> tuple[int, int]:
+    """Append the lines of one chunk; (lines with a score, lines without one)."""
+    failed, lines = 0, []
+    for row in chunk:
+        if isinstance(row, Pair):
+            row = _output_row(row, next(results))
+        if "error" in row:
+            failed += 1
+            say(f"[WARN] {shard.source} line {row['line']}: {row['error']}", file=sys.stderr)
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    file.write("".join(lines))
+    file.flush()
+    return len(chunk) - failed, failed
+
+
+def _prepare(reranker, shards: list[Shard]) -> Iterator[tuple[tuple[Shard, Any], Any]]:
+    """((shard, chunk), prepared pairs) of all shards; in the place of a chunk the exception that ended its shard."""
+    for shard in shards:
+        try:
+            empty = True
+            for chunk in read_chunks(shard.source, shard.skip, reranker.chunk):
+                empty = False
+                yield (shard, chunk), reranker.prepare([row for row in chunk if isinstance(row, Pair)])
+            if empty:
+                yield (shard, []), reranker.prepare([])  # so that its output exists
+        except UNREADABLE as exc:
+            yield (shard, exc), reranker.prepare([])
+
+
+def _open(path: Path):
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+
+
+def _open_output(shard: Shard):
+    """A shard's output to append to, which no other process of this program writes at the same time."""
+    file = shard.output.open("a", encoding="utf-8")
+    try:
+        _lock(file, shard.output)
+        if shard.size not in (None, file.tell()):
+            raise OSError(None, "another process has written it meanwhile", str(shard.output))
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def _lock(file, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OSError(None, "another process is writing it", str(path)) from None
+
+
+def _reason(exc: Exception) -> str:
+    return str(getattr(exc, "strerror", None) or exc or type(exc).__name__)
 
 
 def _output_row(pair: Pair, result: Result) -> dict:

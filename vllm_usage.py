@@ -2,6 +2,7 @@
 
     python vllm_usage.py                                            the built-in example
     python vllm_usage.py --input pairs.jsonl --output scores.jsonl  a file; an interrupted run goes on where it stopped
+    python vllm_usage.py --input FOLDER --output FOLDER [--shard 1/4]   all its *.jsonl and *.jsonl.gz (docs/bulk.md)
 
 Model: MODEL_PATH, through the same profile as the service. Input lines: {"query": ..., "document": ...,
 "instruction": optional, "id": optional}. Output, a line for each input line in the same order:
@@ -26,7 +27,7 @@ from env_utils import ConfigError, get_config
 from long_documents import Fitter
 from offline_engine import Feeder, ahead
 from pair_prompts import Pair, PairEncoder, Prompt
-from score_files import CHUNK, Result, lines_done, score_file
+from score_files import CHUNK, Result, find_shard, score_shards, shard_files
 
 EXAMPLE_QUERY = "What is the capital of China?"
 EXAMPLE_DOCUMENTS = (
@@ -181,39 +182,52 @@ def arguments(description: str) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--model", help="folder or hub id; default: the configured one")
-    parser.add_argument("--input", type=Path, metavar="FILE", help="pairs, one JSON object a line")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="scores, one JSON object a line; goes on if it exists"
-    )
+    add = parser.add_argument
+    add("--input", type=Path, metavar="PATH", help="pairs, one JSON object a line; or a folder of *.jsonl, *.jsonl.gz")
+    add("--output", type=Path, metavar="PATH", help="scores, one JSON object a line; goes on if it exists; or a folder")
+    add("--shard", metavar="I/N", help="of a folder every N-th file from the I-th: one of N processes or hosts")
     return parser
 
 
+def parse_part(text: str) -> tuple[int, int]:
+    """ "2/8" as (2, 8)."""
+    first, _, second = text.partition("/")
+    if not (first.isdecimal() and second.isdecimal() and 1 <= int(first) <= int(second)):
+        raise ConfigError(f"--shard {text!r} is not I/N with 1 <= I <= N")
+    return int(first), int(second)
+
+
 def run_file(args: argparse.Namespace, plan: Plan) -> int:
-    """--input / --output: 0 when every line has a score, 1 when some have none."""
+    """--input / --output, a file or a folder: 0 when every line has a score, 1 when some have none."""
     if args.output is None or args.output.resolve() == args.input.resolve():
         raise ConfigError("--input needs --output, another file than the input")
-    try:
-        with args.input.open("rb") as file:
-            total = sum(1 for _ in file)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        skip = lines_done(args.output)
-    except OSError as exc:
-        raise ConfigError(f"{exc.filename}: {exc.strerror}") from exc
-    if skip > total:
-        raise ConfigError(
-            f"{args.output} has {skip} lines, {args.input} only {total}: it is the output of another input"
-        )
-    if skip == total:
+    broken, shards = [], []
+    if args.input.is_dir():
+        for source, output in shard_files(args.input, args.output, parse_part(args.shard or "1/1")):
+            try:
+                shards.append(find_shard(source, output))
+            except ConfigError as exc:
+                broken.append(str(exc))
+                print(f"[WARN] {exc}", file=sys.stderr)
+    elif args.shard:
+        raise ConfigError(f"--shard needs a folder, and {args.input} is none")
+    else:
+        shards = [find_shard(args.input, args.output)]
+    skip, total = sum(s.skip for s in shards), sum(s.total for s in shards)
+    todo = [s for s in shards if s.skip < s.total or not s.output.exists()]
+    if not todo:
         print(f"nothing to do: {args.output} has all {total} lines")
-        return 0
+        return 1 if broken else 0
     if skip:
         print(f"going on after line {skip} of {total}", file=sys.stderr)
     with OfflineReranker(plan) as reranker:
         began = time.perf_counter()
-        scored, failed = score_file(reranker, args.input, args.output, skip, total)
+        scored, failed, more = score_shards(reranker, todo)
         speed = f"{scored / (time.perf_counter() - began):.0f} pairs/s"
-    print(f"{scored} scored ({speed}), {failed} without a score, {skip} done before -> {args.output}")
-    return 1 if failed else 0
+    broken += more
+    files = f", {len(broken)} of {len(shards) + len(broken) - len(more)} files not done" if broken else ""
+    print(f"{scored} scored ({speed}), {failed} without a score, {skip} done before{files} -> {args.output}")
+    return 1 if failed or broken else 0
 
 
 def leave(code: int) -> None:

@@ -109,6 +109,11 @@ def main() -> int:
     args.model = args.model.resolve()
     sys.path.insert(0, str(args.kit.resolve()))
     import vllm_usage as kit
+
+    if not hasattr(kit, "score_file"):
+        import score_files
+
+        kit.score_file = score_files.score_file
     from engine_args import make_plan
     from env_utils import get_config
 

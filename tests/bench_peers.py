@@ -277,9 +277,10 @@ def run_way(way: str, dtype: str, model: Path, args) -> dict:
             code = f"exit code {child.wait(args.timeout_s)}"
         except subprocess.TimeoutExpired:
             code = f"not done in {args.timeout_s:g} s"
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # engine processes of a way that failed
-        child.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # engine processes of a way that failed or was interrupted
+            child.wait()
     if out.exists():
         return json.loads(out.read_text("utf-8"))
     said = log.read_text("utf-8", "replace")
@@ -318,8 +319,9 @@ def found_version(name: str) -> str | None:
         return None
 
 
-def measure_model(model: Path, args) -> list[dict]:
-    rows = []
+def measure_model(model: Path, args, rows: list[dict]) -> None:
+    """Append this model's rows; the table so far goes to stderr after every way, so that an interrupt loses little."""
+    before = len(rows)
     for length in args.lengths:
         pairs = make_pairs(model / "tokenizer.json", args.pairs, length, args.docs, seed=length)
         (args.folder / f"{length}.json").write_text(json.dumps(pairs), "utf-8")
@@ -331,16 +333,16 @@ def measure_model(model: Path, args) -> list[dict]:
                 row = {"model": model.name, "tokens": length, "dtype": dtype, "way": way}
                 found = {"error": report["error"]} if "error" in report else report["lengths"][str(length)]
                 rows.append({**row, "load_s": report.get("load_s"), **found})
+            print(table(rows), file=sys.stderr, flush=True)
     # The reference: transformers in float32 where it ran, else in the first precision.
-    for row in rows:
+    for row in rows[before:]:
         for dtype in ("float32", *args.dtypes):
             key = (row["tokens"], dtype, "transformers")
-            same = [r for r in rows if (r["tokens"], r["dtype"], r["way"]) == key and "scores" in r]
+            same = [r for r in rows[before:] if (r["tokens"], r["dtype"], r["way"]) == key and "scores" in r]
             if same and "scores" in row:
                 pairs = zip(row["scores"], same[0]["scores"], strict=True)
                 row["difference"] = max(abs(a - b) for a, b in pairs)
                 break
-    return rows
 
 
 def parse(argv=None):
@@ -372,11 +374,11 @@ def parse(argv=None):
 
 def defaults(args) -> None:
     """Fill in what was not given, by machine."""
-    from engine_args import _cpu_has_bf16, probe_machine
+    from machine import cpu_has_bf16, probe_machine
 
     machine = probe_machine()
     gpu = not machine.is_cpu
-    args.dtypes = (args.dtypes or ("bf16" if gpu else "bf16,float32" if _cpu_has_bf16() else "float32")).split(",")
+    args.dtypes = (args.dtypes or ("bf16" if gpu else "bf16,float32" if cpu_has_bf16() else "float32")).split(",")
     args.lengths = [int(n) for n in (args.lengths or ("128,512" if gpu else "128")).split(",")]
     args.sizes = [int(n) for n in (args.batch_sizes or ("64,128,256" if gpu else "1,8,32")).split(",")]
     args.pairs = args.pairs or (4096 if gpu else 64)
@@ -397,11 +399,12 @@ def main() -> int:
         Path(args.out).write_text(json.dumps(report), "utf-8")
         return 0
     defaults(args)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the way under way is ended too
     args.folder = Path(tempfile.mkdtemp(prefix="peers-"))
     rows = []
     try:
         for model in args.model:
-            rows += measure_model(model.resolve(), args)
+            measure_model(model.resolve(), args, rows)
         for name, url in (item.split("=", 1) for item in args.service):
             for length in args.lengths:
                 row = {"model": args.model[-1].name, "tokens": length, "dtype": "service", "way": name}

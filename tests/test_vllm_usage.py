@@ -1,5 +1,6 @@
 """Cold start: files in, files out, broken lines, resume; the real engine once."""
 
+import gzip
 import json
 import math
 import signal
@@ -126,6 +127,110 @@ def test_resume_equals_a_single_run(tmp_path):
     score_file(second, source, parts, 8, 23)
     assert sum(second.calls) == 15
     assert parts.read_bytes() == whole.read_bytes()
+
+
+def folder_of_shards(folder: Path) -> Path:
+    """Three good shards (one gzipped, one empty), two that cannot be read, one file that is none."""
+    folder.mkdir()
+    rows = [[row(n % 80, id=f"{name}{n}") for n in range(size)] for name, size in (("a", 11), ("c", 9))]
+    write_rows(folder / "a.jsonl", rows[0])
+    (folder / "b.jsonl").write_text("")
+    packed = "".join(json.dumps(r) + "\n" for r in rows[1]).encode()
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(packed))
+    (folder / "d.jsonl.gz").write_bytes(b"no gzip")
+    (folder / "e.jsonl.gz").write_bytes(gzip.compress(packed * 50)[:-30])  # cut off while it was copied
+    write_rows(folder / "z.txt", ["something else"])
+    return folder
+
+
+def shards_of(source: Path, output: Path, part=(1, 1)):
+    """(shards, what could not be read)."""
+    shards, broken = [], []
+    for pair in score_files.shard_files(source, output, part):
+        try:
+            shards.append(score_files.find_shard(*pair))
+        except ConfigError as exc:
+            broken.append(str(exc))
+    return shards, broken
+
+
+def test_a_folder_gives_the_outputs_of_its_files(tmp_path):
+    source, output = folder_of_shards(tmp_path / "in"), tmp_path / "out"
+    shards, broken = shards_of(source, output)
+    assert len(broken) == 2 and "d.jsonl.gz" in broken[0] and "e.jsonl.gz" in broken[1], broken
+    assert score_files.score_shards(LengthReranker(), shards) == (20, 0, [])
+    for name in ("a.jsonl", "c.jsonl"):
+        alone = tmp_path / name
+        plain = source / name if name == "a.jsonl" else source / "c.jsonl.gz"
+        score_file(LengthReranker(), plain, alone, 0, 11 if name == "a.jsonl" else 9)
+        assert (output / name).read_bytes() == alone.read_bytes() and alone.stat().st_size
+    assert (output / "b.jsonl").read_bytes() == b"" and sorted(p.name for p in output.iterdir()) == [
+        "a.jsonl",
+        "b.jsonl",
+        "c.jsonl",
+    ]
+
+
+def test_a_folder_goes_on_within_a_shard(tmp_path):
+    source, output = folder_of_shards(tmp_path / "in"), tmp_path / "out"
+    score_files.score_shards(LengthReranker(), shards_of(source, tmp_path / "whole")[0])
+
+    class Interrupted(LengthReranker):
+        def run(self, pairs):
+            if len(self.calls) == 5:  # 4 + 4 + 3, nothing, 4: within the third file
+                raise KeyboardInterrupt
+            return super().run(pairs)
+
+    with pytest.raises(KeyboardInterrupt):
+        score_files.score_shards(Interrupted(), shards_of(source, output)[0])
+    left = [(s.skip, s.total) for s in shards_of(source, output)[0]]
+    assert left == [(11, 11), (0, 0), (4, 9)]
+    second = LengthReranker()
+    score_files.score_shards(second, [s for s in shards_of(source, output)[0] if s.skip < s.total])
+    assert sum(second.calls) == 5
+    for name in ("a.jsonl", "c.jsonl"):
+        assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_shard_that_breaks_while_it_is_read_does_not_stop_the_rest(tmp_path):
+    source, output = folder_of_shards(tmp_path / "in"), tmp_path / "out"
+    output.mkdir()
+    names = ("e.jsonl.gz", "gone.jsonl", "a.jsonl")
+    shards = [score_files.Shard(source / n, output / n.removesuffix(".gz"), 0, 450) for n in names]
+    scored, failed, broken = score_files.score_shards(LengthReranker(), shards)
+    assert failed == 0 and len(broken) == 2 and "e.jsonl.gz" in broken[0] and "gone.jsonl" in broken[1]
+    assert lines_done(output / "a.jsonl") == 11
+    assert 0 < lines_done(output / "e.jsonl") == scored - 11  # what could be read is kept
+
+
+def test_parts_of_a_folder_are_all_of_it_once(tmp_path):
+    source = folder_of_shards(tmp_path / "in")
+    whole = score_files.shard_files(source, tmp_path)
+    parts = [score_files.shard_files(source, tmp_path, (i, 3)) for i in (1, 2, 3)]
+    assert sorted(pair for part in parts for pair in part) == whole and len(whole) == 5
+    for text in ("0/2", "3/2", "1", "a/b", "1/2/3", "-1/2"):
+        with pytest.raises(ConfigError, match="is not I/N"):
+            vllm_usage.parse_part(text)
+    assert vllm_usage.parse_part("2/8") == (2, 8)
+    write_rows(source / "c.jsonl", [row(1)])
+    with pytest.raises(ConfigError, match="both would become"):
+        score_files.shard_files(source, tmp_path)
+
+
+def test_two_processes_do_not_write_one_output(tmp_path):
+    source, output = write_rows(tmp_path / "in.jsonl", [row(1)] * 3), tmp_path / "out.jsonl"
+    holds = "import score_files as s, sys, pathlib; f = s._open_output(s.Shard(None, pathlib.Path(sys.argv[1])));"
+    command = [sys.executable, "-c", holds + "print(1, flush=True); input()", str(output)]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=KIT, text=True)
+    assert other.stdout.readline() == "1\n"
+    for attempt in (lambda: score_file(LengthReranker(), source, output, 0, 3), lambda: lines_done(output)):
+        with pytest.raises((ConfigError, OSError), match="another process is writing it"):
+            attempt()
+    other.communicate("\n", timeout=20)
+    before = score_files.find_shard(source, output)
+    assert score_file(LengthReranker(), source, output, 0, 3) == (3, 0)
+    _, _, broken = score_files.score_shards(LengthReranker(), [before])  # planned before the other one wrote
+    assert "written it meanwhile" in broken[0] and lines_done(output) == 3
 
 
 def test_lines_done_refuses_another_file(tmp_path):
@@ -266,6 +371,8 @@ def run_program(name, *args, timeout_s=300, **settings):
         (["--input", "/no/file", "--output", "/tmp/x"], {"use": "qwen3"}, "/no/file: No such file"),
         (["--input", __file__], {"use": "qwen3"}, "--input needs --output"),
         (["--output", "/tmp/x"], {"use": "qwen3"}, "--output needs --input"),
+        (["--input", str(KIT / "docs"), "--output", "/tmp/x"], {"use": "qwen3"}, "has no *.jsonl or *.jsonl.gz file"),
+        (["--input", __file__, "--output", "/tmp/x", "--shard", "1/2"], {"use": "qwen3"}, "--shard needs a folder"),
         (["--model", "/no/model"], {}, "MODEL_PATH='/no/model' does not exist"),
     ],
 )
