@@ -201,11 +201,12 @@ def _engines(plan: Plan) -> tuple[int, str]:
         return cfg.engines_per_gpu, f"{cfg.engines_per_gpu}: ENGINES_PER_GPU"
     if machine.is_cpu:
         return 1, "1: the CPU build"
-    if cfg.tp * cfg.dp > 1:
-        return 1, "1: TP or DP is set"
+    if cfg.tp > 1 or has_other_nodes(cfg):
+        return 1, "1: TP or several hosts"
     if "--data-parallel" in cfg.extra_args:
         return 1, "1: EXTRA_ARGS arranges data parallel ranks"
-    n, why = engines_per_gpu(count_weights(plan.checkpoint.config), machine.gpu_mib, len(machine.cores))
+    n_cores = len(machine.cores) // cfg.dp
+    n, why = engines_per_gpu(count_weights(plan.checkpoint.config), machine.gpu_mib, n_cores)
     return n, f"{n}: {why}"
 
 
@@ -239,6 +240,11 @@ def _plan_gpu(plan: Plan, offline: bool) -> None:
     engine["max_num_batched_tokens"] = cfg.max_num_batched_tokens or max(tokens, engine["max_model_len"])
     engine["max_num_seqs"] = cfg.max_num_seqs or pairs
     why["gpu_memory_utilization"] = "GPU_MEMORY_UTILIZATION" if cfg.gpu_memory_utilization else "0.85 unless set"
+    if plan.copies > 1 and cfg.tp == 1 and not re.search("--(distributed|pipeline|nnodes)", cfg.extra_args):
+        # vLLM gives each rank a worker process of its own. H100, 0.6B, two engines on the card, vLLM 0.26: 2069 pairs/s
+        # at 64 calls in flight; with the worker inside the engine's process 2335.
+        engine["distributed_executor_backend"] = "uni"
+        why["distributed_executor_backend"] = "one process for each engine and its GPU"
     if plan.engines > 1:
         why["gpu_memory_utilization"] += f", shared by {plan.engines} engines"
         _plan_kv_cache(plan)

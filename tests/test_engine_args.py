@@ -141,6 +141,7 @@ def test_engines_that_share_a_gpu_are_nodes_of_one_service(checkpoints):
         assert flag(args, "--data-parallel-size") == "4" and flag(args, "--data-parallel-size-local") == "2"
         assert (flag(args, "--data-parallel-address"), flag(args, "--data-parallel-rpc-port")) == ("127.0.0.1", "7")
         assert flag(args, "--gpu-memory-utilization") == "0.4"
+        assert flag(args, "--distributed-executor-backend") == "uni"
         # Half of 81559 MiB x 0.8, less 4 GiB; a tiny model's cache has no use for more than 16 GiB.
         assert int(flag(args, "--kv-cache-memory-bytes")) == 16 * 2**30
     assert flag(first, "--port") == "5" and "--middleware" in first and "--headless" not in first
@@ -158,7 +159,11 @@ def test_engines_that_share_a_gpu_are_nodes_of_one_service(checkpoints):
 
 
 def test_one_engine_needs_no_nodes(checkpoints):
-    args = serve_args(plan(checkpoints, GPU4, dp=2))
+    assert "--distributed-executor-backend" not in serve_args(plan(checkpoints, GPU4, tp=2, dp=2))
+    args = serve_args(plan(checkpoints, GPU4, dp=2, extra_args="--distributed-executor-backend mp"))
+    assert args.count("--distributed-executor-backend") == 1
+    args = serve_args(plan(checkpoints, GPU4, dp=2, engines_per_gpu=1))
+    assert flag(args, "--distributed-executor-backend") == "uni"
     assert not [word for word in args if word.startswith("--data-parallel-") and word != "--data-parallel-size"]
     assert make_plan(get_config(engines_per_gpu=2), checkpoints["qwen3"], GPU4, offline=True).copies == 1
 
