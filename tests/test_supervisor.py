@@ -424,7 +424,12 @@ def members(leader):
 @pytest.mark.server
 @pytest.mark.parametrize(
     ("victim", "how"),
-    [("vllm serve", "KILL"), ("EngineCore_DP1", "KILL"), ("Worker 0", "KILL"), ("EngineCore_DP1", "STOP")],
+    [
+        ("vllm serve", "KILL"),
+        ("EngineCore_DP1", "KILL"),
+        pytest.param("Worker 0", "KILL", marks=pytest.mark.soak),
+        ("EngineCore_DP1", "STOP"),
+    ],
 )
 def test_the_real_service_comes_back_under_load(real, victim, how):
     status = json.loads(run_kit("status", "--json", **real).stdout)
