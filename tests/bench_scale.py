@@ -42,7 +42,7 @@ sys.path.insert(0, str(KIT))
 from bench_server import hardware, without_secrets  # noqa: E402
 from env_utils import FIELDS, PASSED_ON, get_config  # noqa: E402
 from machine import list_gpus  # noqa: E402
-from service_health import request  # noqa: E402
+from service_health import request, samples  # noqa: E402
 
 N_QUERIES, N_DOCS = 32, 16  # the pairs whose scores are compared
 COLUMNS = ("model", "arrangement", "gpus", "tokens", "in_flight", "pairs/s", "p50_ms", "p95_ms", "refused", "err")
@@ -358,11 +358,11 @@ def engine_counts(configs: list) -> dict[str, float]:
     """{service/engine: pairs finished so far}."""
     out = {}
     for i, cfg in enumerate(configs):
-        text = request(cfg, "GET", "/metrics", timeout_s=30)[1].decode()
-        for labels, value in re.findall(r"^vllm:request_success_total\{(.*)\} (\S+)$", text, re.M):
-            engine = re.search(r'engine="(\d+)"', labels)
-            name = f"{i}/{engine[1] if engine else '0'}"
-            out[name] = out.get(name, 0.0) + float(value)
+        for metric, labels, value in samples(cfg):
+            if metric == "vllm:request_success_total":
+                engine = re.search(r'engine="(\d+)"', labels)
+                name = f"{i}/{engine[1] if engine else '0'}"
+                out[name] = out.get(name, 0.0) + value
     return out
 
 

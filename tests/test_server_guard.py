@@ -901,7 +901,7 @@ def test_accounting_is_exact_under_chaos(monkeypatch):
     monkeypatch.setenv("GUARD_MAX_PAIRS_IN_FLIGHT", "60")
     guard = Guard(inner)
     asyncio.run(main())
-    assert len(seen) > 30  # a busy machine refuses more of the 600: calls sleep on while others come
+    assert len(seen) > 100
     assert all(in_flight <= 60 for _, in_flight in seen)
     assert max(in_flight for _, in_flight in seen) > 50  # the room was used
     assert guard.load.in_flight == 0 and not guard.tasks
