@@ -151,7 +151,10 @@ def what_changed(first: dict, last: dict, pids: dict[int, bool], gpu_lines: list
 
 def gpus_of(flags: str | None) -> int:
     """GPUs of one service, from the arguments of `vllm serve`; 1 where they are not known."""
-    found = [re.search(rf"--{kind}-parallel-size[= ](\d+)", flags or "") for kind in ("tensor", "data", "pipeline")]
+    kinds = {kind: rf"--{kind}-parallel-size" for kind in ("tensor", "data", "pipeline")}
+    if "--data-parallel-address 127.0.0.1" in (flags or ""):  # ENGINES_PER_GPU: the other ranks are on the same GPUs
+        kinds["data"] += "-local"
+    found = [re.search(rf"{flag}[= ](\d+)", flags or "") for flag in kinds.values()]
     return math.prod(int(f[1]) for f in found if f)
 
 

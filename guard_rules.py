@@ -5,7 +5,11 @@ Imported by server_guard.py inside the server; standard library only. docs/guard
 
 import json
 import math
+import mmap
+import os
+import re
 import time
+from pathlib import Path
 
 MAX_DEPTH = 32  # JSON levels; a rerank body needs 5
 FIRST_PAIRS = 1024  # pairs taken before the first speed is known, where only MAX_WAIT_S limits (GUARD_FIRST_PAIRS)
@@ -23,10 +27,87 @@ class Refusal(Exception):
         self.status, self.reason, self.param, self.retry_s = status, reason, param, retry_s
 
 
+class Counts:
+    """What is in flight and what was served, over all API processes of a service that share a folder.
+
+    They share the engine, so that a call's wait hangs on the pairs of all of them; the kernel may give one process most
+    of the connections. Each writes six numbers of its own (a counter that is odd while it writes, pairs in flight,
+    pairs served, pair-seconds, seconds with a pair in flight, time of the last change) and reads those of the others;
+    no locks.
+    """
+
+    SIZE = 48  # bytes
+
+    def __init__(self, folder: str | None, n_processes: int, clock=time.monotonic, pid: int = 0):
+        self._clock, self._folder, self._n_others = clock, Path(folder or "."), n_processes - 1 if folder else 0
+        self._own_file = self._folder / f"guard-{pid or os.getpid()}.load"
+        self._others: dict[Path, memoryview] = {}
+        self._looked = -math.inf
+        if self._n_others > 0:
+            self._own_file.write_bytes(bytes(self.SIZE))
+            self._own = _mapped(self._own_file)
+        else:
+            self._own = memoryview(bytearray(self.SIZE)).cast("d")
+        self._own[5] = clock()
+
+    @property
+    def own_in_flight(self) -> int:
+        return int(self._own[1])
+
+    def change(self, in_flight: int, served: int = 0) -> None:
+        own, now = self._own, self._clock()
+        own[0] += 1
+        own[3] += own[1] * (now - own[5])
+        own[4] += (own[1] > 0) * (now - own[5])
+        own[5] = now
+        own[1] += in_flight
+        own[2] += served
+        own[0] += 1
+
+    def totals(self) -> tuple[int, int, float, float]:
+        """(pairs in flight now, pairs served, pair-seconds, busy seconds until now), each the sum of all processes."""
+        if len(self._others) < self._n_others:
+            self._find_others()
+        now, in_flight, served, pair_s, busy_s = self._clock(), 0.0, 0.0, 0.0, 0.0
+        for view in (self._own, *self._others.values()):
+            _, n, done, pair_seconds, seconds, last = _settled(view)
+            in_flight, served = in_flight + n, served + done
+            pair_s += pair_seconds + n * (now - last)
+            busy_s += seconds + (n > 0) * (now - last)
+        return int(in_flight), int(served), pair_s, busy_s
+
+    def _find_others(self) -> None:
+        """Those that have started by now; a folder that outlives a server holds files of dead ones too."""
+        if self._clock() - self._looked < 1:
+            return
+        self._looked = self._clock()
+        for file in self._folder.glob("guard-*.load"):
+            pid = re.fullmatch(r"guard-(\d+)\.load", file.name)
+            if not pid or file == self._own_file or file in self._others or not Path("/proc", pid[1]).exists():
+                continue
+            if file.stat().st_size == self.SIZE:
+                self._others[file] = _mapped(file)
+
+
+def _mapped(file: Path) -> memoryview:
+    with file.open("r+b") as opened:
+        return memoryview(mmap.mmap(opened.fileno(), Counts.SIZE)).cast("d")
+
+
+def _settled(view: memoryview) -> list[float]:
+    """The numbers of one process, not from the middle of a change."""
+    for _ in range(100):
+        values = view.tolist()
+        if values[0] % 2 == 0 and view[0] == values[0]:
+            break
+    return values
+
+
 class Load:
     """Pairs in flight and the speed at which they are served. No locks: all calls come from one event loop.
 
-    The speed is an average over busy time, so idle time does not lower it. After idle time a sample is complete
+    All numbers are those of the service, also where several API processes share it (Counts). The speed is an average
+    over busy time, so idle time does not lower it. After idle time a sample is complete
     when as many pairs were served as were in flight on average: when a burst's first call is answered, most of the
     others' work is done too. A first sample counts only under load (LOADED_PAIRS in flight on average), a slower
     one only where calls waited (MAX_WAIT_S / 4 or more): a few small calls, or the first one with its compilation,
@@ -41,60 +122,69 @@ class Load:
         first_pairs: int = FIRST_PAIRS,
         clock=time.monotonic,
         trusted_samples: int = TRUSTED_SAMPLES,
+        counts: Counts | None = None,
     ):
         self.max_pairs, self.max_wait_s, self.first_pairs = max_pairs, max_wait_s, first_pairs
         self._missing_samples = trusted_samples
-        self.in_flight = 0
+        self.counts = counts or Counts(None, 1, clock)
         self.pairs_per_s = 0.0  # 0 = not known yet
         self._clock, self._last = clock, clock()
         self._busy_s = self._pair_seconds = 0.0
-        self._served, self._from_idle = 0, True
+        self._seen_pair_s = self._seen_busy_s = 0.0
+        self._served_before = 0
+        self._from_idle = True
+
+    @property
+    def in_flight(self) -> int:
+        """Pairs that this process holds."""
+        return self.counts.own_in_flight
 
     @property
     def wait_s(self) -> float:
         """Seconds until a pair that comes now would start, by what is in flight; 0 while the speed is unknown."""
-        return self.in_flight / self.pairs_per_s if self.pairs_per_s else 0.0
+        return self.counts.totals()[0] / self.pairs_per_s if self.pairs_per_s else 0.0
 
     @property
     def _limits_by_wait(self) -> bool:
         return bool(self.max_wait_s and self.pairs_per_s and self._missing_samples <= 0)
 
     def check(self, n_pairs: int) -> None:
-        """Raise Refusal (429) if a call of n_pairs does not fit now. Into an idle process every call fits."""
-        if not self.in_flight:
+        """Raise Refusal (429) if a call of n_pairs does not fit now. Into an idle service every call fits."""
+        in_flight = self.counts.totals()[0]
+        if not in_flight:
             return
         limit = self.max_pairs or (self.first_pairs if self.max_wait_s and not self._limits_by_wait else 0)
-        work = f"{self.in_flight} pairs are in flight, about {self.wait_s:.1f} s of work"
+        wait_s = in_flight / self.pairs_per_s if self.pairs_per_s else 0.0
+        work = f"{in_flight} pairs are in flight, about {wait_s:.1f} s of work"
         advice = "send the call again after Retry-After seconds, or send fewer documents at a time"
-        if limit and self.in_flight + n_pairs > limit:
-            over_s = (self.in_flight + n_pairs - limit) / self.pairs_per_s if self.pairs_per_s else 1
+        if limit and in_flight + n_pairs > limit:
+            over_s = (in_flight + n_pairs - limit) / self.pairs_per_s if self.pairs_per_s else 1
             message = f"the server is busy: {work}, and {n_pairs} more exceed the limit of {limit} pairs: {advice}"
             raise Refusal(429, "pairs", message, retry_s=over_s)
-        if self._limits_by_wait and self.wait_s > self.max_wait_s:
+        if self._limits_by_wait and wait_s > self.max_wait_s:
             message = f"the server is busy: {work}, and calls wait {self.max_wait_s:g} s at most: {advice}"
-            raise Refusal(429, "wait", message, retry_s=self.wait_s - self.max_wait_s)
+            raise Refusal(429, "wait", message, retry_s=wait_s - self.max_wait_s)
 
     def take(self, n_pairs: int) -> None:
         """Count a whole call in, or raise Refusal."""
         self.check(n_pairs)
-        self._advance()
-        self._from_idle = self._from_idle or not self.in_flight
-        self.in_flight += n_pairs
+        in_flight, _ = self._advance()
+        self._from_idle = self._from_idle or not in_flight
+        self.counts.change(n_pairs)
 
     def add(self, n_pairs: int) -> None:
         """Count in more pairs of a call that was taken."""
-        self._advance()
-        self.in_flight += n_pairs
+        self.counts.change(n_pairs)
 
     def release(self, n_pairs: int, served: bool) -> None:
         """Count a whole call out; served = it was answered with scores."""
-        self._advance()
-        self.in_flight -= n_pairs
-        self._served += n_pairs * served
-        whole = not self._from_idle or self._served * self._busy_s >= self._pair_seconds
-        if self._served and self._busy_s >= SAMPLE_S and whole:
-            sample = self._served / self._busy_s
-            waited_s = self._pair_seconds / self._served  # Little's law
+        self.counts.change(-n_pairs, n_pairs * served)
+        _, total_served = self._advance()
+        done = total_served - self._served_before
+        whole = not self._from_idle or done * self._busy_s >= self._pair_seconds
+        if done and self._busy_s >= SAMPLE_S and whole:
+            sample = done / self._busy_s
+            waited_s = self._pair_seconds / done  # Little's law
             loaded = self._pair_seconds >= LOADED_PAIRS * self._busy_s
             self._missing_samples -= loaded
             if not self.pairs_per_s:
@@ -104,14 +194,17 @@ class Load:
             elif waited_s >= self.max_wait_s / 4:
                 self.pairs_per_s += SLOWER_WEIGHT * (sample - self.pairs_per_s)
             self._busy_s = self._pair_seconds = 0.0
-            self._served, self._from_idle = 0, False
+            self._served_before, self._from_idle = total_served, False
 
-    def _advance(self) -> None:
+    def _advance(self) -> tuple[int, int]:
+        """Count the time since the last look; (pairs in flight, pairs served) of all processes."""
         now = self._clock()
-        if self.in_flight:
-            self._busy_s += now - self._last
-            self._pair_seconds += self.in_flight * (now - self._last)
-        self._last = now
+        in_flight, served, pair_s, busy_s = self.counts.totals()
+        # Several processes that are busy at a time are one busy service.
+        self._busy_s += min(now - self._last, max(0.0, busy_s - self._seen_busy_s))
+        self._pair_seconds += max(0.0, pair_s - self._seen_pair_s)
+        self._last, self._seen_pair_s, self._seen_busy_s = now, pair_s, busy_s
+        return in_flight, served
 
 
 def parse(body: bytes) -> dict:

@@ -22,7 +22,7 @@ import types
 import uuid
 
 from guard_long import LongDocuments
-from guard_rules import FIRST_PAIRS, MAX_DEPTH, Load, Refusal, parse
+from guard_rules import FIRST_PAIRS, MAX_DEPTH, Counts, Load, Refusal, parse
 from long_documents import Split
 
 RERANK_FIELDS = ("documents",)
@@ -87,11 +87,14 @@ class Guard:
         self.paths = PATHS | extra
         key = os.environ.get("VLLM_API_KEY")
         self.key_hash = hashlib.sha256(key.encode()).digest() if key else None
-        # Each API process admits its share; vLLM spreads connections evenly over the processes.
-        share = _setting("API_SERVERS") or 1
+        # vLLM gives its API processes a folder in common (for metrics): there they count together. Without it each
+        # admits its share.
+        n_processes, folder = _setting("API_SERVERS") or 1, os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+        share = 1 if folder else n_processes
         max_pairs = math.ceil(_setting("MAX_PAIRS_IN_FLIGHT") / share)
         first_pairs = math.ceil((_setting("FIRST_PAIRS") or FIRST_PAIRS) / share)
-        self.load = Load(max_pairs, _setting("MAX_WAIT_S", float), first_pairs)
+        counts = Counts(folder, n_processes)
+        self.load = Load(max_pairs, _setting("MAX_WAIT_S", float), first_pairs, counts=counts)
         self.metrics = _metrics()
         self.version = os.environ.get("GUARD_VERSION", "").encode()
         self.metrics.restarts.set(_setting("RESTARTS"))
@@ -443,6 +446,7 @@ def _metrics():
     seconds = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 30, 60, 120)
     pairs = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000)
     n_bytes = tuple(4**i for i in range(4, 14))  # 256 B ... 64 MiB
+    latest = "livemostrecent"  # each process counts for the whole service
     p = "rerank_guard_"
     return types.SimpleNamespace(
         calls=Counter(f"{p}calls", "Calls by route and status class", ["route", "status"]),
@@ -450,8 +454,8 @@ def _metrics():
         cut=Counter(f"{p}cut_documents", "Documents of which the model saw a part only"),
         refusals=Counter(f"{p}refusals", "Requests refused by the guard", ["reason"]),
         in_flight=Gauge(f"{p}pairs_in_flight", "Pairs taken and not yet scored", multiprocess_mode="livesum"),
-        wait=Gauge(f"{p}estimated_wait_seconds", "Seconds before a new pair starts", multiprocess_mode="livemax"),
-        speed=Gauge(f"{p}pairs_per_second", "Pairs served a second while busy", multiprocess_mode="livesum"),
+        wait=Gauge(f"{p}estimated_wait_seconds", "Seconds before a new pair starts", multiprocess_mode=latest),
+        speed=Gauge(f"{p}pairs_per_second", "Pairs served a second while busy", multiprocess_mode=latest),
         restarts=Gauge(f"{p}restarts", "Restarts by the supervisor since start", multiprocess_mode="livemax"),
         started=Gauge(f"{p}start_time_seconds", "When this server began (Unix time)", multiprocess_mode="livemax"),
         version=Gauge(f"{p}version", "1; the label names model and settings", ["version"], multiprocess_mode="livemax"),

@@ -12,6 +12,8 @@ from bench_server import (
     utilisation,
     what_changed,
 )
+from engine_args import Machine, make_plan, serve_args
+from env_utils import get_config
 
 
 def test_metrics_of_vllm_become_what_was_seen():
@@ -53,6 +55,14 @@ def test_processes_and_gpus_become_what_was_seen():
 def test_gpus_of_reads_the_servers_arguments():
     assert gpus_of(None) == gpus_of("m --port 1") == 1
     assert gpus_of("--data-parallel-size 8 --tensor-parallel-size 2") == 16
+
+
+def test_gpus_of_engines_that_share_them(checkpoints):
+    """Seen on an H100: three engines on one GPU counted as three GPUs, so that its utilisation read a third."""
+    machine = Machine("0.32.0", ("NVIDIA H100, 81559",) * 2, tuple(range(32)), 2**38)
+    for settings, n in (({"engines_per_gpu": 3}, 1), ({"engines_per_gpu": 3, "dp": 2}, 2), ({"tp": 2}, 2)):
+        flags = " ".join(serve_args(make_plan(get_config(**settings), checkpoints["qwen3"], machine)))
+        assert gpus_of(flags) == n, flags
 
 
 def test_flops_utilisation_by_hand():

@@ -44,7 +44,14 @@ def test_small_models_get_more_api_processes(n_weights, n_cores, dp, n):
 
 @pytest.mark.parametrize(
     ("n_weights", "gpu_mib", "n_cores", "n"),
-    [(0.6e9, 81559, 16, 2), (0.6e9, 81559, 8, 1), (0.6e9, 24564, 16, 1), (4e9, 81559, 64, 1), (0, 81559, 16, 1)],
+    [
+        (0.6e9, 81559, 16, 3),
+        (0.6e9, 81559, 12, 2),
+        (0.6e9, 81559, 8, 1),
+        (0.6e9, 24564, 16, 1),
+        (4e9, 81559, 64, 1),
+        (0, 81559, 16, 1),
+    ],
 )
 def test_small_models_share_a_large_gpu(n_weights, gpu_mib, n_cores, n):
     assert engines_per_gpu(n_weights, gpu_mib, n_cores)[0] == n

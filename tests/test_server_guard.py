@@ -9,6 +9,7 @@ import os
 import random
 import re
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 import guard_long
 import guard_rules
 import server_guard
-from guard_rules import Load, Refusal
+from guard_rules import Counts, Load, Refusal
 from long_documents import Fitter, TooManyWindows
 from server_guard import Guard
 
@@ -908,6 +909,7 @@ def test_accounting_is_exact_under_chaos(monkeypatch):
 
 
 def test_share_of_each_api_process(monkeypatch):
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
     monkeypatch.setenv("GUARD_MAX_PAIRS_IN_FLIGHT", "10")
     monkeypatch.setenv("GUARD_API_SERVERS", "4")
     guard = Guard(Inner())
@@ -925,6 +927,66 @@ class Clock:
 def loaded(max_pairs=0, max_wait_s=10.0, first_pairs=100):
     clock = Clock()
     return Load(max_pairs, max_wait_s, first_pairs, clock, trusted_samples=1), clock
+
+
+@pytest.fixture
+def two_processes(tmp_path):
+    """The Loads of two API processes of one service, with a clock in common."""
+    clock = Clock()
+    child = subprocess.Popen(["sleep", "600"])
+    (tmp_path / "guard-4194400.load").write_bytes(struct.pack("6d", 0, 5000, 0, 0, 0, 0))  # of a server that died
+    made = [Counts(str(tmp_path), 2, clock, pid) for pid in (os.getpid(), child.pid)]
+    yield *(Load(0, 2.0, 100, clock, trusted_samples=1, counts=one) for one in made), clock
+    child.kill()
+    child.wait()
+
+
+def test_api_processes_know_what_the_others_hold(two_processes):
+    """Seen on an H100 with four of them: the kernel gives one process most connections, and what it had measured as
+    its own speed, with few connections, refused calls that would have waited half a second."""
+    busy, quiet, clock = two_processes
+    for _ in range(40):  # 100 pairs/s, 15 of 16 by one process
+        busy.take(75)
+        quiet.take(5)
+        clock.now += 0.8
+        busy.release(75, True)
+        quiet.release(5, True)
+    assert busy.pairs_per_s == pytest.approx(100) and quiet.pairs_per_s == pytest.approx(100, rel=0.1)
+    for _ in range(20):  # now the other one has all: 1.5 s of work
+        quiet.take(8)
+    assert quiet.in_flight == 160 and busy.in_flight == 0
+    busy.take(60)
+    for load in (busy, quiet):  # 2.2 s of work, whoever holds it
+        with pytest.raises(Refusal, match=r"220 pairs are in flight, about 2\.2 s of work"):
+            load.take(1)
+    clock.now += 1.6
+    for _ in range(20):
+        quiet.release(8, True)
+    busy.take(100)  # 0.6 s of work
+    assert busy.wait_s == pytest.approx(1.6, rel=0.05)
+
+
+def test_api_processes_share_a_limit_of_pairs(two_processes):
+    first, second, _ = two_processes
+    first.max_pairs = second.max_pairs = 100
+    first.take(70)
+    with pytest.raises(Refusal, match="limit of 100 pairs"):
+        second.take(40)
+    second.take(30)
+    first.release(70, True)
+    second.take(70)
+    assert (first.in_flight, second.in_flight) == (0, 100)
+
+
+def test_idle_time_of_another_process_lowers_no_speed(two_processes):
+    busy, quiet, clock = two_processes
+    serve(busy, clock, 100, 1.0)
+    serve(quiet, clock, 100, 1.0)
+    clock.now += 1000
+    serve(busy, clock, 100, 1.0)
+    clock.now += 1000
+    serve(quiet, clock, 100, 1.0)
+    assert busy.pairs_per_s == pytest.approx(100) and quiet.pairs_per_s == pytest.approx(100)
 
 
 def serve(load, clock, n_pairs, seconds, served=True):
@@ -1144,6 +1206,7 @@ def overload(guard_of, speed_at, *, n_clients, sizes, seconds=120, seed=0):
     async def main():
         guard = guard_of(engine)
         guard.load._clock, guard.load._last = loop.time, 0.0
+        guard.load.counts._clock, guard.load.counts._own[5] = loop.time, 0.0
         await asyncio.gather(*[client(guard) for _ in range(n_clients)])
         assert guard.load.in_flight == 0
 
