@@ -76,7 +76,8 @@ def knobs_of(shown: dict, cfg: EnvConfig, only: list[str] | None = None) -> tupl
         "MAX_NUM_SEQS": flag(words, "--max-num-seqs"),
         "API_SERVER_COUNT": flag(words, "--api-server-count", cfg.dp),
         "RENDERER_WORKERS": flag(words, "--renderer-num-workers", 1),
-        "GPU_MEMORY_UTILIZATION": float(flag(words, "--gpu-memory-utilization", 0) or 0),
+        # The kit shares it out over the engines of a GPU.
+        "GPU_MEMORY_UTILIZATION": round(shown["engines"] * float(flag(words, "--gpu-memory-utilization", 0) or 0), 2),
         "TP": cfg.tp,
         "DP": cfg.dp,
     }
@@ -96,7 +97,7 @@ def knobs_of(shown: dict, cfg: EnvConfig, only: list[str] | None = None) -> tupl
         layouts = [(tp, n // tp) for n in sorted(reach) for tp in (1, 2, 4, 8) if n % tp == 0]
         knobs.append(Knob("TP_DP", ("TP", "DP"), choices=tuple(layouts)))
         if "ENGINES_PER_GPU" in FIELDS:
-            now["ENGINES_PER_GPU"] = getattr(cfg, "engines_per_gpu", None) or 1
+            now["ENGINES_PER_GPU"] = shown["engines"]
             knobs.append(Knob("ENGINES_PER_GPU", ("ENGINES_PER_GPU",), high=4))
     knobs = [k for k in sorted(knobs, key=lambda k: NAMES.index(k.name)) if not only or k.name in only]
     # A setting of which the present value is not known cannot be stepped from.

@@ -202,7 +202,7 @@ def slo(text: str) -> tuple[int, float]:
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, str | None, float]:
     """Arguments over configuration; exits 2 for what cannot be used. Returns (args, API key, connect timeout in s)."""
-    parser = argparse.ArgumentParser(description="Load test of the running rerank service.")
+    parser = argparse.ArgumentParser(description="Load test of the running rerank service.", allow_abbrev=False)
     add = parser.add_argument
     load, size, doc, query, repeat = (parser.add_mutually_exclusive_group() for _ in range(5))
     # fmt: off

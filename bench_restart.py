@@ -10,7 +10,7 @@ import signal
 
 from engine_args import shown_env
 from env_utils import KIT_DIR, EnvConfig, passed_on_env
-from service_health import born, listens, metrics, state_file
+from service_health import PROBE_PAIRS, born, listens, metrics, state_file
 
 LOOK_S = 5.0  # how long other traffic is looked for
 COUNTERS = ("rerank_guard_pairs_total", "vllm:request_queue_time_seconds_count")  # pairs; the first that is there
@@ -21,13 +21,16 @@ class Trouble(Exception):
 
 
 def read_cfg(text: str) -> dict:
-    """What `start_rerank.sh cfg` prints: {words, env} of the command, {vllm, gpus, cores} of the machine."""
-    parts = shlex.split(text.strip().rsplit("\n", 1)[1])
+    """What `start_rerank.sh cfg` prints: {words, env} of the command, engines on a GPU, {vllm, gpus, cores}."""
+    # Several engines on a GPU: a command each, the first with the API.
+    commands = text.strip().rpartition("\n# command\n")[2].splitlines()
+    parts = shlex.split(commands[0])
     at = parts.index("serve")
     found = re.search(r"^vllm=(\S+) gpus=(.*) cores=(\d+) ", text, re.M)
     env = dict(part.partition("=")[::2] for part in parts[: at - 1])
     gpus = 0 if found[2] == "none" else found[2].count(";") + 1
-    return {"words": parts[at:], "env": env, "vllm": found[1], "gpus": gpus, "cores": int(found[3])}
+    machine = {"vllm": found[1], "gpus": gpus, "cores": int(found[3])}
+    return {"words": parts[at:], "env": env, "engines": len(commands), **machine}
 
 
 class Service:
@@ -124,24 +127,21 @@ async def look_at(service: Service, shown: dict, mine: list[int] | None) -> bool
     return True
 
 
-async def pairs_served(cfg: EnvConfig, engines: int = 1) -> float | None:
+async def pairs_served(cfg: EnvConfig) -> float | None:
     """Pairs that the server has answered since it started; None = it does not tell."""
-    found = None
-    for _ in range(1 if engines == 1 else 8 * engines):  # of several servers on one port, each counts its own
-        now = await asyncio.to_thread(metrics, cfg)
-        count = next((now[name] for name in COUNTERS if name in now), None)
-        found = count if found is None else max(found, count or 0.0)
-    return found
+    now = await asyncio.to_thread(metrics, cfg)
+    return next((now[name] for name in COUNTERS if name in now), None)
 
 
 async def refuse_traffic(cfg: EnvConfig, engines: int = 1) -> None:
     """Raise Trouble where others use the service."""
-    before, busy = await pairs_served(cfg, engines), 0.0
+    own = 2 if engines == 1 else PROBE_PAIRS * engines  # the supervisor scores some pairs now and then
+    before, busy = await pairs_served(cfg), 0.0
     for _ in range(10):
         now = await asyncio.to_thread(metrics, cfg)
         busy = max(busy, sum(now.get(f"vllm:num_requests_{what}", 0.0) for what in ("running", "waiting")))
         await asyncio.sleep(LOOK_S / 10)
-    came = ((await pairs_served(cfg, engines)) or 0.0) - (before or 0.0)
-    if busy > 1 or came > 2:  # the supervisor scores one pair now and then
+    came = ((await pairs_served(cfg)) or 0.0) - (before or 0.0)
+    if busy > max(1, own) or came > own:
         seen = f"{busy:.0f} pairs in the engine at once, {came:.0f} answered in {LOOK_S:g} s"
         raise Trouble(f"others use the service ({seen}): a search would restart it under them; take it out first")

@@ -47,8 +47,8 @@ OTHER_PAIRS = 8  # the supervisor scores one pair every 10 s
 class Meter:
     """Measures the service that runs: windows of load, rates that hold an SLO, scores, other traffic."""
 
-    def __init__(self, args: argparse.Namespace, rows: Rows, bench: Bench, cfg: EnvConfig, engines: int = 1):
-        self.args, self.rows, self.bench, self.cfg, self.engines = args, rows, bench, cfg, engines
+    def __init__(self, args: argparse.Namespace, rows: Rows, bench: Bench, cfg: EnvConfig):
+        self.args, self.rows, self.bench, self.cfg = args, rows, bench, cfg
         self.endpoint, self.windows = args.endpoint[0], 0
         # Texts that no window sends, the same for every start and for a search that is taken up again.
         self.fixed = texts_of(argparse.Namespace(**{**vars(args), "seed": 0, "repeat": None}), rows.about["model_root"])
@@ -90,7 +90,7 @@ class Meter:
         return out
 
     async def served(self) -> float | None:
-        return await pairs_served(self.cfg, self.engines)
+        return await pairs_served(self.cfg)
 
 
 # --- the search ---
@@ -453,7 +453,6 @@ class Session:
         old = load_any(self.path)
         left = old.get("mine")
         running = await look_at(self.service, shown, left)
-        engines = start.get("ENGINES_PER_GPU", 1)
         tuner = Tuner(
             self.service, None, start, knobs, extra_args=cfg.extra_args, slo=bool(args.slo), budget_s=args.budget
         )
@@ -462,6 +461,8 @@ class Session:
             n = len(known["tried"])
             say(f"[INFO] going on with the search in {self.path}, {n} settings known; delete that file for a new one")
             tuner.state = known
+            if not left:  # nothing of that search runs: what counts is what was found now
+                tuner.state["was_running"] = running
         else:
             tuner.state |= {"key": key, "done": False, "mine": None}
             tuner.state["was_running"] = old["was_running"] if left else running
@@ -470,7 +471,7 @@ class Session:
         tuner.running = start if running and not left else None
         async with Bench(args.base_url, args.model, None, cfg.api_key, args.timeout_s, cfg.connect_timeout_s) as bench:
             if tuner.running:
-                await refuse_traffic(cfg, engines)
+                await refuse_traffic(cfg, shown["engines"] * cfg.dp)
             self.tuner, self.touched = tuner, True
             if not tuner.running:
                 say("starting the present settings")
@@ -479,7 +480,7 @@ class Session:
                     raise Trouble(f"the present settings do not start: {wrong}")
             rows = await self.begin(args, bench)
             rows.about["tune"] = tuner.state
-            tuner.meter = Meter(args, rows, bench, cfg, engines)
+            tuner.meter = Meter(args, rows, bench, cfg)
             names = ", ".join(k.name for k in knobs)
             print(
                 f"# tune: {names}; budget {args.budget / 60:g} min; scores may differ by {tuner.tolerance:g}",

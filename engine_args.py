@@ -14,7 +14,7 @@ import socket
 import ssl
 import sys
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def make_plan(
         cfg: the configuration; its settings win over every choice made here.
         model: folder or hub id; None = MODEL_PATH.
         machine: None = the one this runs on.
-        offline: for vllm.LLM, where throughput counts and nobody waits.
+        offline: for vllm.LLM, where throughput counts and nobody waits; DP and other hosts are the service's.
 
     Raises:
         ConfigError: no model, no profile, not enough GPUs or memory. NoVllm: no fitting vLLM.
@@ -80,10 +80,14 @@ def make_plan(
     model = model or cfg.model_path
     if not model:
         raise ConfigError("MODEL_PATH is not set: write MODEL_PATH=/folder/of/the/checkpoint (or a hub id) into .env")
+    if re.search(r"--api[-_]server[-_]count", cfg.extra_args):  # the guard of each must know their number
+        raise ConfigError("EXTRA_ARGS holds --api-server-count: set API_SERVER_COUNT in its place")
     machine = machine or probe_machine()
-    if not offline:
+    if offline:
+        cfg = replace(cfg, dp=1, dp_local=None, dp_address=None)
+    else:
         check_nodes(cfg)
-    _check_gpus(cfg, machine)
+    _check_gpus(cfg, machine, offline)
     checkpoint = read_checkpoint(locate(str(model)))
     profile = find_profile(checkpoint, cfg.model_profile)
     plan = Plan(cfg, machine, profile, checkpoint, profile.template_text(cfg.instruction), {})
@@ -168,7 +172,7 @@ def version_id(plan: Plan) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _check_gpus(cfg: EnvConfig, machine: Machine) -> None:
+def _check_gpus(cfg: EnvConfig, machine: Machine, offline: bool) -> None:
     copies, key = (cfg.engines_here, "DP_LOCAL") if has_other_nodes(cfg) else (cfg.dp, "DP")
     wanted = cfg.tp * copies
     visible = cfg.cuda_visible_devices
@@ -185,7 +189,8 @@ def _check_gpus(cfg: EnvConfig, machine: Machine) -> None:
             "or use a Python environment with the CPU build"
         )
     n_visible = len([v for v in visible.split(",") if v.strip()]) if visible is not None else None
-    if n_visible is not None and n_visible != wanted:
+    # Offline the GPUs may be those of a service with DP: the first TP of them are used.
+    if n_visible is not None and (n_visible < wanted if offline else n_visible != wanted):
         raise ConfigError(
             f"TP x {key} = {cfg.tp} x {copies} = {wanted}, but CUDA_VISIBLE_DEVICES={visible!r} makes {n_visible} GPUs "
             f"visible: the two must be equal (TP={n_visible} spreads one model over them, {key}={n_visible} copies it)"
@@ -390,7 +395,8 @@ def shown_env(env: dict[str, str]) -> dict[str, str]:
 
 def _hidden(text: str) -> str:
     """Arguments without the values of keys and tokens."""
-    return re.sub(r"(--(?:api[-_]key|hf[-_]token)[=\s\0]+)[^\s\0]+", r"\1***", text)
+    more = r"(?:[\s\0]+(?!-)[^\s\0]+)*"  # --api-key takes several
+    return re.sub(rf"(--(?:api[-_]key|hf[-_]token)[=\s\0]+)[^\s\0]+{more}", r"\1***", text)
 
 
 def _template_file(plan: Plan) -> Path:

@@ -215,8 +215,8 @@ def get_config(env_file: Path | str | None = None, **overrides) -> EnvConfig:
             values["api_key"] = _read_key(values["api_key_file"])
         except ConfigError as exc:
             errors.append(str(exc))
-    if re.search(r"\s", values.get("api_key") or ""):
-        errors.append("API_KEY=*** contains white space: no HTTP header can carry it")
+    if not re.fullmatch(r"[!-~]*", values.get("api_key") or ""):
+        errors.append("API_KEY=*** holds white space or other than ASCII characters: no HTTP header can carry it")
     if errors:
         raise ConfigError("\n".join(errors))
     return EnvConfig(**values)

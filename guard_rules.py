@@ -7,7 +7,6 @@ import json
 import math
 import mmap
 import os
-import re
 import time
 from pathlib import Path
 
@@ -40,12 +39,16 @@ class Counts:
 
     def __init__(self, folder: str | None, n_processes: int, clock=time.monotonic, pid: int = 0):
         self._clock, self._folder, self._n_others = clock, Path(folder or "."), n_processes - 1 if folder else 0
-        self._own_file = self._folder / f"guard-{pid or os.getpid()}.load"
+        # Named after the parent that all have in common: a folder that outlives a server holds files of dead ones.
+        self._prefix = f"guard-{os.getppid()}-{_born(os.getppid())}-"
+        self._own_file = self._folder / f"{self._prefix}{pid or os.getpid()}.load"
         self._others: dict[Path, memoryview] = {}
         self._looked = -math.inf
         if self._n_others > 0:
-            self._own_file.write_bytes(bytes(self.SIZE))
-            self._own = _mapped(self._own_file)
+            unseen = self._own_file.with_suffix(".new")
+            unseen.write_bytes(bytes(self.SIZE))
+            self._own = _mapped(unseen)
+            unseen.rename(self._own_file)
         else:
             self._own = memoryview(bytearray(self.SIZE)).cast("d")
         self._own[5] = clock()
@@ -64,29 +67,34 @@ class Counts:
         own[2] += served
         own[0] += 1
 
-    def totals(self) -> tuple[int, int, float, float]:
-        """(pairs in flight now, pairs served, pair-seconds, busy seconds until now), each the sum of all processes."""
+    def totals(self) -> tuple[int, int, float, dict]:
+        """(pairs in flight now, pairs served, pair-seconds until now) of all; busy seconds of each."""
         if len(self._others) < self._n_others:
             self._find_others()
-        now, in_flight, served, pair_s, busy_s = self._clock(), 0.0, 0.0, 0.0, 0.0
-        for view in (self._own, *self._others.values()):
+        now, in_flight, served, pair_s, busy_s = self._clock(), 0.0, 0.0, 0.0, {}
+        for file, view in ((self._own_file, self._own), *self._others.items()):
             _, n, done, pair_seconds, seconds, last = _settled(view)
             in_flight, served = in_flight + n, served + done
             pair_s += pair_seconds + n * (now - last)
-            busy_s += seconds + (n > 0) * (now - last)
+            busy_s[file] = seconds + (n > 0) * (now - last)
         return int(in_flight), int(served), pair_s, busy_s
 
     def _find_others(self) -> None:
-        """Those that have started by now; a folder that outlives a server holds files of dead ones too."""
+        """Those that have started by now."""
         if self._clock() - self._looked < 1:
             return
         self._looked = self._clock()
-        for file in self._folder.glob("guard-*.load"):
-            pid = re.fullmatch(r"guard-(\d+)\.load", file.name)
-            if not pid or file == self._own_file or file in self._others or not Path("/proc", pid[1]).exists():
-                continue
-            if file.stat().st_size == self.SIZE:
+        for file in self._folder.glob(f"{self._prefix}*.load"):
+            if file != self._own_file and file not in self._others:
                 self._others[file] = _mapped(file)
+
+
+def _born(pid: int) -> str:
+    """When the process began, in ticks since boot: with the PID its name for ever."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):  # no Linux
+        return "0"
 
 
 def _mapped(file: Path) -> memoryview:
@@ -130,7 +138,7 @@ class Load:
         self.pairs_per_s = 0.0  # 0 = not known yet
         self._clock, self._last = clock, clock()
         self._busy_s = self._pair_seconds = 0.0
-        self._seen_pair_s = self._seen_busy_s = 0.0
+        self._least_busy_s, self._seen_pair_s, self._seen_busy_s = 0.0, 0.0, {}
         self._served_before = 0
         self._from_idle = True
 
@@ -155,7 +163,9 @@ class Load:
             return
         limit = self.max_pairs or (self.first_pairs if self.max_wait_s and not self._limits_by_wait else 0)
         wait_s = in_flight / self.pairs_per_s if self.pairs_per_s else 0.0
-        work = f"{in_flight} pairs are in flight, about {wait_s:.1f} s of work"
+        work = f"{in_flight} pairs are in flight"
+        if self.pairs_per_s:
+            work += f", about {wait_s:.1f} s of work"
         advice = "send the call again after Retry-After seconds, or send fewer documents at a time"
         if limit and in_flight + n_pairs > limit:
             over_s = (in_flight + n_pairs - limit) / self.pairs_per_s if self.pairs_per_s else 1
@@ -183,6 +193,9 @@ class Load:
         done = total_served - self._served_before
         whole = not self._from_idle or done * self._busy_s >= self._pair_seconds
         if done and self._busy_s >= SAMPLE_S and whole:
+            # Were the processes busy by turns or together? Between two looks far apart that cannot be told.
+            if self._busy_s > 1.2 * self._least_busy_s:
+                return self._begin_sample(total_served)
             sample = done / self._busy_s
             waited_s = self._pair_seconds / done  # Little's law
             loaded = self._pair_seconds >= LOADED_PAIRS * self._busy_s
@@ -193,15 +206,19 @@ class Load:
                 self.pairs_per_s += FASTER_WEIGHT * (sample - self.pairs_per_s)
             elif waited_s >= self.max_wait_s / 4:
                 self.pairs_per_s += SLOWER_WEIGHT * (sample - self.pairs_per_s)
-            self._busy_s = self._pair_seconds = 0.0
-            self._served_before, self._from_idle = total_served, False
+            self._begin_sample(total_served)
+
+    def _begin_sample(self, total_served: int) -> None:
+        self._busy_s = self._least_busy_s = self._pair_seconds = 0.0
+        self._served_before, self._from_idle = total_served, False
 
     def _advance(self) -> tuple[int, int]:
         """Count the time since the last look; (pairs in flight, pairs served) of all processes."""
         now = self._clock()
         in_flight, served, pair_s, busy_s = self.counts.totals()
-        # Several processes that are busy at a time are one busy service.
-        self._busy_s += min(now - self._last, max(0.0, busy_s - self._seen_busy_s))
+        grown = [seconds - self._seen_busy_s.get(file, 0.0) for file, seconds in busy_s.items()]
+        self._busy_s += min(now - self._last, max(0.0, sum(grown)))
+        self._least_busy_s += min(now - self._last, max(0.0, max(grown)))
         self._pair_seconds += max(0.0, pair_s - self._seen_pair_s)
         self._last, self._seen_pair_s, self._seen_busy_s = now, pair_s, busy_s
         return in_flight, served

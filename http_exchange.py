@@ -27,6 +27,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError
+from urllib3.poolmanager import ProxyManager
 from urllib3.util import Timeout
 
 IDLE_S = 4.0  # uvicorn closes a connection that was idle for 5 s: we drop it first
@@ -231,7 +232,8 @@ class _Adapter(HTTPAdapter):
 
     def proxy_manager_for(self, *args, **kwargs):
         manager = super().proxy_manager_for(*args, **kwargs)
-        manager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
+        if isinstance(manager, ProxyManager):  # one for SOCKS has pools of its own, which know how to get through
+            manager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
         return manager
 
 
@@ -270,7 +272,9 @@ def exchange(session: PooledSession, step: Step) -> Answer | Failure:
     _local.wire = wire
     times = Timeout(connect=step.connect_s, read=step.answer_s)
     try:
+        wire.connected = False  # a proxy or CA file that cannot be used fails here
         pool, target = session.pool_of(step.url)
+        wire.connected = True
         response = pool.urlopen(
             step.method,
             target,

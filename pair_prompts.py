@@ -91,6 +91,26 @@ class PairEncoder:
                 out[i] = Prompt(ids, True)
         return out
 
+    def first_tokens(self, texts: list[str], n_tokens: int) -> list[str]:
+        """Each text, cut to its first n tokens.
+
+        Source: truncate_text_to_tokens() of vLLM 0.32, by which the service cuts to max_tokens_per_doc and _query.
+
+        Raises:
+            ConfigError: the tokenizer does not know the characters of its tokens.
+        """
+        if self._backend is None:
+            raise ConfigError("MAX_TOKENS_PER_DOC and MAX_TOKENS_PER_QUERY need a fast tokenizer: unset them")
+        out, left = list(texts), list(range(len(texts)))
+        while left:
+            encodings = self._backend.encode_batch([out[i] for i in left], add_special_tokens=False)
+            long = [(i, e.offsets) for i, e in zip(left, encodings, strict=True) if len(e) > n_tokens]
+            for i, offsets in long:
+                end = min(offsets[n_tokens - 1][1], offsets[n_tokens][0])  # never inside a character
+                out[i] = out[i][: min(end, len(out[i]) - 1)]
+            left = [i for i, _ in long]  # a text that is cut inside a word may get one token more
+        return out
+
     # --- the template ---
 
     def render(self, pairs: list[Pair]) -> list[str]:

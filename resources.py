@@ -369,7 +369,7 @@ def _attempts(
             endpoint.down_until = 0.0
             if 200 <= what < 300:
                 return _reply(step, outcome)
-        fresh = what == "stale"
+        fresh = what == "stale" and not step.fresh
         if fresh:
             continue
         error = _error(step, outcome)
@@ -438,11 +438,20 @@ async def apost(
             return done.value
         if not isinstance(step, Step):
             outcome = await asyncio.sleep(step)
-        elif step.fresh:  # aiohttp offers no other way to a new connection
-            async with new_async_session(step.base_url, _headers(), 1, reuse=False) as session:
-                outcome = await aexchange(session, step)
         else:
-            outcome = await aexchange(await SharedResources.get_async_rerank_client(step.base_url), step)
+            outcome = await _aexchange(step)
+
+
+async def _aexchange(step: Step) -> Answer | Failure:
+    """aexchange() over the right session."""
+    try:
+        if step.fresh:  # aiohttp offers no other way to a new connection
+            async with new_async_session(step.base_url, _headers(), 1, reuse=False) as session:
+                return await aexchange(session, step)
+        session = await SharedResources.get_async_rerank_client(step.base_url)
+    except OSError as exc:  # the CA file that the environment names
+        return Failure("tls", exc, False, str(exc))
+    return await aexchange(session, step)
 
 
 def __getattr__(name: str):

@@ -6,6 +6,7 @@ import json
 import sys
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,10 +166,11 @@ def score_shards(reranker, shards: list[Shard]) -> tuple[int, int, list[str]]:
     scored = failed = 0
     broken: list[str] = []
     total, done = sum(shard.total for shard in shards), sum(shard.skip for shard in shards)
-    file, current, closed = None, None, set()
+    file, current = None, None
+    closed: set[Shard] = set()  # broken: neither prepared nor scored any further
     with tqdm(total=total, initial=done, unit="pair", file=sys.stderr, dynamic_ncols=True) as bar:
         try:
-            for (shard, chunk), results in reranker.stream(ahead(_prepare(reranker, shards))):
+            for (shard, chunk), results in reranker.stream(ahead(_prepare(reranker, shards, closed))):
                 try:
                     if shard is not current:
                         if file:
@@ -184,6 +186,10 @@ def score_shards(reranker, shards: list[Shard]) -> tuple[int, int, list[str]]:
                     closed.add(shard)
                     broken.append(f"{getattr(exc, 'filename', None) or shard.source}: {_reason(exc)}")
                     tqdm.write(f"[WARN] {broken[-1]}", file=sys.stderr)
+                    if file:
+                        with suppress(OSError):  # it tries once more to write what a full disk refused
+                            file.close()
+                    file = None
                     continue
                 scored, failed = scored + good, failed + bad
                 bar.update(len(chunk))
@@ -208,13 +214,19 @@ def _write_rows(file, shard: Shard, chunk: list, results: Iterator[Result], say)
     return len(chunk) - failed, failed
 
 
-def _prepare(reranker, shards: list[Shard]) -> Iterator[tuple[tuple[Shard, Any], Any]]:
-    """((shard, chunk), prepared pairs) of all shards; in the place of a chunk the exception that ended its shard."""
+def _prepare(reranker, shards: list[Shard], closed: set[Shard]) -> Iterator[tuple[tuple[Shard, Any], Any]]:
+    """((shard, chunk), prepared pairs) of all shards; in the place of a chunk the exception that ended its shard.
+
+    Args:
+        closed: shards that the one who writes has given up meanwhile.
+    """
     for shard in shards:
         try:
             empty = True
             for chunk in read_chunks(shard.source, shard.skip, reranker.chunk):
                 empty = False
+                if shard in closed:
+                    break
                 yield (shard, chunk), reranker.prepare([row for row in chunk if isinstance(row, Pair)])
             if empty:
                 yield (shard, []), reranker.prepare([])  # so that its output exists
@@ -228,7 +240,8 @@ def _open(path: Path):
 
 def _open_output(shard: Shard):
     """A shard's output to append to, which no other process of this program writes at the same time."""
-    file = shard.output.open("a", encoding="utf-8")
+    # An id may hold a lone surrogate, which is no UTF-8: backslashreplace writes what JSON escapes it to.
+    file = shard.output.open("a", encoding="utf-8", errors="backslashreplace")
     try:
         _lock(file, shard.output)
         if shard.size not in (None, file.tell()):

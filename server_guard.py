@@ -103,6 +103,8 @@ class Guard:
         logging.getLogger(SCORE_LOGGER).addFilter(_once(SCORE_WARNING))
         self.long = LongDocuments(self.max_docs, self.encode, self._take_windows)
         self.takes_instruction = os.environ.get("GUARD_TAKES_INSTRUCTION", "1") != "0"
+        # Of several API processes the parent ends those that still work after --shutdown-timeout: be done before it.
+        self.early_s = 2.0 if n_processes > 1 else 0.0
         self.draining = False
         self.tasks = set()  # of the calls in flight
         limits = {k: v for k, v in vars(self).items() if k.startswith("max_")}
@@ -357,7 +359,7 @@ class Guard:
             self.draining = True
             if threading.current_thread() is threading.main_thread():  # the event loop's own: it must not wait
                 return stop(*args, timeout=timeout, **kwargs)
-            end_s = time.monotonic() + (timeout or 0)
+            end_s = time.monotonic() + max(0.0, (timeout or 0) - self.early_s)
             while self.load.in_flight and time.monotonic() < end_s:
                 time.sleep(0.05)
             try:

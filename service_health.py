@@ -76,6 +76,8 @@ CAUSES = (
 START_MARK = re.compile(r"^\[kit\] \S+ start ", re.MULTILINE)  # supervisor.py, before each start
 QUIET = re.compile(r"^(\(\w[\w -]* pid=\d+\) )?(DEBUG|INFO|WARNING) |^\[kit\] ", re.MULTILINE)
 
+PROBE_PAIRS = 4  # that the supervisor scores on each of several engines, every 10 s
+
 
 def request(
     cfg: EnvConfig, method: str, path: str, body: dict | None = None, timeout_s: float = 5.0

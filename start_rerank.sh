@@ -103,17 +103,20 @@ session_pids() {
 take_lock() {
   { mkdir -p "$LOG_DIR" && chmod 700 "$LOG_DIR"; } || die 1 "LOG_DIR=$LOG_DIR cannot be written"
   for _ in 1 2 3; do
-    if (umask 077; set -C; printf '%s %s\n' $$ "$(born $$)" >"$LOCK_FILE") 2>/dev/null; then
+    # A disk without space makes the file and then writes nothing into it.
+    if (umask 077; set -C; : >"$LOCK_FILE" && { printf '%s %s\n' $$ "$(born $$)" >|"$LOCK_FILE" || { rm -f "$LOCK_FILE"; exit 1; }; }) 2>/dev/null; then
       trap 'rm -f "$LOCK_FILE"' EXIT
       trap 'exit 130' INT
       trap 'exit 143' TERM HUP
       return 0
     fi
-    read -r owner since <"$LOCK_FILE" || { sleep 1; continue; }
-    [ "$(born "$owner")" = "$since" ] && die 1 "another start or stop for port $PORT is under way (PID $owner)"
+    [ -f "$LOCK_FILE" ] || break
+    # Empty: its owner is just writing, or was killed before it did.
+    read -r owner since <"$LOCK_FILE" || { sleep 1; read -r owner since <"$LOCK_FILE" || owner=; }
+    [ -n "$owner" ] && [ "$(born "$owner")" = "$since" ] && die 1 "another start or stop for port $PORT is under way (PID $owner)"
     rm -f "$LOCK_FILE"
   done
-  die 1 "the lock $LOCK_FILE cannot be taken"
+  die 1 "the lock $LOCK_FILE cannot be written: is the disk full?"
 }
 
 # --- setup ------------------------------------------------------------------------------------------------------------
@@ -204,7 +207,7 @@ do_start() {
   # HUP is ignored from the first moment: the supervisor leaves this session only when Python runs.
   (trap '' HUP; exec "$PY" "$KIT/supervisor.py") </dev/null >>"$LOG_FILE" 2>&1 &
   pid=$!
-  (umask 077; printf '%s %s\n' "$pid" "$(born "$pid")" >"$PID_FILE")
+  (umask 077; printf '%s %s\n' "$pid" "$(born "$pid")" >"$PID_FILE") || { kill -TERM "$pid"; die 1 "$PID_FILE cannot be written: is the disk full?"; }
   say "starting: PID $pid, log $LOG_FILE"
   "$PY" "$KIT/service_health.py" wait "$pid" "$LOG_FILE"
   case $? in

@@ -27,6 +27,7 @@ from env_utils import ConfigError, EnvConfig, get_config
 from multi_node import HEAD_LOST, NO_HEAD, Peers, describe_node, has_other_nodes, is_headless
 from service_health import (
     BUSY,
+    PROBE_PAIRS,
     born,
     is_alive,
     listens,
@@ -84,7 +85,7 @@ class Watch(threading.Thread):
         super().__init__(daemon=True)
         self.cfg, self.warm = cfg, warm
         # vLLM deals the pairs of a call out to its engines: each gets some.
-        self.n_docs = 1 if n_engines == 1 else 4 * n_engines
+        self.n_docs = 1 if n_engines == 1 else PROBE_PAIRS * n_engines
         limit = cfg.health_timeout_s or 10 * PROBE_EVERY_S
         self.every_s = min(PROBE_EVERY_S, limit / 4)
         self.ready = False
@@ -97,14 +98,20 @@ class Watch(threading.Thread):
         while not self.stopped.wait(self.every_s if self.ready else 0.5):
             if not self.ready and not listens(self.cfg):
                 continue
-            asked_at = time.monotonic()
-            wrong = probe(self.cfg, self.every_s if self.ready else 60.0, self.n_docs)
-            if not self.ready:
-                if self.warm and wrong is None:
-                    warm_up(self.cfg)
-                self.ready = wrong in (None, BUSY)
-                continue
-            seen = self._judge(progress(self.cfg), seen, wrong is None, asked_at)
+            try:
+                seen = self._look(seen)
+            except Exception as exc:  # no thread to be had, say; without this thread no hang would ever be seen
+                print(f"[kit] the probe failed: {type(exc).__name__}: {exc}", flush=True)
+
+    def _look(self, seen: dict[str, float]) -> dict[str, float]:
+        asked_at = time.monotonic()
+        wrong = probe(self.cfg, self.every_s if self.ready else 60.0, self.n_docs)
+        if self.ready:
+            return self._judge(progress(self.cfg), seen, wrong is None, asked_at)
+        if self.warm and wrong is None:
+            warm_up(self.cfg)
+        self.ready = wrong in (None, BUSY)
+        return seen
 
     def _judge(self, now: dict, seen: dict[str, float], answered: bool, asked_at: float) -> dict[str, float]:
         """Bring suspect_since up to date; returns the counters for the next time.
@@ -134,8 +141,8 @@ class Watch(threading.Thread):
 class Supervisor:
     """The loop around one service. Single-threaded but for Watch."""
 
-    def __init__(self, plan: Plan):
-        self.cfg, self.log = plan.cfg, log_file(plan.cfg)
+    def __init__(self, plan: Plan, foreground: bool = False):
+        self.cfg, self.log, self.foreground = plan.cfg, log_file(plan.cfg), foreground
         self.plan = plan
         url, version = plan.cfg.service_url, plan.machine.vllm_version
         self.state = State("starting", os.getpid(), vllm=version, model=str(plan.checkpoint.path), url=url)
@@ -243,7 +250,7 @@ class Supervisor:
                 for number, status in ended:
                     if status is not None:  # vLLM's front does not notice the death of an engine beside it
                         who = f"engine process {number + 1} of {len(ended)}: " if number else ""
-                        return who + describe_end(status, read_log(self.log))
+                        return who + describe_end(status, None if self.foreground else read_log(self.log))
                 if watch.ready and not self.state.ready_since:
                     if peers and peers is not watch:
                         peers.watch()
@@ -252,7 +259,7 @@ class Supervisor:
                 if hung := (peers and peers.lost()) or self._hangs(watch):
                     kill_rest()
                     return hung
-                if time.monotonic() >= next_rotation:
+                if not self.foreground and time.monotonic() >= next_rotation:
                     next_rotation = time.monotonic() + 5
                     rotate_if_large(self.log, self.cfg.log_max_mib * 2**20, self.cfg.log_keep)
                 time.sleep(TICK_S)
@@ -329,14 +336,14 @@ def reap(pid: int) -> int | None:
     return _ended.pop(pid, None)
 
 
-def describe_end(status: int, log_text: str) -> str:
-    """One line: how the server ended and why."""
+def describe_end(status: int, log_text: str | None) -> str:
+    """One line: how the server ended and why; log_text: None where it wrote to our own output."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         how = f"killed by signal {number} ({signal.Signals(number).name})"
     else:
         how = f"exit code {os.waitstatus_to_exitcode(status)}"
-    return f"{how}: {root_cause(log_text)}"
+    return f"{how}: {'its own output says why' if log_text is None else root_cause(log_text)}"
 
 
 def rest_of_session() -> list[int]:
@@ -393,7 +400,7 @@ def run_in_foreground(cfg: EnvConfig) -> int:
     if child == 0:
         os.setsid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        os._exit(Supervisor(plan).run())
+        os._exit(Supervisor(plan, foreground=True).run())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os.kill(child, signal.SIGTERM))
     while True:  # as PID 1 of a container it gets other processes' children too

@@ -8,7 +8,8 @@ Model: MODEL_PATH, through the same profile as the service. Input lines: {"query
 "instruction": optional, "id": optional}. Output, a line for each input line in the same order:
 {"line": N, "score": float, "id": ...} or {"line": N, "error": "...", "id": ...}. LONG_DOCUMENTS says what becomes of a
 pair longer than MAX_MODEL_LEN: truncate cuts it ("cut": true), error reports it, chunk gives it the best score of
-overlapping windows of its document ("windows": n).
+overlapping windows of its document ("windows": n). MAX_TOKENS_PER_DOC and MAX_TOKENS_PER_QUERY cut ("cut": true) as in
+the service.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from engine_args import Plan, make_plan
-from env_utils import ConfigError, get_config
+from env_utils import ConfigError, get_config, passed_on_env
 from long_documents import Fitter
 from offline_engine import Feeder, ahead
 from pair_prompts import Pair, PairEncoder, Prompt
@@ -46,7 +47,7 @@ class Prepared:
     owners: list[int]  # owners[i] = index of the pair that the i-th scored pair is, or is a window of
     needs: list[tuple[int, ...]]  # needs[i] = indices of the prompts that its score comes from
     prompts: list[Prompt]
-    cut: set[int]  # indices of pairs whose query was cut beside its windows
+    cut: set[int]  # indices of pairs of which a part was cut before the prompts were made
 
 
 class OfflineReranker:
@@ -81,8 +82,9 @@ class OfflineReranker:
 
     def prepare(self, pairs: list[Pair]) -> Prepared:
         """The part that needs no engine, so that a thread can do it while the engine runs."""
-        owners, scored, cut = [], [], set()
-        for index, pair in enumerate(pairs):
+        owners, scored = [], []
+        shorter, cut = self._within_limits(pairs)
+        for index, pair in enumerate(shorter):
             if not self._takes(pair):
                 continue
             parts = [pair]
@@ -98,6 +100,18 @@ class OfflineReranker:
         where = {text: i for i, text in enumerate(texts)}
         needs = [(where[pair.query], where[pair.document]) for pair in scored]
         return Prepared(len(pairs), owners, needs, self.encoder.encode_texts(texts) if texts else [], cut)
+
+    def _within_limits(self, pairs: list[Pair]) -> tuple[list[Pair], set[int]]:
+        """The pairs within MAX_TOKENS_PER_QUERY and MAX_TOKENS_PER_DOC, and the indices of those that were cut."""
+        cfg, out = self.plan.cfg, pairs
+        # As in the guard: chunk scores all of a document.
+        per_doc = None if cfg.long_documents == "chunk" else cfg.max_tokens_per_doc
+        for name, limit in (("query", cfg.max_tokens_per_query), ("document", per_doc)):
+            if limit:
+                texts = list({getattr(pair, name): None for pair in out})
+                short = dict(zip(texts, self.encoder.first_tokens(texts, limit), strict=True))
+                out = [replace(pair, **{name: short[getattr(pair, name)]}) for pair in out]
+        return out, {i for i, (old, new) in enumerate(zip(pairs, out, strict=True)) if old != new}
 
     def stream(self, source: Iterable[tuple[Any, Prepared]]) -> Iterator[tuple[Any, list[Result]]]:
         """Results of many prepare()d lists, each with the tag that came with it, in their order.
@@ -170,11 +184,16 @@ def example_pairs() -> list[Pair]:
     return [Pair(EXAMPLE_QUERY, document) for document in EXAMPLE_DOCUMENTS]
 
 
-def print_example(plan: Plan, results: list[Result]) -> None:
-    """The built-in example's scores, best first."""
+def print_example(plan: Plan, results: list[Result]) -> int:
+    """Print the built-in example's scores, best first: 0 when every document has one, else 1."""
     print(f"model: {plan.checkpoint.path}\nprofile: {plan.profile.name}\nquery: {EXAMPLE_QUERY}")
-    for index, result in sorted(enumerate(results), key=lambda item: -item[1].score):
-        print(f"- score={result.score:.4f} | idx={index} | doc={EXAMPLE_DOCUMENTS[index]}")
+    failed = [index for index, result in enumerate(results) if result.score is None]
+    scored = [index for index, result in enumerate(results) if result.score is not None]
+    for index in sorted(scored, key=lambda index: -results[index].score):
+        print(f"- score={results[index].score:.4f} | idx={index} | doc={EXAMPLE_DOCUMENTS[index]}")
+    for index in failed:
+        print(f"- error={results[index].error} | idx={index} | doc={EXAMPLE_DOCUMENTS[index]}")
+    return 1 if failed else 0
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -246,20 +265,20 @@ def leave(code: int) -> None:
 def main() -> int:
     args = arguments(__doc__).parse_args()
     try:
+        os.environ.update(passed_on_env())  # HF_*, VLLM_* ... of .env; the environment's own are not among them
         plan = make_plan(get_config(), args.model, offline=True)
-        if args.input or args.output:
+        if args.input or args.output or args.shard:
             if not args.input:
-                raise ConfigError("--output needs --input")
+                raise ConfigError("--output and --shard need --input")
             return run_file(args, plan)
         with OfflineReranker(plan) as reranker:
-            print_example(plan, reranker.score(example_pairs()))
+            return print_example(plan, reranker.score(example_pairs()))
     except ConfigError as exc:
         print(f"ConfigError: {exc}", file=sys.stderr)
         return 6
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":  # vLLM's workers import this file again

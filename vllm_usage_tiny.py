@@ -1,16 +1,19 @@
-"""Cold start of the small model (MODEL_PATH_TINY, by default Qwen3-Reranker-0.6B), and the check of its scores.
+"""Cold start of the small model, and the check of its scores.
+
+Model: MODEL_PATH_TINY, else MODEL_PATH, else Qwen/Qwen3-Reranker-0.6B.
 
 python vllm_usage_tiny.py            the built-in example
 python vllm_usage_tiny.py --check    beside it the transformers reference in float32; exit 1 when they disagree
 python vllm_usage_tiny.py --input pairs.jsonl --output scores.jsonl
 """
 
+import os
 import sys
 from pathlib import Path
 
 import env_utils
 from engine_args import Plan, make_plan
-from env_utils import ConfigError, get_config
+from env_utils import ConfigError, get_config, passed_on_env
 from model_files import read_checkpoint
 from vllm_usage import OfflineReranker, Pair, arguments, example_pairs, leave, print_example, run_file
 
@@ -287,22 +290,22 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with transformers in float32")
     args = parser.parse_args()
     try:
+        os.environ.update(passed_on_env())  # HF_*, VLLM_* ... of .env; the environment's own are not among them
         plan = make_plan(get_config(), args.model or env_utils.MODEL_PATH_TINY, offline=True)
-        if args.input or args.output:
+        if args.input or args.output or args.shard:
             if args.check or not args.input:
-                raise ConfigError("--output needs --input, and --check takes neither")
+                raise ConfigError("--output and --shard need --input, and --check takes none of them")
             return run_file(args, plan)
         with OfflineReranker(plan) as reranker:
             if args.check:
                 return 0 if check(plan, reranker, example_pairs()) else 1
-            print_example(plan, reranker.score(example_pairs()))
+            return print_example(plan, reranker.score(example_pairs()))
     except ConfigError as exc:
         print(f"ConfigError: {exc}", file=sys.stderr)
         return 6
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":  # vLLM's workers import this file again

@@ -25,9 +25,10 @@ class ShardScorer:
         # vLLM's own processes find the kit's modules too.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [kit, os.environ.get("PYTHONPATH")]))
         from engine_args import make_plan
-        from env_utils import get_config
+        from env_utils import get_config, passed_on_env
         from vllm_usage import OfflineReranker
 
+        os.environ.update(passed_on_env())  # HF_*, VLLM_* ... of .env; the environment's own are not among them
         # Planned here, not by the driver: Ray has just given this actor its GPUs by CUDA_VISIBLE_DEVICES.
         self.reranker = OfflineReranker(make_plan(get_config(), model, offline=True))
 
@@ -61,6 +62,12 @@ def n_actors(resources: dict, tp: int, asked: int | None) -> int:
     return asked or max(1, int(resources.get("GPU", 0)) // tp)
 
 
+def actor_settings(fields: dict) -> dict[str, str]:
+    """Settings of this shell for the actors, which read those of .env themselves. Ray shows them, so no secrets."""
+    names = [name for name, field in fields.items() if not field.metadata["secret"] and name != "CUDA_VISIBLE_DEVICES"]
+    return {name: os.environ[name] for name in (*names, "KIT_ENV_FILE") if name in os.environ}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, required=True, metavar="FOLDER", help="*.jsonl and *.jsonl.gz")
@@ -87,10 +94,9 @@ def main() -> int:
     except ConfigError as exc:
         print(f"ConfigError: {exc}", file=sys.stderr)
         return 6
-    # Settings of this shell reach the actors; those of .env they read themselves.
-    settings = {k: os.environ[k] for k in (*FIELDS, "KIT_ENV_FILE") if k in os.environ and k != "CUDA_VISIBLE_DEVICES"}
     local = {} if args.address else {"include_dashboard": False}
-    ray.init(address=args.address or "local", runtime_env={"env_vars": settings}, log_to_driver=True, **local)
+    env_vars = actor_settings(FIELDS)
+    ray.init(address=args.address or "local", runtime_env={"env_vars": env_vars}, log_to_driver=True, **local)
     resources = ray.cluster_resources()
     size = min(n_actors(resources, cfg.tp, args.actors), len(shards))
     rows = [{"source": str(source), "output": str(output)} for source, output in shards]

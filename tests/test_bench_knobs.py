@@ -7,7 +7,8 @@ import pytest
 import bench_knobs
 from bench_knobs import NAMES, Knob, flag, knobs_of, label_of, settings_of
 from bench_restart import read_cfg
-from env_utils import EnvConfig
+from engine_args import Machine, explain, make_plan, shown_args
+from env_utils import EnvConfig, get_config
 
 CFG = """# settings
 PORT=11438
@@ -31,6 +32,20 @@ def test_read_cfg_has_command_and_machine():
     assert found["env"] == {"CUDA_VISIBLE_DEVICES": "0", "VLLM_API_KEY": "***"}
     assert (found["vllm"], found["gpus"], found["cores"]) == ("0.32.0", 2, 16)
     assert shown("0.32.0+cpu", "none")["gpus"] == 0
+
+
+def test_engines_that_share_a_gpu_are_one_service(checkpoints):
+    """The first of their commands has the API; --tune once read the last one and refused every running service."""
+    machine = Machine("0.32.0", ("NVIDIA H100, 81559",), tuple(range(16)), 2**37)
+    cfg = get_config(engines_per_gpu=3)
+    plan = make_plan(cfg, checkpoints["qwen3"], machine)
+    found = read_cfg(explain(plan))
+    assert found["words"] == shown_args(plan) and found["engines"] == 3
+    now, knobs = knobs_of(found, cfg)
+    assert (now["ENGINES_PER_GPU"], now["API_SERVER_COUNT"], now["GPU_MEMORY_UTILIZATION"]) == (3, 4, 0.85)
+    knob = next(k for k in knobs if k.name == "ENGINES_PER_GPU")
+    assert [v["ENGINES_PER_GPU"] for v in knob.path(now, up=False)] == [1]
+    assert settings_of(now | {"ENGINES_PER_GPU": 1}, now, "") == {"ENGINES_PER_GPU": "1"}
 
 
 def test_flag_takes_the_last_one():
@@ -58,14 +73,13 @@ def test_knobs_only_for_what_vllm_and_the_kit_have(monkeypatch):
 
     @dataclasses.dataclass
     class Later:
-        engines_per_gpu: int = 2
         tp: int = 1
         dp: int = 1
         cuda_visible_devices: str | None = None
 
     now, knobs = knobs_of(shown(), Later())
     names = [k.name for k in knobs]
-    assert "RENDERER_WORKERS" not in names and names[0] == "ENGINES_PER_GPU" and now["ENGINES_PER_GPU"] == 2
+    assert "RENDERER_WORKERS" not in names and names[0] == "ENGINES_PER_GPU" and now["ENGINES_PER_GPU"] == 1
     monkeypatch.setattr(bench_knobs, "FIELDS", {})
     assert "ENGINES_PER_GPU" not in [k.name for k in knobs_of(shown(), Later())[1]]
 

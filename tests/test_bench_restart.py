@@ -3,7 +3,6 @@
 import asyncio
 import os
 import socket
-import types
 
 import pytest
 
@@ -85,10 +84,17 @@ def test_traffic_is_seen_in_flight_and_between(monkeypatch):
         asyncio.run(refuse_traffic(EnvConfig()))
 
 
-def test_pairs_served_without_the_guard_and_of_several_engines(monkeypatch):
+def test_the_probes_of_several_engines_are_no_traffic(monkeypatch):
+    quiet = {"rerank_guard_pairs_total": 100.0}
+    counters(monkeypatch, [quiet, quiet | {"rerank_guard_pairs_total": 112.0}])
+    asyncio.run(refuse_traffic(EnvConfig(), engines=3))
+    counters(monkeypatch, [quiet, quiet | {"rerank_guard_pairs_total": 113.0}])
+    with pytest.raises(Trouble, match="13 answered"):
+        asyncio.run(refuse_traffic(EnvConfig(), engines=3))
+
+
+def test_pairs_served_without_the_guard(monkeypatch):
     counters(monkeypatch, [{"vllm:request_queue_time_seconds_count": 7.0}])
     assert asyncio.run(pairs_served(EnvConfig())) == 7.0
-    counters(monkeypatch, [{"rerank_guard_pairs_total": float(n)} for n in (5, 9, 5, 9, 9)])
-    assert asyncio.run(pairs_served(types.SimpleNamespace(), engines=2)) == 9.0
     counters(monkeypatch, [{}])
     assert asyncio.run(pairs_served(EnvConfig())) is None

@@ -376,7 +376,14 @@ def test_tune_through_the_script_with_an_interrupt(tunable_kit, tmp_path, monkey
     assert "MAX_NUM_SEQS=128" in env_file.read_text() and len(env_file.read_text().splitlines()) == 3
     assert (kit.state["command"], kit.state["env"]) == (before["command"], before["env"])
     assert json.loads(kit("status", "--json").stdout)["state"] == "ready"
-    assert json.loads(state_file.read_text())["done"]
+    known = json.loads(state_file.read_text())
+    assert known["done"]
+
+    # One that was started after an interrupted search began is not that search's to stop.
+    state_file.write_text(json.dumps({**known, "done": False, "was_running": False, "mine": None}))
+    assert bench_rerank.main([*argv, "--budget", "9m"]) == 0
+    assert "going on with the search" in capsys.readouterr().err
+    assert json.loads(kit("status", "--json").stdout)["state"] == "ready"
 
 
 def test_tune_refuses_a_service_that_is_not_its_own(tunable_kit, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -9,7 +10,10 @@ import pytest
 from conftest import KIT, kit_environment
 from test_vllm_usage import LengthReranker, folder_of_shards
 
+import engine_args
 import score_files
+import vllm_usage
+from env_utils import FIELDS
 
 
 def program():
@@ -44,6 +48,23 @@ def test_an_actor_scores_shards_goes_on_and_reports_broken_ones(tmp_path):
 )
 def test_one_actor_for_each_tp_gpus(gpus, tp, asked, n):
     assert program().n_actors({"GPU": gpus} if gpus else {}, tp, asked) == n
+
+
+def test_the_shells_settings_reach_the_actors_and_no_secret(monkeypatch):
+    for key, value in {"API_KEY": "s3cret", "DTYPE": "float32", "CUDA_VISIBLE_DEVICES": "0", "OTHER": "x"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("KIT_ENV_FILE", "/kit.env")
+    assert program().actor_settings(FIELDS) == {"DTYPE": "float32", "KIT_ENV_FILE": "/kit.env"}
+
+
+def test_an_actor_takes_library_settings_of_env(tmp_path, monkeypatch):
+    env_file = tmp_path / "kit.env"
+    env_file.write_text("HF_ENDPOINT=http://from.env\n")
+    monkeypatch.setattr(os, "environ", {**os.environ, "KIT_ENV_FILE": str(env_file)})
+    os.environ.pop("HF_ENDPOINT", None)
+    monkeypatch.setattr(engine_args, "make_plan", lambda *_, **__: os.environ["HF_ENDPOINT"])
+    monkeypatch.setattr(vllm_usage, "OfflineReranker", lambda plan: plan)
+    assert program().ShardScorer(str(KIT), None).reranker == "http://from.env"
 
 
 def test_bad_calls_are_refused_before_ray_starts(tmp_path):

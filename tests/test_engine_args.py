@@ -97,6 +97,7 @@ def test_first_gpus_are_taken_when_none_are_named(checkpoints):
         (CPU, {"cuda_visible_devices": "0"}, ("CUDA_VISIBLE_DEVICES='0' asks for a GPU", "CPU build")),
         (CPU, {"max_model_len": 99999}, ("MAX_MODEL_LEN=99999", "2048")),
         (CPU, {"max_num_batched_tokens": 400_000_000}, ("KV cache do not fit",)),
+        (CPU, {"extra_args": "--api-server-count 4"}, ("set API_SERVER_COUNT",)),
         (CPU, {"engines_per_gpu": 8, "dp": 2}, ("16.0 GiB of KV cache do not fit",)),
         (GPU4, {"engines_per_gpu": 8, "gpu_memory_utilization": 0.4}, ("ENGINES_PER_GPU=8 leaves 0.0 GiB",)),
         (CPU, {"instruction": "x", "model": "bert"}, ("takes none",)),
@@ -166,6 +167,24 @@ def test_one_engine_needs_no_nodes(checkpoints):
     assert flag(args, "--distributed-executor-backend") == "uni"
     assert not [word for word in args if word.startswith("--data-parallel-") and word != "--data-parallel-size"]
     assert make_plan(get_config(engines_per_gpu=2), checkpoints["qwen3"], GPU4, offline=True).copies == 1
+
+
+def test_offline_leaves_data_parallel_to_the_service(checkpoints):
+    """One process a GPU beside a .env with DP=8; or all GPUs of the service visible, of which TP are used."""
+
+    def offline(**settings):
+        return make_plan(get_config(**settings), checkpoints["qwen3"], GPU4, offline=True)
+
+    for settings in (
+        {"dp": 8, "cuda_visible_devices": "1"},
+        {"dp": 4, "cuda_visible_devices": "0,1,2,3"},
+        {"dp": 8, "dp_local": 4, "dp_address": "10.0.0.1", "cuda_visible_devices": "2"},
+    ):
+        made = offline(**settings)
+        assert made.copies == 1 and "data_parallel_size" not in made.engine
+    assert offline(dp=4).env["CUDA_VISIBLE_DEVICES"] == "0"
+    with pytest.raises(ConfigError, match="= 2 x 1 = 2, but CUDA_VISIBLE_DEVICES='1' makes 1 GPUs"):
+        offline(tp=2, dp=8, cuda_visible_devices="1")
 
 
 @pytest.mark.parametrize(
@@ -244,7 +263,11 @@ def test_tls_reaches_vllm_and_the_url(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "extra", ["--api-key s3cret --seed 5", "--api-key=s3cret --seed 5", "--hf-token s3cret --seed 5"]
+    "extra",
+    [
+        *("--api-key s3cret --seed 5", "--api-key=s3cret --seed 5", "--hf-token s3cret --seed 5"),
+        "--api-key old s3cret --seed 5",
+    ],
 )
 def test_a_key_in_extra_args_is_not_shown(checkpoints, extra):
     made = plan(checkpoints, extra_args=extra)

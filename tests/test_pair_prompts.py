@@ -7,6 +7,7 @@ import pytest
 import tiny_models
 
 from engine_defaults import PIECES
+from long_documents import Fitter, fit_payload, payload_fits_surely
 from model_files import all_profiles
 from pair_prompts import MARKS, Pair, PairEncoder
 
@@ -102,6 +103,32 @@ def test_texts_of_embedding_models_give_the_ids_of_transformers(maker, tmp_path)
     got = encoder.encode_texts(texts)
     assert [prompt.ids for prompt in got] == wanted
     assert [prompt.cut for prompt in got] == [len(ids) > 48 for ids in whole] and any(prompt.cut for prompt in got)
+
+
+@pytest.mark.parametrize("maker", ["qwen3_reranker", "bert_cross_encoder", "xlm_roberta_cross_encoder"])
+def test_token_limits_give_the_texts_and_ids_of_the_service(maker, tmp_path):
+    """MAX_TOKENS_PER_QUERY and _DOC: the guard cuts, then vLLM does; offline first_tokens() and encode()."""
+    from vllm.entrypoints.pooling.scoring.utils import truncate_text_to_tokens
+
+    template = TEMPLATES["qwen3_reranker"] if "qwen3" in maker else None
+    encoder = encoder_of(getattr(tiny_models, maker)(tmp_path / "model"), template, 512)
+    pairs = nasty_pairs(encoder.tokenizer, 200, seed=7)
+    fitter, n_cut = Fitter(encoder.tokenizer, template, 512), 0
+    for n_query, n_doc in ((1, 1), (3, 7), (9, 40)):
+        queries = encoder.first_tokens([pair.query for pair in pairs], n_query)
+        documents = encoder.first_tokens([pair.document for pair in pairs], n_doc)
+        for pair, query, document in zip(pairs, queries, documents, strict=True):
+            texts = {"text_1": pair.query, "text_2": pair.document}
+            payload = {**texts, "max_tokens_per_query": n_query, "max_tokens_per_doc": n_doc}
+            if not payload_fits_surely(fitter, payload):
+                fit_payload(fitter, payload)
+            served = [
+                truncate_text_to_tokens(payload[name], encoder.tokenizer, n)
+                for name, n in (("text_1", n_query), ("text_2", n_doc))
+            ]
+            (here, there), n_cut = encoder.encode([Pair(query, document), Pair(*served)]), n_cut + (query != pair.query)
+            assert here.ids == there.ids and not here.cut, (pair, n_query, n_doc)
+    assert n_cut > 50
 
 
 @pytest.mark.parametrize(

@@ -510,12 +510,15 @@ def test_no_key_no_header(client, serve):
     assert "authorization" not in server.requests[0].headers
 
 
-def test_key_that_fits_in_no_header_is_a_configuration_error(client, serve, config):
-    config(api_key="schlüssel")
+@pytest.mark.parametrize("key", ["schlüssel", "пароль", "a b"])
+def test_key_that_fits_in_no_header_is_a_configuration_error(client, serve, monkeypatch, key):
+    """The server would have read other bytes than the client sent, or none could be sent at all."""
+    monkeypatch.setenv("API_KEY", key)
+    monkeypatch.setattr(env_utils, "_cache", {})
     server = serve()
-    with pytest.raises(env_utils.ConfigError) as caught:
+    with pytest.raises(env_utils.ConfigError, match="other than ASCII") as caught:
         client.rerank("q", DOCS, base_url=server.url)
-    assert "schl" not in str(caught.value) and server.requests == []
+    assert key not in str(caught.value) and server.requests == []
 
 
 def test_netrc_does_not_replace_the_key(client, serve, config, monkeypatch, tmp_path):
@@ -554,6 +557,17 @@ def test_tls_with_an_unknown_certificate_is_refused(client, serve, tmp_path, mon
     with pytest.raises(RerankConnectionError, match=r"no TLS connection to .*certificate"):
         client.rerank("q", DOCS, base_url=server.url)
     assert server.requests == [] and server.accepts == 1
+
+
+@pytest.mark.timeout(20)
+def test_a_ca_file_that_is_not_there_is_an_error_and_no_loop(client, serve, tmp_path, monkeypatch):
+    """The sync client once took it for a connection that the server had closed, and tried again for ever."""
+    context, _ = self_signed(tmp_path)
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "gone.pem"))
+    server = serve(tls=context)
+    with pytest.raises(RerankConnectionError, match=r"gone\.pem|No such file"):
+        client.rerank("q", DOCS, base_url=server.url)
+    assert server.accepts == 0
 
 
 def test_tls_to_a_plain_server_and_back(client, serve, tmp_path):
@@ -647,6 +661,17 @@ def test_proxy_variables_apply_elsewhere(client, serve, config, monkeypatch):
     with pytest.raises(RerankConnectionError):
         client.rerank("q", DOCS, base_url="http://reranker.example:10", deadline_s=10)
     assert proxy.requests == []
+
+
+@pytest.mark.timeout(20)
+def test_a_proxy_that_cannot_be_used_is_an_error_and_no_loop(client, config, monkeypatch):
+    config(retries=1)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for proxy, said in (("socks5h://127.0.0.1:9", "SOCKS|[Pp]roxy|refused"), ("ftp://127.0.0.1:9", "[Pp]roxy|ftp")):
+        monkeypatch.setenv("http_proxy", proxy)
+        with pytest.raises(RerankConnectionError, match=said):
+            client.rerank("q", DOCS, base_url=f"http://{proxy[:5].strip(':')}.example:9", deadline_s=15)
 
 
 # --- fail-over ------------------------------------------------------------------------------------------------

@@ -934,7 +934,8 @@ def two_processes(tmp_path):
     """The Loads of two API processes of one service, with a clock in common."""
     clock = Clock()
     child = subprocess.Popen(["sleep", "600"])
-    (tmp_path / "guard-4194400.load").write_bytes(struct.pack("6d", 0, 5000, 0, 0, 0, 0))  # of a server that died
+    died = struct.pack("6d", 0, 5000, 0, 0, 0, 0)  # a server's whose folder this was before
+    (tmp_path / f"guard-1-1-{child.pid}.load").write_bytes(died)
     made = [Counts(str(tmp_path), 2, clock, pid) for pid in (os.getpid(), child.pid)]
     yield *(Load(0, 2.0, 100, clock, trusted_samples=1, counts=one) for one in made), clock
     child.kill()
@@ -987,6 +988,27 @@ def test_idle_time_of_another_process_lowers_no_speed(two_processes):
     clock.now += 1000
     serve(quiet, clock, 100, 1.0)
     assert busy.pairs_per_s == pytest.approx(100) and quiet.pairs_per_s == pytest.approx(100)
+
+
+def test_busy_time_that_cannot_be_told_apart_is_no_sample(two_processes):
+    """Bursts of both, and one late call of the other each: it once saw twice the busy time and half of the speed."""
+    busy, quiet, clock = two_processes
+    serve(busy, clock, 100, 1.0)
+    serve(quiet, clock, 100, 1.0)
+    assert quiet.pairs_per_s == pytest.approx(100)
+    for _ in range(8):
+        clock.now += 30
+        quiet.take(10)
+        for _ in range(7):
+            serve(busy, clock, 100, 1.0)
+        quiet.release(10, True)
+    assert busy.pairs_per_s == pytest.approx(100, rel=0.02)
+    for _ in range(8):
+        clock.now += 30  # not looked at by `quiet`, which is busy for a part of that time
+        for _ in range(3):
+            serve(busy, clock, 100, 1.0)
+        serve(quiet, clock, 300, 3.0)
+    assert quiet.pairs_per_s == pytest.approx(100, rel=0.05)
 
 
 def serve(load, clock, n_pairs, seconds, served=True):
@@ -1351,6 +1373,18 @@ def test_stop_ends_what_is_left_at_the_deadline(monkeypatch):
         answer = await call
         assert answer.status == 503 and "stopping" in answer.message
         assert guard.load.in_flight == 0 and not guard.tasks
+
+    run_admission(case, monkeypatch)
+
+
+def test_stop_of_several_processes_ends_before_the_parent_kills_them(monkeypatch):
+    monkeypatch.setenv("GUARD_API_SERVERS", "4")
+
+    async def case(guard, gate, inner):
+        engine = await with_lifespan(guard)
+        call, began = await started(guard, 5), time.monotonic()
+        await asyncio.to_thread(engine.shutdown, timeout=2.2)
+        assert (await call).status == 503 and time.monotonic() - began < 1.5
 
     run_admission(case, monkeypatch)
 

@@ -159,6 +159,15 @@ def test_a_stale_lock_is_taken_over(kit):
     assert kit("start").returncode == 0
 
 
+def test_an_empty_lock_is_taken_over(kit):
+    """What is left of a start on a full disk, or of one that was killed in the wrong microsecond."""
+    kit.logs.mkdir()
+    (kit.logs / f"rerank-{kit.settings['PORT']}.lock").touch()
+    done = kit("stop")
+    assert done.returncode == 0, done.stderr
+    assert not (kit.logs / f"rerank-{kit.settings['PORT']}.lock").exists()
+
+
 def test_foreign_process_on_the_port(kit):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", kit.settings["PORT"]))

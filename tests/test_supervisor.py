@@ -170,6 +170,30 @@ def test_watch_judges_each_engine_by_its_own_counter(monkeypatch, looks, suspect
     assert not watch.hangs(), "suspect for less than HEALTH_TIMEOUT_S"
 
 
+def test_watch_outlives_an_error_of_its_own(monkeypatch, capfd):
+    monkeypatch.setattr(supervisor, "listens", lambda cfg: True)
+    left = [RuntimeError("can't start new thread")]
+
+    def failing_once(*_):
+        if left:
+            raise left.pop()
+
+    monkeypatch.setattr(supervisor, "probe", failing_once)
+    watch = supervisor.Watch(get_config(health_timeout_s=10), warm=False)
+    end_s = time.monotonic() + 20
+    while not watch.ready and time.monotonic() < end_s:
+        time.sleep(0.05)
+    assert watch.ready
+    watch.stopped.set()
+    watch.join(10)
+    assert "[kit] the probe failed: RuntimeError: can't start new thread" in capfd.readouterr().out
+
+
+def test_an_end_in_the_foreground_is_not_explained_by_an_old_log():
+    assert supervisor.describe_end(256, None) == "exit code 1: its own output says why"
+    assert "its own output" not in supervisor.describe_end(256, "torch.OutOfMemoryError: CUDA out of memory")
+
+
 def test_health_timeout_0_never_kills(kit):
     kit("start", HEALTH_TIMEOUT_S=0)
     first = kit.server_pid

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -96,6 +97,14 @@ def test_parse_line_keeps_null_instruction_and_id():
     assert parse_line('{"query":"q","document":"d","instruction":null,"id":null}', 1) == Pair(
         "q", "d", None, 1, (("id", None),)
     )
+
+
+def test_a_lone_surrogate_in_an_id_comes_back_as_it_was(tmp_path):
+    source = write_rows(tmp_path / "in.jsonl", [row(1, id="\ud83d"), row(2, id=["汉", {"\udfff": 0}])])
+    output = tmp_path / "out.jsonl"
+    assert score_file(LengthReranker(), source, output, 0, 2) == (2, 0)
+    assert [r["id"] for r in read_rows(output)] == ["\ud83d", ["汉", {"\udfff": 0}]] and lines_done(output) == 2
+    assert '"\\ud83d"' in output.read_text("utf-8") and "汉" in output.read_text("utf-8")
 
 
 def test_broken_utf8_costs_one_line(tmp_path):
@@ -203,6 +212,18 @@ def test_a_shard_that_breaks_while_it_is_read_does_not_stop_the_rest(tmp_path):
     assert 0 < lines_done(output / "e.jsonl") == scored - 11  # what could be read is kept
 
 
+@pytest.mark.parametrize("full_first", [True, False])
+def test_a_full_disk_costs_one_shard_and_no_more_scoring(tmp_path, full_first):
+    source, good = write_rows(tmp_path / "in.jsonl", [row(1)] * 400), write_rows(tmp_path / "good.jsonl", [row(1)] * 8)
+    full = score_files.Shard(source, Path("/dev/full"), 0, 400)
+    shards = [full, score_files.Shard(good, tmp_path / "out.jsonl", 0, 8)]
+    reranker = LengthReranker()
+    scored, failed, broken = score_files.score_shards(reranker, shards if full_first else shards[::-1])
+    assert (scored, failed, len(broken)) == (8, 0, 1) and "No space left on device" in broken[0]
+    assert lines_done(tmp_path / "out.jsonl") == 8
+    assert sum(reranker.calls) < 100  # what was prepared before the write failed
+
+
 def test_parts_of_a_folder_are_all_of_it_once(tmp_path):
     source = folder_of_shards(tmp_path / "in")
     whole = score_files.shard_files(source, tmp_path)
@@ -272,15 +293,16 @@ class SlowFeeder:
         self.queue.clear()
 
 
-def without_engine(long_documents="truncate", instruction=True):
+def without_engine(long_documents="truncate", instruction=True, **limits):
     """An OfflineReranker whose engine scores a document by its last character and cuts those above 4 characters."""
     reranker = object.__new__(vllm_usage.OfflineReranker)
     profile = SimpleNamespace(instruction=instruction, name="cross_encoder")
-    cfg = SimpleNamespace(long_documents=long_documents)
+    cfg = get_config(long_documents=long_documents, **limits)
     reranker.plan, reranker.embeds = SimpleNamespace(profile=profile, cfg=cfg), False
     reranker.fitter = Windows() if long_documents == "chunk" else None
     encode = lambda pairs: [Prompt([ord(p.document[-1]) - ord("a")], len(p.document) > 4) for p in pairs]  # noqa: E731
-    reranker.encoder = SimpleNamespace(encode=encode, max_length=4)
+    first = lambda texts, n: [text[:n] for text in texts]  # noqa: E731
+    reranker.encoder = SimpleNamespace(encode=encode, max_length=4, first_tokens=first)
     reranker.feeder, reranker.chunk = SlowFeeder(), 4
     return reranker
 
@@ -321,6 +343,18 @@ def test_error_reports_what_would_be_cut():
     results = without_engine("error").score([Pair("q", "b"), Pair("q", "xxxxxxb")])
     assert [r.score for r in results] == [1, None] and "longer than MAX_MODEL_LEN=4" in results[1].error
     assert [r.score for r in without_engine("truncate").score([Pair("q", "xxxxxxb")])] == [1]
+
+
+@pytest.mark.parametrize(
+    ("long_documents", "scores"),
+    # One character is a token. Cut to 3 by the setting, nothing is too long; chunk cuts queries only, as the guard.
+    [("truncate", [2, 1, 1]), ("error", [2, 1, 1]), ("chunk", [2, 3, 1])],
+)
+def test_token_limits_cut_as_in_the_service(long_documents, scores):
+    reranker = without_engine(long_documents, max_tokens_per_doc=3, max_tokens_per_query=1)
+    results = reranker.score([Pair("q", "xxc"), Pair("q", "xxbaxxxd"), Pair("qq", "b")])
+    assert [r.score for r in results] == scores
+    assert [r.cut for r in results] == [False, long_documents != "chunk", True]
 
 
 def test_score_refuses_an_instruction_where_there_is_none():
@@ -370,7 +404,8 @@ def run_program(name, *args, timeout_s=300, **settings):
         ([], {}, "MODEL_PATH is not set"),
         (["--input", "/no/file", "--output", "/tmp/x"], {"use": "qwen3"}, "/no/file: No such file"),
         (["--input", __file__], {"use": "qwen3"}, "--input needs --output"),
-        (["--output", "/tmp/x"], {"use": "qwen3"}, "--output needs --input"),
+        (["--output", "/tmp/x"], {"use": "qwen3"}, "--output and --shard need --input"),
+        (["--shard", "1/4"], {"use": "qwen3"}, "--output and --shard need --input"),
         (["--input", str(KIT / "docs"), "--output", "/tmp/x"], {"use": "qwen3"}, "has no *.jsonl or *.jsonl.gz file"),
         (["--input", __file__, "--output", "/tmp/x", "--shard", "1/2"], {"use": "qwen3"}, "--shard needs a folder"),
         (["--model", "/no/model"], {}, "MODEL_PATH='/no/model' does not exist"),
@@ -381,6 +416,32 @@ def test_bad_calls_are_refused_before_the_model_loads(checkpoints, args, setting
         settings["MODEL_PATH"] = checkpoints["qwen3"]
     done = run_program("vllm_usage.py", *args, timeout_s=30, **settings)
     assert done.returncode == 6 and said in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("program", [vllm_usage, vllm_usage_tiny])
+def test_library_settings_of_env_count_offline(program, tmp_path, monkeypatch, capsys):
+    env_file = tmp_path / "kit.env"
+    env_file.write_text("MODEL_PATH=some/model\nHF_ENDPOINT=http://from.env\nVLLM_CPU_KVCACHE_SPACE=3\nDTYPE=float32\n")
+    monkeypatch.setattr(os, "environ", {**os.environ, "KIT_ENV_FILE": str(env_file), "VLLM_CPU_KVCACHE_SPACE": "5"})
+    os.environ.pop("HF_ENDPOINT", None)
+
+    def seen(*_, **__):
+        raise ConfigError(str([os.environ.get(k) for k in ("HF_ENDPOINT", "VLLM_CPU_KVCACHE_SPACE", "DTYPE")]))
+
+    monkeypatch.setattr(program, "make_plan", seen)
+    monkeypatch.setattr(sys, "argv", ["program", "--model", "m"])
+    assert program.main() == 6
+    assert capsys.readouterr().err == "ConfigError: ['http://from.env', '5', None]\n"
+
+
+def test_the_example_says_which_document_has_no_score(capsys):
+    plan = SimpleNamespace(checkpoint=SimpleNamespace(path="m"), profile=SimpleNamespace(name="p"))
+    results = [Result(0.2), Result(None, error="longer than MAX_MODEL_LEN=16"), Result(0.9), Result(0.0)]
+    assert vllm_usage.print_example(plan, results) == 1
+    shown = [line.split(" | doc")[0] for line in capsys.readouterr().out.splitlines()[3:]]
+    assert shown[:3] == ["- score=0.9000 | idx=2", "- score=0.2000 | idx=0", "- score=0.0000 | idx=3"]
+    assert shown[3] == "- error=longer than MAX_MODEL_LEN=16 | idx=1"
+    assert vllm_usage.print_example(plan, [Result(0.5)] * 4) == 0
 
 
 @pytest.mark.server
