@@ -8,6 +8,7 @@ the two ways), and prints the table of docs/fleet.md. Exit code 1 when a call wa
 20 minutes on 2 cores.
 """
 
+import argparse
 import json
 import os
 import random
@@ -410,9 +411,15 @@ def drill(what, replicas: list[Replica], nginx: Nginx, urls: tuple[str, ...], kn
     return row | {"asked_again_s": "-" if back is None else round(back)}
 
 
-def main(names: list[str]) -> int:
+def main(argv: list[str]) -> int:
     import tiny_models
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = ["nginx", "client", *(drill.__name__ for drill in DRILLS)]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; default: all")
+    names = parser.parse_args(argv).names
+    if unknown := set(names) - set(known):
+        parser.error(f"{sorted(unknown)[0]!r} is none of {', '.join(known)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the services must not outlive it
     named = [d for d in DRILLS if d.__name__ in names]
     rows, chosen = {}, named or DRILLS
