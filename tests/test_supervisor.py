@@ -450,7 +450,7 @@ def members(leader):
     ("victim", "how"),
     [
         ("vllm serve", "KILL"),
-        ("EngineCore_DP1", "KILL"),
+        pytest.param("EngineCore_DP1", "KILL", marks=pytest.mark.soak),
         pytest.param("Worker 0", "KILL", marks=pytest.mark.soak),
         ("EngineCore_DP1", "STOP"),
     ],
