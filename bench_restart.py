@@ -135,13 +135,13 @@ async def pairs_served(cfg: EnvConfig) -> float | None:
 
 async def refuse_traffic(cfg: EnvConfig, engines: int = 1) -> None:
     """Raise Trouble where others use the service."""
-    own = 2 if engines == 1 else PROBE_PAIRS * engines  # the supervisor scores some pairs now and then
+    own = 1 if engines == 1 else PROBE_PAIRS * engines  # pairs of the supervisor's probe, which comes now and then
     before, busy = await pairs_served(cfg), 0.0
     for _ in range(10):
         now = await asyncio.to_thread(metrics, cfg)
         busy = max(busy, sum(now.get(f"vllm:num_requests_{what}", 0.0) for what in ("running", "waiting")))
         await asyncio.sleep(LOOK_S / 10)
     came = ((await pairs_served(cfg)) or 0.0) - (before or 0.0)
-    if busy > max(1, own) or came > own:
+    if busy > own or came > max(2, own):
         seen = f"{busy:.0f} pairs in the engine at once, {came:.0f} answered in {LOOK_S:g} s"
         raise Trouble(f"others use the service ({seen}): a search would restart it under them; take it out first")

@@ -4,14 +4,12 @@
 """
 
 import hashlib
-import ipaddress
 import json
 import os
 import random
 import re
 import shlex
 import socket
-import ssl
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -32,6 +30,7 @@ from model_files import (
     read_checkpoint,
 )
 from multi_node import check_nodes, check_rpc_port, describe_node, has_other_nodes, is_headless, node_env, node_flags
+from network_checks import check_network, check_port, tls_files
 
 KV_GIB_AT_MOST = 16  # of one of several engines on a GPU: six full steps of a 0.6B model
 ENGINE_GIB = 4  # CUDA context, activations of one step and graphs of one engine, beside weights and KV cache
@@ -376,7 +375,7 @@ def _api_args(plan: Plan) -> list[str]:
     if plan.api_servers:
         args += ["--api-server-count", str(plan.api_servers)]
     if cfg.ssl_certfile:
-        certificate, key = _tls_files(cfg)
+        certificate, key = tls_files(cfg)
         args += ["--ssl-certfile", certificate, "--ssl-keyfile", key]
     if cfg.guard:
         args += ["--middleware", "server_guard.Guard"]
@@ -475,48 +474,6 @@ def become_server(plan: Plan) -> None:
     if len(commands) > 1 or has_other_nodes(plan.cfg):
         os.execv(sys.executable, [sys.executable, str(KIT_DIR / "supervisor.py"), "foreground"])
     os.execve(commands[0][0], commands[0], env)
-
-
-def check_network(cfg: EnvConfig) -> None:
-    """Raise ConfigError for a service that strangers could use, and for TLS files that cannot be read."""
-    try:
-        own = ipaddress.ip_address(cfg.host).is_loopback
-    except ValueError:
-        own = cfg.host == "localhost"
-    if not own and not (cfg.api_key and cfg.guard) and not cfg.allow_no_key:
-        lacks = "there is no API_KEY" if not cfg.api_key else "with GUARD=0 vLLM asks for the key on /v1 paths only"
-        raise ConfigError(
-            f"HOST={cfg.host} opens the service to the network, and {lacks}: set API_KEY or API_KEY_FILE and GUARD=1, "
-            "or ALLOW_NO_KEY=1 where the network itself keeps strangers out"
-        )
-    if bool(cfg.ssl_certfile) != bool(cfg.ssl_keyfile):
-        raise ConfigError("SSL_CERTFILE and SSL_KEYFILE belong together: set both, or none")
-    if cfg.ssl_certfile:
-        try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*_tls_files(cfg))
-        except (OSError, ValueError) as exc:
-            files = f"SSL_CERTFILE={cfg.ssl_certfile!r} SSL_KEYFILE={cfg.ssl_keyfile!r}"
-            raise ConfigError(f"{files} cannot be used: {exc.strerror or exc}") from exc
-
-
-def _tls_files(cfg: EnvConfig) -> tuple[str, str]:
-    """Paths of certificate and key; relative ones lie beside the kit."""
-    return tuple(str(KIT_DIR / Path(name).expanduser()) for name in (cfg.ssl_certfile, cfg.ssl_keyfile))
-
-
-def check_port(cfg: EnvConfig) -> None:
-    """Raise ConfigError when the address cannot be bound: in use, not of this host, or not permitted."""
-    family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # Connections of an earlier server may linger; a listening socket still makes the bind fail.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((cfg.host, cfg.port))
-        except OSError as exc:
-            raise ConfigError(
-                f"HOST={cfg.host} PORT={cfg.port} cannot be bound ({exc.strerror}): another process may listen there "
-                f'(see "ss -ltnp"); stop it, or change PORT'
-            ) from exc
 
 
 def main(argv: list[str]) -> int:

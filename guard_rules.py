@@ -1,6 +1,6 @@
 """What the guard refuses and when: the reason with its HTTP status, admission by load, strict JSON.
 
-Imported by server_guard.py inside the server; standard library only. docs/guard.md lists every refusal.
+Imported by server_guard.py inside the server; light, for every API process loads it. docs/guard.md lists every refusal.
 """
 
 import json
@@ -9,6 +9,8 @@ import mmap
 import os
 import time
 from pathlib import Path
+
+from service_health import born
 
 MAX_DEPTH = 32  # JSON levels; a rerank body needs 5
 FIRST_PAIRS = 1024  # pairs taken before the first speed is known, where only MAX_WAIT_S limits (GUARD_FIRST_PAIRS)
@@ -40,7 +42,7 @@ class Counts:
     def __init__(self, folder: str | None, n_processes: int, clock=time.monotonic, pid: int = 0):
         self._clock, self._folder, self._n_others = clock, Path(folder or "."), n_processes - 1 if folder else 0
         # Named after the parent that all have in common: a folder that outlives a server holds files of dead ones.
-        self._prefix = f"guard-{os.getppid()}-{_born(os.getppid())}-"
+        self._prefix = f"guard-{os.getppid()}-{born(os.getppid())}-"
         self._own_file = self._folder / f"{self._prefix}{pid or os.getpid()}.load"
         self._others: dict[Path, memoryview] = {}
         self._looked = -math.inf
@@ -67,6 +69,15 @@ class Counts:
         own[2] += served
         own[0] += 1
 
+    def in_flight(self) -> int:
+        """Pairs in flight now, of all processes."""
+        if len(self._others) < self._n_others:
+            self._find_others()
+        n = self._own[1]
+        for view in self._others.values():
+            n += view[1]
+        return int(n)
+
     def totals(self) -> tuple[int, int, float, dict]:
         """(pairs in flight now, pairs served, pair-seconds until now) of all; busy seconds of each."""
         if len(self._others) < self._n_others:
@@ -87,14 +98,6 @@ class Counts:
         for file in self._folder.glob(f"{self._prefix}*.load"):
             if file != self._own_file and file not in self._others:
                 self._others[file] = _mapped(file)
-
-
-def _born(pid: int) -> str:
-    """When the process began, in ticks since boot: with the PID its name for ever."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):  # no Linux
-        return "0"
 
 
 def _mapped(file: Path) -> memoryview:
@@ -150,7 +153,7 @@ class Load:
     @property
     def wait_s(self) -> float:
         """Seconds until a pair that comes now would start, by what is in flight; 0 while the speed is unknown."""
-        return self.counts.totals()[0] / self.pairs_per_s if self.pairs_per_s else 0.0
+        return self.counts.in_flight() / self.pairs_per_s if self.pairs_per_s else 0.0
 
     @property
     def _limits_by_wait(self) -> bool:
@@ -158,7 +161,9 @@ class Load:
 
     def check(self, n_pairs: int) -> None:
         """Raise Refusal (429) if a call of n_pairs does not fit now. Into an idle service every call fits."""
-        in_flight = self.counts.totals()[0]
+        self._compare(self.counts.in_flight(), n_pairs)
+
+    def _compare(self, in_flight: int, n_pairs: int) -> None:
         if not in_flight:
             return
         limit = self.max_pairs or (self.first_pairs if self.max_wait_s and not self._limits_by_wait else 0)
@@ -177,14 +182,22 @@ class Load:
 
     def take(self, n_pairs: int) -> None:
         """Count a whole call in, or raise Refusal."""
-        self.check(n_pairs)
         in_flight, _ = self._advance()
+        self.reserve(n_pairs)
         self._from_idle = self._from_idle or not in_flight
-        self.counts.change(n_pairs)
 
-    def add(self, n_pairs: int) -> None:
-        """Count in more pairs of a call that was taken."""
-        self.counts.change(n_pairs)
+    def reserve(self, n_pairs: int, instead_of: int = 0) -> None:
+        """Count pairs in, in the place of others of the same call, or raise Refusal.
+
+        Counted first and compared then: two processes that do so in the same instant may refuse both calls, but never
+        exceed a limit together.
+        """
+        self.counts.change(n_pairs - instead_of)
+        try:
+            self._compare(self.counts.in_flight() - n_pairs, n_pairs)
+        except Refusal:
+            self.counts.change(instead_of - n_pairs)
+            raise
 
     def release(self, n_pairs: int, served: bool) -> None:
         """Count a whole call out; served = it was answered with scores."""

@@ -216,7 +216,7 @@ class Guard:
         pairs = max([1, *(len(field) for field in fields if isinstance(field, list))])
         if self.draining:  # since the body began
             raise self._stopping()
-        self.load.take(pairs)  # no await between check and count
+        self.load.take(pairs)
         call.pairs, call.in_flight, call.payload = pairs, True, payload
         call.task = asyncio.current_task()
         self.tasks.add(call.task)
@@ -226,13 +226,7 @@ class Guard:
     def _take_windows(self, call: Call) -> None:
         """Admit a call, let in by its documents, once more by its windows."""
         n = len(call.split.owners)
-        self.load.add(-call.pairs)
-        try:
-            self.load.check(n)
-        except Refusal:
-            self.load.add(call.pairs)
-            raise
-        self.load.add(n)
+        self.load.reserve(n, instead_of=call.pairs)
         call.pairs = n
         self._show_load()
 

@@ -9,8 +9,7 @@ own benchmark makes, one query for the whole run, with the same number of calls 
 caching and the guard are off, so that no instrument finds what another one left and vLLM's may send
 truncate_prompt_tokens. Prints each turn and the differences with a 95 % interval; exit code 1 where one is beyond 5 %
 with its whole interval. AIPerf wants other versions than vLLM: give it an environment of its own (pip install
-aiperf==0.13.0). 3 min without it. Calls are large, so that the instruments' own work does not count: with 8 documents a
-call on 2 cores it was 5 %.
+aiperf==0.13.0). 3 min without it. Calls are large, so that the instruments' own work counts little on 2 cores.
 """
 
 import argparse

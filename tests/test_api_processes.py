@@ -91,9 +91,7 @@ def test_two_api_processes_keep_one_limit(checkpoints, tmp_path, monkeypatch):
             else:
                 assert answer["error"]["type"] == "TooManyRequestsError"
         assert set(strangers) == {401}, "each process asks for the key"
-        # Without a lock: two calls of the same instant can be one too many.
-        assert 96 < max(most) <= 128 + 32, "both take calls, and keep one limit together"
-        assert sum(n > 128 for n in most) <= len(most) / 20
+        assert 64 < max(most) <= 128, "both take calls, and never more than the limit together"
         after = metrics(cfg)
         grown = {name: after.get(name, 0) - before.get(name, 0) for name in after}
         pairs = sum(value for name, value in grown.items() if name.startswith("rerank_guard_pairs_total"))

@@ -12,6 +12,7 @@ from conftest import self_signed
 
 import engine_args
 import machine
+import network_checks
 from engine_args import Machine, NoVllm, make_plan, serve_args
 from env_utils import ConfigError, get_config
 from model_files import content_id
@@ -244,22 +245,22 @@ def test_every_flag_is_known_to_the_installed_vllm(checkpoints):
 def test_a_service_that_strangers_could_use_is_refused(settings, said):
     cfg = get_config(**settings)
     if said is None:
-        engine_args.check_network(cfg)
+        network_checks.check_network(cfg)
     else:
         with pytest.raises(ConfigError, match=said):
-            engine_args.check_network(cfg)
+            network_checks.check_network(cfg)
 
 
 def test_tls_reaches_vllm_and_the_url(checkpoints, tmp_path):
     files = {name.lower(): value for name, value in self_signed(tmp_path).items()}
     made = plan(checkpoints, **files)
-    engine_args.check_network(made.cfg)
+    network_checks.check_network(made.cfg)
     args = serve_args(made)
     assert flag(args, "--ssl-certfile") == files["ssl_certfile"] and flag(args, "--ssl-keyfile") == files["ssl_keyfile"]
     assert made.cfg.service_url.startswith("https://")
     (tmp_path / "key.pem").write_text("no key")
     with pytest.raises(ConfigError, match="cannot be used"):
-        engine_args.check_network(made.cfg)
+        network_checks.check_network(made.cfg)
 
 
 @pytest.mark.parametrize(

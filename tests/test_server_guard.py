@@ -609,7 +609,8 @@ def test_any_object_arrives_with_its_values(payload):
         guard = Guard(inner)
     finally:
         del os.environ["GUARD_MAX_TOKENS_PER_DOC"]
-    payload.pop("truncate_prompt_tokens", None)
+    for name in ("truncate_prompt_tokens", "long_documents"):  # these two mean something to the guard
+        payload.pop(name, None)
     assert one(guard, RERANK, payload).status == 200
     expected = {k: v for k, v in payload.items() if v is not None}
     assert json.loads(inner.calls[0][2]) == {"max_tokens_per_doc": 9, **expected}
@@ -977,6 +978,26 @@ def test_api_processes_share_a_limit_of_pairs(two_processes):
     first.release(70, True)
     second.take(70)
     assert (first.in_flight, second.in_flight) == (0, 100)
+
+
+def test_api_processes_never_exceed_a_limit_together(two_processes, monkeypatch):
+    """Another process wants to take a call just after this one has looked at what is in flight."""
+    first, second, _ = two_processes
+    first.max_pairs = second.max_pairs = 100
+    first.take(10)
+    look, once = first.counts.in_flight, [60]
+
+    def look_and_be_overtaken():
+        found = look()
+        if once:
+            with contextlib.suppress(Refusal):
+                second.take(once.pop())
+        return found
+
+    monkeypatch.setattr(first.counts, "in_flight", look_and_be_overtaken)
+    with contextlib.suppress(Refusal):
+        first.take(60)
+    assert not once and first.in_flight + second.in_flight == 70
 
 
 def test_idle_time_of_another_process_lowers_no_speed(two_processes):

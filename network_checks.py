@@ -1,0 +1,50 @@
+"""May the service listen where it is told to: strangers, TLS files, a port that is taken. Asked before it starts."""
+
+import ipaddress
+import socket
+import ssl
+from pathlib import Path
+
+from env_utils import KIT_DIR, ConfigError, EnvConfig
+
+
+def check_network(cfg: EnvConfig) -> None:
+    """Raise ConfigError for a service that strangers could use, and for TLS files that cannot be read."""
+    try:
+        own = ipaddress.ip_address(cfg.host).is_loopback
+    except ValueError:
+        own = cfg.host == "localhost"
+    if not own and not (cfg.api_key and cfg.guard) and not cfg.allow_no_key:
+        lacks = "there is no API_KEY" if not cfg.api_key else "with GUARD=0 vLLM asks for the key on /v1 paths only"
+        raise ConfigError(
+            f"HOST={cfg.host} opens the service to the network, and {lacks}: set API_KEY or API_KEY_FILE and GUARD=1, "
+            "or ALLOW_NO_KEY=1 where the network itself keeps strangers out"
+        )
+    if bool(cfg.ssl_certfile) != bool(cfg.ssl_keyfile):
+        raise ConfigError("SSL_CERTFILE and SSL_KEYFILE belong together: set both, or none")
+    if cfg.ssl_certfile:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*tls_files(cfg))
+        except (OSError, ValueError) as exc:
+            files = f"SSL_CERTFILE={cfg.ssl_certfile!r} SSL_KEYFILE={cfg.ssl_keyfile!r}"
+            raise ConfigError(f"{files} cannot be used: {exc.strerror or exc}") from exc
+
+
+def tls_files(cfg: EnvConfig) -> tuple[str, str]:
+    """Paths of certificate and key; relative ones lie beside the kit."""
+    return tuple(str(KIT_DIR / Path(name).expanduser()) for name in (cfg.ssl_certfile, cfg.ssl_keyfile))
+
+
+def check_port(cfg: EnvConfig) -> None:
+    """Raise ConfigError when the address cannot be bound: in use, not of this host, or not permitted."""
+    family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # Connections of an earlier server may linger; a listening socket still makes the bind fail.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((cfg.host, cfg.port))
+        except OSError as exc:
+            raise ConfigError(
+                f"HOST={cfg.host} PORT={cfg.port} cannot be bound ({exc.strerror}): another process may listen there "
+                f'(see "ss -ltnp"); stop it, or change PORT'
+            ) from exc
