@@ -125,6 +125,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder, port = Path(name), free_port()
         settings = {"MODEL_PATH": args.model, "PORT": port, "LOG_DIR": folder, "GUARD": 0, "STOP_TIMEOUT_S": 5}
+        settings["STARTUP_CHECK"] = 0  # for the speed of random weights too
         settings["EXTRA_ARGS"] = "--no-enable-prefix-caching"
         sizes = [str(n) for n in (args.calls, args.docs, args.tokens, args.seed)]
         run([sys.executable, "-c", MAKE_CALLS, args.model, *sizes, str(folder / "calls.jsonl")])
