@@ -115,6 +115,7 @@ def main() -> int:
     add("--docs", type=int, default=32, help="documents a call")
     add("--tokens", type=int, default=100, help="of query and document together")
     add("--seed", type=int, default=1)
+    add("--pin", action="store_true", help="CPU build: engine on the last core, instruments on the first")
     args = parser.parse_args()
     if not args.model:
         find = [sys.executable, str(KIT / "model_files.py"), "demo", "cpu"]
@@ -128,11 +129,15 @@ def main() -> int:
         settings["STARTUP_CHECK"] = 0  # for the speed of random weights too
         settings["EXTRA_ARGS"] = "--no-enable-prefix-caching"
         sizes = [str(n) for n in (args.calls, args.docs, args.tokens, args.seed)]
+        if args.pin:
+            settings["VLLM_CPU_OMP_THREADS_BIND"] = max(os.sched_getaffinity(0))
         run([sys.executable, "-c", MAKE_CALLS, args.model, *sizes, str(folder / "calls.jsonl")])
         started = run_kit("start", **settings)
         try:
             if started.returncode:
                 raise SystemExit(started.stdout + started.stderr)
+            if args.pin:
+                os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
             for turn in range(args.turns + 1):
                 for name in list(tools) if turn % 2 else reversed(tools):  # a drift reaches all alike
                     row = tools[name](args, f"http://127.0.0.1:{port}", folder)
