@@ -1,9 +1,8 @@
-"""What the guard refuses and when: the reason with its HTTP status, admission by load, strict JSON.
+"""What the guard refuses and when: the reason with its HTTP status, and admission by load.
 
 Imported by server_guard.py inside the server; light, for every API process loads it. docs/guard.md lists every refusal.
 """
 
-import json
 import math
 import mmap
 import os
@@ -12,7 +11,6 @@ from pathlib import Path
 
 from service_health import born
 
-MAX_DEPTH = 32  # JSON levels; a rerank body needs 5
 FIRST_PAIRS = 1024  # pairs taken before the first speed is known, where only MAX_WAIT_S limits (GUARD_FIRST_PAIRS)
 LOADED_PAIRS = 64  # pairs in flight on average, below which a first sample is no measure of the engine
 TRUSTED_SAMPLES = 3  # before that many, only the number of pairs limits: the first ones hold compilation on first use
@@ -235,34 +233,3 @@ class Load:
         self._pair_seconds += max(0.0, pair_s - self._seen_pair_s)
         self._last, self._seen_pair_s, self._seen_busy_s = now, pair_s, busy_s
         return in_flight, served
-
-
-def parse(body: bytes) -> dict:
-    """Strict JSON: one UTF-8 object, no repeated key, no NaN or infinity. Raises Refusal (400)."""
-    try:
-        payload = _DECODER.decode(body.decode("utf-8"))
-    except UnicodeDecodeError as exc:
-        raise Refusal(400, "json", f"the body is not UTF-8 text: {exc.reason} at byte {exc.start}") from exc
-    except RecursionError as exc:
-        raise Refusal(400, "json", f"the body is nested deeper than {MAX_DEPTH} levels") from exc
-    except ValueError as exc:
-        raise Refusal(400, "json", f"the body is not valid JSON: {exc}") from exc
-    if not isinstance(payload, dict):
-        raise Refusal(400, "json", 'the body is not a JSON object: send {"query": ..., "documents": [...]}')
-    return payload
-
-
-def _unique(pairs: list) -> dict:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):  # parsers differ in which of two equal keys they take
-        raise ValueError(f"a key stands there twice: {ascii([name for name, _ in pairs])[:200]}")
-    return fields
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):  # NaN, Infinity, 1e999
-        raise ValueError(f"{text[:20]} is not a finite number")
-    return value
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)

@@ -21,8 +21,9 @@ import time
 import types
 import uuid
 
+from guard_body import Limits, parse
 from guard_long import LongDocuments
-from guard_rules import FIRST_PAIRS, MAX_DEPTH, Counts, Load, Refusal, parse
+from guard_rules import FIRST_PAIRS, Counts, Load, Refusal
 from long_documents import Split
 
 RERANK_FIELDS = ("documents",)
@@ -34,7 +35,6 @@ SCORING = {
 }
 NO_KEY_PATHS = frozenset(("/health", "/live", "/ready"))
 PATHS = NO_KEY_PATHS | {"/ping", "/version", "/metrics", "/load", "/v1/models", *SCORING}
-MEDIA_FIELDS = frozenset(("image_url", "image_embeds", "video_url", "audio_url"))  # base64, not text
 
 DRAIN_RETRY_S = 5
 
@@ -76,9 +76,8 @@ class Guard:
 
         self.app = app
         self.encode = msgspec.json.encode
-        self.max_docs = _setting("MAX_DOCS_PER_CALL")
-        self.max_bytes = _setting("MAX_BODY_BYTES")
-        self.max_chars = _setting("MAX_CHARS_PER_FIELD")
+        names = ("MAX_BODY_BYTES", "MAX_DOCS_PER_CALL", "MAX_CHARS_PER_FIELD")
+        self.limits = Limits(*(_setting(name) for name in names))
         self.slow_ms = _setting("SLOW_CALL_MS", float)
         self.defaults = {f"max_tokens_per_{x}": _setting(f"MAX_TOKENS_PER_{x.upper()}") for x in ("doc", "query")}
         extra = {path.strip() for path in os.environ.get("GUARD_ALLOW_PATHS", "").split(",") if path.strip()}
@@ -101,16 +100,15 @@ class Guard:
         self.metrics.started.set(time.time())
         self.metrics.version.labels(self.version.decode()).set(1)
         logging.getLogger(SCORE_LOGGER).addFilter(_once(SCORE_WARNING))
-        self.long = LongDocuments(self.max_docs, self.encode, self._take_windows)
+        self.long = LongDocuments(self.limits.max_docs, self.encode, self._take_windows)
         self.takes_instruction = os.environ.get("GUARD_TAKES_INSTRUCTION", "1") != "0"
         # Of several API processes the parent ends those that still work after --shutdown-timeout: be done before it.
         self.early_s = 2.0 if n_processes > 1 else 0.0
         self.draining = False
         self.tasks = set()  # of the calls in flight
-        limits = {k: v for k, v in vars(self).items() if k.startswith("max_")}
         logger.info(
             "guard: %s, %s, pairs in flight %s (1/%d of the service), wait %s s, key %s (0 = off)",
-            limits, self.defaults, max_pairs, share, self.load.max_wait_s, "on" if key else "off",
+            vars(self.limits), self.defaults, max_pairs, share, self.load.max_wait_s, "on" if key else "off",
         )  # fmt: skip
 
     async def __call__(self, scope, receive, send):
@@ -193,17 +191,14 @@ class Guard:
         """Read, check and complete one scoring call and take its pairs. None = the client left; or Refusal."""
         if self.draining:
             raise self._stopping()
-        length = call.headers.get(b"content-length", b"0")
-        if self.max_bytes and length.isdigit() and (len(length) > 15 or int(length) > self.max_bytes):
-            raise self._too_large(length.decode()[:20])
+        self.limits.check_length(call.headers.get(b"content-length", b"0"))
         self.load.check(1)  # full for any call: no need to read it; uvicorn throws its body away
-        body = await self._read(receive)
+        body = await self.limits.read(receive)
         if body is None:
             return None
         call.n_bytes = len(body)
+        self.limits.check(body)
         payload = parse(body)
-        for name, value in payload.items():
-            self._check_size(name, value, MAX_DEPTH)
         changed = self._complete(call, payload)
         if changed or b"\\u" in body:
             try:
@@ -230,42 +225,8 @@ class Guard:
         call.pairs = n
         self._show_load()
 
-    async def _read(self, receive) -> bytes | None:
-        chunks, size = [], 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
-            if self.max_bytes and size > self.max_bytes:
-                raise self._too_large(f"more than {self.max_bytes}")
-            if not message.get("more_body"):
-                return b"".join(chunks)
-
     def _stopping(self) -> Refusal:
         return Refusal(503, "draining", "the server is stopping: send the call again later", retry_s=DRAIN_RETRY_S)
-
-    def _too_large(self, size: str) -> Refusal:
-        text = f"the body has {size} bytes, the limit is {self.max_bytes} (MAX_BODY_BYTES): send fewer documents a call"
-        return Refusal(413, "bytes", text)
-
-    def _check_size(self, name: str, value, levels: int, media: bool = False) -> None:
-        """Cap list lengths, text lengths and nesting of one field; media = base64, not text."""
-        if isinstance(value, str):
-            if self.max_chars and len(value) > self.max_chars and not media:
-                limit = f"the limit is {self.max_chars} a text (MAX_CHARS_PER_FIELD)"
-                text = f"{ascii(name)[:40]} holds a text of {len(value)} characters, {limit}: shorten or split it"
-                raise Refusal(422, "chars", text, param=name[:40])
-        elif isinstance(value, (list, dict)):
-            if not levels:
-                raise Refusal(400, "json", f"the body is nested deeper than {MAX_DEPTH} levels")
-            if isinstance(value, list) and self.max_docs and len(value) > self.max_docs:
-                limit = f"the limit is {self.max_docs} (MAX_DOCS_PER_CALL)"
-                text = f"{ascii(name)[:40]} holds {len(value)} items, {limit}: send several calls"
-                raise Refusal(413, "docs", text, param=name[:40])
-            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-                self._check_size(name, item, levels - 1, media or key in MEDIA_FIELDS)
 
     def _complete(self, call: Call, payload: dict) -> bool:
         """Drop nulls, take our own fields out, fill in defaults; True = payload has changed."""

@@ -984,14 +984,8 @@ def test_options_in_the_documentation_exist(capsys):
         bench_rerank.main(["--help"])
     known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
     known |= {"--cpu-ms", "--delay-ms"}  # of the null server
-    known |= {
-        "--renderer-num-workers",
-        "--backend",
-        "--aiperf",
-        "--model",
-        "--calls",
-        "--turns",
-    }  # of vLLM, other tools
+    known |= {"--renderer-num-workers", "--backend"}  # of vLLM
+    known |= set(re.findall(r'"(--[a-z-]+)"', (KIT / "tests" / "second_instrument.py").read_text("utf-8")))
     text = (KIT / "docs" / "benchmarking.md").read_text("utf-8")
     assert set(re.findall(r"--[a-z][a-z-]+", text)) <= known
     # Every verdict is explained.
