@@ -99,24 +99,24 @@ session_pids() {
   done
 }
 
-# One start or stop at a time for a port. A lock whose owner is gone is taken over.
+# One start or stop at a time for a port. The lock is its owner's name, which means nothing once the owner is gone; flock
+# makes looking and taking one step. (An flock held all the time would live on in what this script starts.)
 take_lock() {
   { mkdir -p "$LOG_DIR" && chmod 700 "$LOG_DIR"; } || die 1 "LOG_DIR=$LOG_DIR cannot be written"
-  for _ in 1 2 3; do
-    # A disk without space makes the file and then writes nothing into it.
-    if (umask 077; set -C; : >"$LOCK_FILE" && { printf '%s %s\n' $$ "$(born $$)" >|"$LOCK_FILE" || { rm -f "$LOCK_FILE"; exit 1; }; }) 2>/dev/null; then
-      trap 'rm -f "$LOCK_FILE"' EXIT
-      trap 'exit 130' INT
-      trap 'exit 143' TERM HUP
-      return 0
+  command -v flock >/dev/null || die 5 "flock is not installed: it comes with util-linux and with busybox"
+  owner=$(
+    umask 077
+    { exec 9>>"$LOCK_FILE" && flock 9; } 2>/dev/null || exit 1
+    if read -r owner since <"$LOCK_FILE" && [ "$owner" != $$ ] && [ "$(born "$owner")" = "$since" ]; then
+      printf '%s\n' "$owner"
+    else
+      { printf '%s %s\n' $$ "$(born $$)" >"$LOCK_FILE"; } 2>/dev/null
     fi
-    [ -f "$LOCK_FILE" ] || break
-    # Empty: its owner is just writing, or was killed before it did.
-    read -r owner since <"$LOCK_FILE" || { sleep 1; read -r owner since <"$LOCK_FILE" || owner=; }
-    [ -n "$owner" ] && [ "$(born "$owner")" = "$since" ] && die 1 "another start or stop for port $PORT is under way (PID $owner)"
-    rm -f "$LOCK_FILE"
-  done
-  die 1 "the lock $LOCK_FILE cannot be written: is the disk full?"
+  ) || die 1 "the lock $LOCK_FILE cannot be written: is the disk full?"
+  [ -z "$owner" ] || die 1 "another start or stop for port $PORT is under way (PID $owner)"
+  trap ': >"$LOCK_FILE"' EXIT
+  trap 'exit 130' INT
+  trap 'exit 143' TERM HUP
 }
 
 # --- setup ------------------------------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ main() {
   [ "$1" != python ] || { need_vllm; say "$PY"; exit 0; }
   load_config
   case $1 in
-    restart) do_stop && rm -f "$LOCK_FILE" && do_start ;;
+    restart) do_stop && do_start ;;
     check | status) action=$1; shift; "do_$action" "$@" ;;
     *) "do_$1" ;;
   esac

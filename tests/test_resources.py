@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import email.utils
 import gc
+import json
 import logging
 import math
 import os
@@ -38,6 +39,8 @@ from fault_server import (
     slow,
     status,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import env_utils
 import resources
@@ -75,6 +78,54 @@ def free_port() -> int:
 
 def dead_url() -> str:
     return f"http://127.0.0.1:{free_port()}/v1"
+
+
+# --- JSON: msgspec where it is installed, else json ------------------------------------------------------------
+
+_texts = st.text(st.characters(codec="utf-8"), max_size=8)
+_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(_texts, inner, max_size=4),
+    max_leaves=10,
+)
+
+
+def outcome(decode, body):
+    try:
+        return repr(decode(body))
+    except (ValueError, RecursionError):
+        return "what is not JSON"
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    _json.map(lambda value: json.dumps(value).encode())
+    | st.binary(max_size=12)
+    | st.text('0123456789.eE+-[]{}:,"\\u dn', max_size=16).map(str.encode)
+    | st.sampled_from([b"1e999", b"9" * 5000, b"[" * 100_000, b"\xef\xbb\xbf{}", "{}".encode("utf-16"), b'"\\ud800"'])
+)
+def test_the_faster_json_reads_what_json_reads(body):
+    assert resources.msgspec, "it comes with vLLM"
+    assert outcome(resources._decode, body) == outcome(json.loads, body)
+
+
+class Name(str):
+    pass
+
+
+@given(_texts, st.lists(_texts, max_size=4), st.integers(0, 1 << 70))
+def test_the_faster_json_writes_what_json_reads_the_same(query, documents, top_n):
+    payload = {"query": query, "documents": documents, "top_n": top_n}
+    assert json.loads(resources._encode(payload)) == payload
+    assert json.loads(resources._encode(payload | {"query": Name(query)})) == payload
+
+
+def test_a_client_without_msgspec_gets_the_same(client, serve, monkeypatch):
+    server = serve()
+    with_it = client.rerank("q", DOCS, base_url=server.url)
+    monkeypatch.setattr(resources, "msgspec", None)
+    items, scores, raw = client.rerank("q", DOCS, base_url=server.url)
+    assert (items, scores, raw["results"]) == (*with_it[:2], with_it[2]["results"])
 
 
 # --- no connection --------------------------------------------------------------------------------------------
@@ -243,8 +294,6 @@ def test_chunked_answer_is_fine(client, serve):
         return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (b'{"results": [', rest(request), b""))
 
     def rest(request):
-        import json
-
         return json.dumps(request.results()["results"])[1:].encode() + b"}"
 
     server = serve(reply(body, {"Content-Length": None, "Transfer-Encoding": "chunked"}))

@@ -150,7 +150,7 @@ def test_two_starts_at_once_make_one_server(kit):
     said = "".join(out + err for out, err in outputs)
     assert said.count("ready after") == 1, said
     assert "another start or stop" in said or "already running" in said
-    assert not (kit.logs / f"rerank-{kit.settings['PORT']}.lock").exists()
+    assert not (kit.logs / f"rerank-{kit.settings['PORT']}.lock").read_text()
 
 
 def test_a_stale_lock_is_taken_over(kit):
@@ -159,13 +159,32 @@ def test_a_stale_lock_is_taken_over(kit):
     assert kit("start").returncode == 0
 
 
+@pytest.mark.parametrize("shell", ["dash", "busybox sh", "bash --posix"])
+def test_a_stale_lock_is_taken_over_by_one_only(tmp_path, shell):
+    """Six takers at the same moment, five times: with a look and a take in two steps, two could get it."""
+    text = (KIT / "start_rerank.sh").read_text()
+    functions = text[text.index("born() {") : text.index("# PID of our supervisor")]
+    functions += text[text.index("take_lock() {") : text.index("# --- setup")]
+    taker = f"LOG_DIR={tmp_path} LOCK_FILE={tmp_path}/lock PORT=1\ndie() {{ exit 7; }}\n{functions}\n"
+    taker += 'while [ ! -e "$LOG_DIR/go" ]; do :; done\ntake_lock\nprintf "in\\n" >>"$LOG_DIR/taken"\nsleep 0.2\n'
+    for _ in range(5):
+        (tmp_path / "go").unlink(missing_ok=True)
+        (tmp_path / "taken").write_text("")
+        (tmp_path / "lock").write_text("999999 1\n")
+        takers = [subprocess.Popen([*shell.split(), "-c", taker]) for _ in range(6)]
+        time.sleep(0.1)
+        (tmp_path / "go").touch()
+        assert sorted(t.wait(timeout=20) for t in takers) == [0, 7, 7, 7, 7, 7]
+        assert (tmp_path / "taken").read_text() == "in\n" and (tmp_path / "lock").read_text() == ""
+
+
 def test_an_empty_lock_is_taken_over(kit):
     """What is left of a start on a full disk, or of one that was killed in the wrong microsecond."""
     kit.logs.mkdir()
     (kit.logs / f"rerank-{kit.settings['PORT']}.lock").touch()
     done = kit("stop")
     assert done.returncode == 0, done.stderr
-    assert not (kit.logs / f"rerank-{kit.settings['PORT']}.lock").exists()
+    assert not (kit.logs / f"rerank-{kit.settings['PORT']}.lock").read_text()
 
 
 def test_foreign_process_on_the_port(kit):
