@@ -15,7 +15,7 @@ MEDIA_FIELDS = frozenset(("image_url", "image_embeds", "video_url", "audio_url")
 # A text, with the colon that makes it a key, or what opens, closes and divides. In right JSON these are exact; wrong
 # JSON is the parser's to refuse. Possessive, and content with the body's end for a closing quote: the time grows with
 # the length only. (ijson would do this while a body comes, but its C part crashes on an integer of 5000 digits.)
-_TOKEN = re.compile(rb'("[^"\\]*+(?:\\.[^"\\]*+)*+"?)([ \t\r\n]*+:)?|[][{},]', re.DOTALL)
+_TOKEN = re.compile(rb'("[^"]*+"?)([ \t\r\n]*+:)?|[][{},]')
 TEXT, KEY = 1, 2  # the last group that took part
 
 
@@ -46,28 +46,29 @@ class Limits:
                 return b"".join(pieces)
 
     def check(self, body: bytes) -> None:
-        """Raise Refusal at the first list, text or level too many; costs a third of parsing, and stops there.
+        """Raise Refusal at the first list or text that is too long.
 
-        A list's second item needs a comma, a level a bracket, a character a byte: with few of them nothing can exceed a
-        limit, and most bodies are only counted.
+        A list's second item needs a comma, a character a byte: with few of them nothing can exceed a limit, and most
+        bodies are only counted.
         """
-        levels = body.count(b"[") + body.count(b"{") > MAX_DEPTH
-        if levels or (self.max_docs and body.count(b",") >= self.max_docs) or 0 < self.max_chars < len(body):
+        if (self.max_docs and body.count(b",") >= self.max_docs) or 0 < self.max_chars < len(body):
             self._scan(body)
 
     def _scan(self, body: bytes) -> None:
         field = key = ""
         commas: list[int | None] = []  # in each list that is open; None for an object
         media_level = 0  # of the list or object that holds media; 0 = none is open
-        for token in _TOKEN.finditer(body):
-            start, kind = token.start(), token.lastindex
+        # Of the same length, but without escaped quotes: every quote left opens or closes a text.
+        plain = body.replace(b"\\\\", b"__").replace(b'\\"', b"__")
+        for token in _TOKEN.finditer(plain):
+            (start, end), kind = token.span(1 if token.lastindex else 0), token.lastindex
             mark = body[start : start + 1]
             is_media = media_level or (len(commas) > 1 and commas[-1] is None and key in MEDIA_FIELDS)
             if kind == KEY:
-                key = _text(token[1])
+                key = _text(body[start:end])
                 field = key if len(commas) == 1 else field
             elif kind == TEXT:
-                n = len(_text(token[1])) if 0 < self.max_chars < token.end() - start and not is_media else 0
+                n = len(_text(body[start:end])) if 0 < self.max_chars < end - start and not is_media else 0
                 if n > self.max_chars:
                     limit = f"the limit is {self.max_chars} a text (MAX_CHARS_PER_FIELD)"
                     text = f"{ascii(field)[:40]} holds a text of {n} characters, {limit}: shorten or split it"
@@ -94,18 +95,27 @@ class Limits:
 
 
 def parse(body: bytes) -> dict:
-    """Strict JSON: one UTF-8 object, no repeated key, no NaN or infinity. Raises Refusal (400)."""
+    """Strict JSON: one UTF-8 object of few levels, no repeated key, no NaN or infinity. Raises Refusal (400)."""
     try:
         payload = _DECODER.decode(body.decode("utf-8"))
+        deep = _is_deeper(payload, MAX_DEPTH)
     except UnicodeDecodeError as exc:
         raise Refusal(400, "json", f"the body is not UTF-8 text: {exc.reason} at byte {exc.start}") from exc
-    except RecursionError as exc:
-        raise _too_deep() from exc
+    except RecursionError:
+        deep = True
     except ValueError as exc:
         raise Refusal(400, "json", f"the body is not valid JSON: {exc}") from exc
+    if deep:
+        raise _too_deep()
     if not isinstance(payload, dict):
         raise Refusal(400, "json", 'the body is not a JSON object: send {"query": ..., "documents": [...]}')
     return payload
+
+
+def _is_deeper(value: list | dict, levels: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    inner = [item for item in items if isinstance(item, (list, dict))]
+    return bool(inner) and (not levels or any(_is_deeper(item, levels - 1) for item in inner))
 
 
 def _too_deep() -> Refusal:

@@ -24,6 +24,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import requests  # noqa: E402
 
 import env_utils  # noqa: E402
+import resources  # noqa: E402
 from model_utils import arerank, rerank, score  # noqa: E402
 
 
@@ -145,12 +146,13 @@ def main() -> int:
     payload = json.loads(body)
     answer = answers[b"/v1/rerank"].partition(b"\r\n\r\n")[2]
     codecs = {"json": (lambda: json.dumps(payload, ensure_ascii=False).encode(), lambda: json.loads(answer))}
-    try:
-        import orjson
-
-        codecs["orjson"] = (lambda: orjson.dumps(payload), lambda: orjson.loads(answer))
-    except ImportError:
-        print("orjson is not installed: nothing to compare json with")
+    if resources.msgspec:
+        codecs["msgspec"] = (
+            lambda: resources.msgspec.json.encode(payload),
+            lambda: resources.msgspec.json.decode(answer),
+        )
+    else:
+        print("msgspec is not installed: the client uses json")
     for name, (dump, load) in codecs.items():
         taken = {dump: [], load: []}
         for _ in range(2000):

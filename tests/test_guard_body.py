@@ -25,7 +25,7 @@ def faults(value, max_docs, max_chars, media=False, top=True):
     return found
 
 
-texts = st.text(st.characters(codec="utf-8"), max_size=8)
+texts = st.text(st.characters(codec="utf-8") | st.sampled_from('"\\,[]{}:'), max_size=8)
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
     lambda inner: st.lists(inner, max_size=6) | st.dictionaries(texts | st.sampled_from([*MEDIA_FIELDS]), inner),
@@ -84,17 +84,20 @@ def test_wrong_json_is_refused_in_the_parsers_words(name):
 
 @pytest.mark.parametrize("piece", [b'\\"', b'"', b"[", b'{"', b"]", b'",', b"\\", b'"a":', b'["a",'], ids=repr)
 def test_no_body_takes_more_than_its_length(piece):
-    """2 MB of it; time that grows with the square would be hours."""
-    for body in (piece * (2_000_000 // len(piece)), b'{"documents": ["' + piece * (2_000_000 // len(piece))):
-        start_s = time.perf_counter()
+    """1 MB of it; time that grows with the square would be minutes or hours."""
+    for body in (piece * (1_000_000 // len(piece)), b'{"documents": ["' + piece * (1_000_000 // len(piece))):
+        start_s = time.process_time()
         with contextlib.suppress(Refusal):
             Limits(0, 10_000_000, 500_000).check(body)
-        assert time.perf_counter() - start_s < 5
+        assert time.process_time() - start_s < 10
 
 
 def test_depth_is_counted_in_containers_not_in_brackets():
-    limits = Limits(0, 1000, 1000)
-    limits.check(json.dumps({"query": "[{" * 60, "documents": [{"text": "a"}] * 60}).encode())
-    limits.check(b'{"x":' + b"[" * 32 + b"]" * 32 + b"}")  # below the object that every body is
-    with pytest.raises(Refusal, match="deeper than 32 levels"):
-        limits.check(b'{"x":' + b"[" * 33 + b"]" * 33 + b"}")
+    flat = {"query": "[{" * 60, "documents": [{"text": "a"}] * 60}
+    assert parse(json.dumps(flat).encode()) == flat
+    assert parse(b'{"x":' + b"[" * 32 + b"]" * 32 + b"}")  # below the object that every body is
+    for deep in (b"[" * 33 + b"]" * 33, b'{"a":' * 33 + b"1" + b"}" * 33):
+        for limits in (Limits(0, 0, 0), Limits(0, 1, 1)):
+            with pytest.raises(Refusal, match="deeper than 32 levels"):
+                limits.check(b'{"x":' + deep + b"}")
+                parse(b'{"x":' + deep + b"}")

@@ -220,6 +220,7 @@ class Hosts:
             "MAX_MODEL_LEN": 512,
             "STOP_TIMEOUT_S": 5,
             "HEALTH_TIMEOUT_S": 40,
+            "RESTART_MAX": 50,  # all these faults come within its ten minutes
             "PORT": self.port,
             "HOST": "0.0.0.0",
             "ALLOW_NO_KEY": 1,
