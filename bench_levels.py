@@ -12,18 +12,8 @@ from pathlib import Path
 from bench_page import write_files
 from bench_report import calls_of, doubts, error_cell, summarise, table_line
 from bench_server import gpus_of, is_local, observe, utilisation, without_secrets
-from bench_workload import (
-    TAKEN,
-    Bench,
-    FileTexts,
-    Gate,
-    Level,
-    Texts,
-    drive,
-    drive_processes,
-    one_token_words,
-    say,
-)
+from bench_texts import FileTexts, Texts, one_token_words
+from bench_workload import TAKEN, Bench, Gate, Level, drive, drive_processes, say
 
 MOST_IN_FLIGHT = 1024  # where --saturate ends
 MOST_PROBES = 20  # windows of one --slo search

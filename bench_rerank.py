@@ -50,8 +50,9 @@ from bench_server import (
     server_processes,
     without_secrets,
 )
+from bench_texts import Lengths
 from bench_tune import NAMES, TOLERANCE, budget, knob_names, tune
-from bench_workload import Bench, Lengths, Level, say
+from bench_workload import Bench, Level, say
 from env_utils import get_config
 
 TUNE_CONCURRENCY = 16  # calls in flight, unless --concurrency

@@ -27,7 +27,7 @@ from pathlib import Path
 KIT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(KIT), str(KIT / "tests")]
 
-from bench_workload import Texts  # noqa: E402
+from bench_texts import Texts  # noqa: E402
 from model_utils import arerank, rerank  # noqa: E402
 
 DOCS, WORDS_A_DOC, WORDS_A_QUERY = 32, 85, 10

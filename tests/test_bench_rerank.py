@@ -23,11 +23,11 @@ from aiohttp import web
 import bench_levels
 import bench_rerank
 import bench_server
-import bench_workload
 from bench_levels import knee
 from bench_report import COLUMNS, percentile
 from bench_server import server_flags, without_secrets
-from bench_workload import Bench, Call, Gate, Level, Texts, drive_open
+from bench_texts import WORDS, Texts
+from bench_workload import Bench, Call, Gate, Level, drive_open
 
 KIT = Path(bench_rerank.__file__).parent
 
@@ -837,7 +837,7 @@ def test_input_sends_the_users_own_calls(tmp_path, capsys):
 def test_lengths_in_tokens_take_the_served_models_tokenizer(tmp_path, capsys):
     from test_bench_workload import byte_level_tokenizer
 
-    known = [w for line in bench_workload.WORDS[:30] for w in (line, f"x {line}")]
+    known = [w for line in WORDS[:30] for w in (line, f"x {line}")]
     tokenizer = byte_level_tokenizer(tmp_path / "model", known * 5, 2000)
     argv = (
         "--endpoint",

@@ -1,4 +1,4 @@
-"""bench_workload.py: lengths, texts, the user's own calls, and who takes which call."""
+"""bench_texts.py and bench_workload.py: lengths, texts, the user's own calls, and who takes which call."""
 
 import asyncio
 import json
@@ -8,22 +8,8 @@ import statistics
 
 import pytest
 
-from bench_workload import (
-    CLOSED,
-    LONGEST,
-    OPENED,
-    TAKEN,
-    WORDS,
-    Bench,
-    Call,
-    FileTexts,
-    Gate,
-    Lengths,
-    Level,
-    Texts,
-    drive,
-    one_token_words,
-)
+from bench_texts import LONGEST, WORDS, FileTexts, Lengths, Texts, one_token_words
+from bench_workload import CLOSED, OPENED, TAKEN, Bench, Call, Gate, Level, drive
 
 # --- texts ---
 
