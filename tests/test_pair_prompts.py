@@ -148,3 +148,30 @@ def test_a_template_that_does_more_is_left_to_jinja(old, new, tmp_path):
     encoder = encoder_of(tmp_path, template)
     same_as_slow(encoder, nasty_pairs(encoder.tokenizer, 60, seed=6))
     assert encoder._frames[False] is None and encoder._frames[True] is None
+
+
+class _Tokens:
+    """A tokenizer of pairs of characters, which takes texts below 8 characters letter by letter."""
+
+    def encode_batch(self, texts, add_special_tokens):
+        assert not add_special_tokens
+        self.rounds.append(len(texts))
+        return [self.encode(text) for text in texts]
+
+    def encode(self, text):
+        step = 2 if len(text) >= 8 else 1
+        offsets = [(i, min(i + step, len(text))) for i in range(0, len(text), step)]
+
+        class Encoding(SimpleNamespace):
+            def __len__(self):
+                return len(self.offsets)
+
+        return Encoding(offsets=offsets)
+
+
+def test_a_cut_text_that_has_more_tokens_alone_is_cut_again():
+    encoder = object.__new__(PairEncoder)
+    encoder._backend = _Tokens()
+    encoder._backend.rounds = []
+    assert encoder.first_tokens(["abcdefgh", "xy", "abcdefghij"], 3) == ["abc", "xy", "abc"]
+    assert encoder._backend.rounds == [3, 2, 2]  # what fits is not looked at again
