@@ -11,11 +11,11 @@ from collections.abc import Awaitable, Callable
 from guard_rules import Refusal
 
 MAX_DEPTH = 32  # lists and objects inside the body's own; a rerank body needs 4
-MEDIA_FIELDS = frozenset(("image_url", "image_embeds", "video_url", "audio_url"))  # base64, not text
-# A text, with the colon that makes it a key, or what opens, closes and divides. In right JSON these are exact; wrong
-# JSON is the parser's to refuse. Possessive, and content with the body's end for a closing quote: the time grows with
-# the length only. (ijson would do this while a body comes, but its C part crashes on an integer of 5000 digits.)
-_TOKEN = re.compile(rb'("[^"]*+"?)([ \t\r\n]*+:)?|[][{},]')
+MEDIA_FIELDS = frozenset((b"image_url", b"image_embeds", b"video_url", b"audio_url"))  # base64, not text
+PARTS = 100  # values in a body for each document that is allowed
+# A text, with the colon that makes it a key, or what opens, closes and divides. Content with the body's end for a
+# closing quote, and possessive: the time grows with the length only.
+_TOKEN = re.compile(rb'"([^"]*+)"?([ \t\r\n]*+:)?|[][{},]')
 TEXT, KEY = 1, 2  # the last group that took part
 
 
@@ -46,33 +46,41 @@ class Limits:
                 return b"".join(pieces)
 
     def check(self, body: bytes) -> None:
-        """Raise Refusal at the first list or text that is too long.
+        """Raise Refusal (413, 422) for a list or a text that is too long, before anything is parsed.
 
-        A list's second item needs a comma, a character a byte: with few of them nothing can exceed a limit, and most
-        bodies are only counted.
+        Exact for right JSON; wrong JSON is the parser's to refuse. A list's second item needs a comma, a character a
+        byte: a small body is not even split at its quotes, and only one that seems to exceed a limit is walked through.
+        (ijson would do all this while a body comes, but its C part crashes on an integer of 5000 digits.)
         """
-        if (self.max_docs and body.count(b",") >= self.max_docs) or 0 < self.max_chars < len(body):
-            self._scan(body)
+        could = 0 < self.max_docs <= body.count(b",") or 0 < self.max_chars < len(body)
+        if not could or not body.lstrip().startswith(b"{"):
+            return
+        # Of the same length, but without escaped quotes: every quote left opens or closes a text.
+        plain = body.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in body else body
+        most = PARTS * self.max_docs or math.inf
+        too_many = plain.count(b'"') > 2 * most
+        pieces = [] if too_many else plain.split(b'"')
+        outside = b"".join(pieces[::2])
+        n_commas, longest = outside.count(b","), max(map(len, pieces[1::2]), default=0)
+        if too_many or max(n_commas, outside.count(b"[") + outside.count(b"{")) > most:
+            text = f"the body holds more than {most} values, {PARTS} for each of MAX_DOCS_PER_CALL={self.max_docs}"
+            raise Refusal(413, "docs", f"{text}: send several calls")
+        if 0 < self.max_docs <= n_commas or 0 < self.max_chars < longest:
+            self._walk(body, plain)
 
-    def _scan(self, body: bytes) -> None:
-        field = key = ""
+    def _walk(self, body: bytes, plain: bytes) -> None:
+        field = key = b""  # field: the key at the body's own level
         commas: list[int | None] = []  # in each list that is open; None for an object
         media_level = 0  # of the list or object that holds media; 0 = none is open
-        # Of the same length, but without escaped quotes: every quote left opens or closes a text.
-        plain = body.replace(b"\\\\", b"__").replace(b'\\"', b"__")
         for token in _TOKEN.finditer(plain):
-            (start, end), kind = token.span(1 if token.lastindex else 0), token.lastindex
-            mark = body[start : start + 1]
+            kind, mark = token.lastindex, token[0]
             is_media = media_level or (len(commas) > 1 and commas[-1] is None and key in MEDIA_FIELDS)
             if kind == KEY:
-                key = _text(body[start:end])
+                key = body[token.start(1) : token.end(1)]
                 field = key if len(commas) == 1 else field
             elif kind == TEXT:
-                n = len(_text(body[start:end])) if 0 < self.max_chars < end - start and not is_media else 0
-                if n > self.max_chars:
-                    limit = f"the limit is {self.max_chars} a text (MAX_CHARS_PER_FIELD)"
-                    text = f"{ascii(field)[:40]} holds a text of {n} characters, {limit}: shorten or split it"
-                    raise Refusal(422, "chars", text, param=field[:40])
+                if 0 < self.max_chars < len(token[1]) and not is_media:
+                    self._check_text(field, _text(body[token.start(1) : token.end(1)]))
             elif mark in b"[{":
                 commas.append(0 if mark == b"[" else None)
                 media_level = media_level or (len(commas) if is_media else 0)
@@ -86,8 +94,15 @@ class Limits:
             elif commas[-1] is not None:
                 commas[-1] += 1
                 if 0 < self.max_docs <= commas[-1]:
-                    text = f"{ascii(field)[:40]} holds more items than the limit of {self.max_docs} (MAX_DOCS_PER_CALL)"
-                    raise Refusal(413, "docs", f"{text}: send several calls", param=field[:40])
+                    name = _text(field)
+                    text = f"{ascii(name)[:40]} holds more items than the limit of {self.max_docs} (MAX_DOCS_PER_CALL)"
+                    raise Refusal(413, "docs", f"{text}: send several calls", param=name[:40])
+
+    def _check_text(self, field: bytes, text: str) -> None:
+        if len(text) > self.max_chars:
+            name, limit = _text(field), f"the limit is {self.max_chars} a text (MAX_CHARS_PER_FIELD)"
+            what = f"{ascii(name)[:40]} holds a text of {len(text)} characters, {limit}: shorten or split it"
+            raise Refusal(422, "chars", what, param=name[:40])
 
     def _too_large(self, size: str) -> Refusal:
         text = f"the body has {size} bytes, the limit is {self.max_bytes} (MAX_BODY_BYTES): send fewer documents a call"
@@ -97,7 +112,9 @@ class Limits:
 def parse(body: bytes) -> dict:
     """Strict JSON: one UTF-8 object of few levels, no repeated key, no NaN or infinity. Raises Refusal (400)."""
     try:
-        payload = _DECODER.decode(body.decode("utf-8"))
+        text = body.decode("utf-8")
+        # A list is refused as it is: check() has not looked into it.
+        payload = [] if text.lstrip().startswith("[") else _DECODER.decode(text)
         deep = _is_deeper(payload, MAX_DEPTH)
     except UnicodeDecodeError as exc:
         raise Refusal(400, "json", f"the body is not UTF-8 text: {exc.reason} at byte {exc.start}") from exc
@@ -122,10 +139,10 @@ def _too_deep() -> Refusal:
     return Refusal(400, "json", f"the body is nested deeper than {MAX_DEPTH} levels")
 
 
-def _text(token: bytes) -> str:
-    """A JSON text; "" if it is none, which the parser says better."""
+def _text(inside: bytes) -> str:
+    """The text between two quotes; "" if it is none, which the parser says better."""
     try:
-        return json.loads(token)
+        return json.loads(b'"' + inside + b'"')
     except ValueError:
         return ""
 

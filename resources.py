@@ -89,7 +89,7 @@ def _encode(payload: dict) -> bytes:
 
 def _decode(body: bytes):
     if msgspec:
-        with suppress(ValueError):  # NaN, integers beyond 64 bits, half surrogates: json decides
+        with suppress(ValueError):  # NaN, 1e400, half surrogates, no JSON at all: json decides
             return msgspec.json.decode(body)
     return json.loads(body)
 

@@ -103,18 +103,24 @@ session_pids() {
 # makes looking and taking one step. (An flock held all the time would live on in what this script starts.)
 take_lock() {
   { mkdir -p "$LOG_DIR" && chmod 700 "$LOG_DIR"; } || die 1 "LOG_DIR=$LOG_DIR cannot be written"
-  command -v flock >/dev/null || die 5 "flock is not installed: it comes with util-linux and with busybox"
-  owner=$(
+  command -v flock >/dev/null || die 1 "flock is not installed: it comes with util-linux and with busybox"
+  said=$(
     umask 077
-    { exec 9>>"$LOCK_FILE" && flock 9; } 2>/dev/null || exit 1
-    if read -r owner since <"$LOCK_FILE" && [ "$owner" != $$ ] && [ "$(born "$owner")" = "$since" ]; then
+    exec 2>&1
+    # First in a shell of its own, which a failed exec ends.
+    (exec 9>>"$LOCK_FILE") && exec 9>>"$LOCK_FILE" && flock 9 || exit 1
+    if read -r owner since <"$LOCK_FILE" && [ -n "$since" ] && [ "$owner" != $$ ] && [ "$(born "$owner")" = "$since" ]; then
       printf '%s\n' "$owner"
-    else
-      { printf '%s %s\n' $$ "$(born $$)" >"$LOCK_FILE"; } 2>/dev/null
+      exit 2
     fi
-  ) || die 1 "the lock $LOCK_FILE cannot be written: is the disk full?"
-  [ -z "$owner" ] || die 1 "another start or stop for port $PORT is under way (PID $owner)"
-  trap ': >"$LOCK_FILE"' EXIT
+    printf '%s %s\n' $$ "$(born $$)" >"$LOCK_FILE"
+  )
+  case $? in
+    0) ;;
+    2) die 1 "another start or stop for port $PORT is under way (PID $said)" ;;
+    *) die 1 "no lock ($said): is the disk full, does $LOCK_FILE belong to another user (remove it), or can LOG_DIR=$LOG_DIR not be locked (set a local folder)?" ;;
+  esac
+  trap '(: >"$LOCK_FILE") 2>/dev/null || :' EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM HUP
 }

@@ -159,23 +159,64 @@ def test_a_stale_lock_is_taken_over(kit):
     assert kit("start").returncode == 0
 
 
-@pytest.mark.parametrize("shell", ["dash", "busybox sh", "bash --posix"])
-def test_a_stale_lock_is_taken_over_by_one_only(tmp_path, shell):
-    """Six takers at the same moment, five times: with a look and a take in two steps, two could get it."""
+SHELLS = ["dash", "busybox sh", "bash --posix"]
+
+
+def taker(folder, then):
+    """A script that takes a lock as start_rerank.sh does, then goes on; 7 = refused, and why."""
     text = (KIT / "start_rerank.sh").read_text()
     functions = text[text.index("born() {") : text.index("# PID of our supervisor")]
     functions += text[text.index("take_lock() {") : text.index("# --- setup")]
-    taker = f"LOG_DIR={tmp_path} LOCK_FILE={tmp_path}/lock PORT=1\ndie() {{ exit 7; }}\n{functions}\n"
-    taker += 'while [ ! -e "$LOG_DIR/go" ]; do :; done\ntake_lock\nprintf "in\\n" >>"$LOG_DIR/taken"\nsleep 0.2\n'
+    head = f"LOG_DIR={folder} LOCK_FILE={folder}/lock PORT=1\ndie() {{ printf '%s\\n' \"$2\"; exit 7; }}\n"
+    return f"{head}{functions}\n{then}"
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_stale_lock_is_taken_over_by_one_only(tmp_path, shell):
+    """Six takers at the same moment, five times: with a look and a take in two steps, two could get it."""
+    wait = 'while [ ! -e "$LOG_DIR/{}" ]; do sleep 0.01; done\n'
+    script = taker(tmp_path, wait.format("go") + "take_lock\n" + wait.format("done"))
     for _ in range(5):
-        (tmp_path / "go").unlink(missing_ok=True)
-        (tmp_path / "taken").write_text("")
+        for name in ("go", "done"):
+            (tmp_path / name).unlink(missing_ok=True)
         (tmp_path / "lock").write_text("999999 1\n")
-        takers = [subprocess.Popen([*shell.split(), "-c", taker]) for _ in range(6)]
-        time.sleep(0.1)
+        takers = [subprocess.Popen([*shell.split(), "-c", script], stdout=subprocess.PIPE) for _ in range(6)]
         (tmp_path / "go").touch()
-        assert sorted(t.wait(timeout=20) for t in takers) == [0, 7, 7, 7, 7, 7]
-        assert (tmp_path / "taken").read_text() == "in\n" and (tmp_path / "lock").read_text() == ""
+        end = time.monotonic() + 20
+        while sum(t.poll() is not None for t in takers) < 5 and time.monotonic() < end:
+            time.sleep(0.01)
+        (tmp_path / "done").touch()
+        said = [t.communicate(timeout=20)[0].decode() for t in takers]
+        assert sorted(t.returncode for t in takers) == [0, 7, 7, 7, 7, 7], said
+        assert sum("is under way" in text for text in said) == 5, said
+        assert (tmp_path / "lock").read_text() == ""
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("content", ["999999\n", "", "\n", "1", "a b c"])
+def test_a_broken_lock_is_taken_over(tmp_path, shell, content):
+    (tmp_path / "lock").write_text(content)
+    script = taker(tmp_path, 'take_lock; take_lock; cat "$LOCK_FILE"; rm -rf "$LOG_DIR"; exit 3')
+    done = subprocess.run([*shell.split(), "-c", script], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 3 and not done.stderr, "the way out keeps the exit code"
+    assert len(done.stdout.split()) == 2
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_lock_that_cannot_be_had_says_why(tmp_path, shell):
+    (tmp_path / "lock").mkdir()  # what root cannot write either
+    done = subprocess.run(
+        [*shell.split(), "-c", taker(tmp_path, "take_lock")], capture_output=True, text=True, timeout=20
+    )
+    assert done.returncode == 7 and "irectory" in done.stdout and "remove it" in done.stdout, done.stdout
+    (tmp_path / "lock").rmdir()
+    stub = tmp_path / "flock"
+    stub.write_text("#!/bin/sh\necho 'No locks available' >&2\nexit 1\n")
+    stub.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    script = taker(tmp_path, "take_lock").replace("flock 9", f"{stub} 9")  # busybox prefers its own
+    done = subprocess.run([*shell.split(), "-c", script], env=env, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 7 and "No locks available" in done.stdout and "local folder" in done.stdout, done.stdout
 
 
 def test_an_empty_lock_is_taken_over(kit):
