@@ -241,8 +241,8 @@ def rerank_scores(url: str, pairs: list[Pair]) -> list[float]:
     return scores
 
 
-# CI has 25 minutes: these two differ from their neighbours in one setting each.
-SOAK = ("xlm_roberta_embedding", "bert_identity")
+# CI has 25 minutes: these differ from their neighbours in one setting each.
+SOAK = ("xlm_roberta_embedding", "bert_identity", "bert_regression")
 
 
 @pytest.mark.server

@@ -134,6 +134,7 @@ def test_equal_scores_keep_the_input_order(service, monkeypatch):
     assert [row["index"] for row in answer["results"] if row["index"] % 3 == 0] == list(range(0, 30, 3))
 
 
+@pytest.mark.soak
 def test_the_table_of_differences_is_what_is_measured(checkpoints):
     """docs/scores.md shows what `python tests/score_table.py` prints; the last digits depend on the CPU."""
     import score_table

@@ -449,7 +449,8 @@ def members(leader):
 @pytest.mark.parametrize(
     ("victim", "how"),
     [
-        ("vllm serve", "KILL"),
+        # CI has 25 minutes; tests/test_nginx.py kills a server there.
+        pytest.param("vllm serve", "KILL", marks=pytest.mark.soak),
         pytest.param("EngineCore_DP1", "KILL", marks=pytest.mark.soak),
         pytest.param("Worker 0", "KILL", marks=pytest.mark.soak),
         ("EngineCore_DP1", "STOP"),
