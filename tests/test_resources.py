@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import pickle
-import random
 import socket
 import subprocess
 import sys
@@ -24,13 +23,15 @@ from pathlib import Path
 
 import pytest
 import requests
+from conftest import free_port
 from fault_server import (
+    DOCS,
+    RIGHT,
     answer,
     client,
     config,
     drip,
     http,
-    open_sockets,
     reply,
     score_of,
     self_signed,
@@ -38,6 +39,7 @@ from fault_server import (
     serve,
     slow,
     status,
+    what_other_tests_left,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,22 +60,7 @@ from resources import (
 pytestmark = [pytest.mark.timeout(30), pytest.mark.filterwarnings("error")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def what_other_tests_left():
-    """An open socket that an earlier test left behind is not this file's: it is collected before it counts here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        gc.collect()
-
-
 KIT = Path(resources.__file__).parent
-DOCS = ["one", "two", "three"]
-RIGHT = [score_of("q", doc) for doc in DOCS]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def dead_url() -> str:
@@ -804,347 +791,3 @@ def test_no_failover_after_a_timeout(client, serve):
 def test_all_down_is_reported(client):
     with pytest.raises(RerankConnectionError, match="no server at"):
         client.rerank("q", DOCS, base_url=f"{dead_url()},{dead_url()}")
-
-
-# --- connections ----------------------------------------------------------------------------------------------
-
-
-def test_connection_is_reused(client, serve):
-    server = serve()
-    for _ in range(20):
-        client.rerank("q", DOCS, base_url=server.url)
-        client.score("q", DOCS, base_url=server.url)
-    assert server.accepts == 1
-
-
-@pytest.mark.parametrize("end", ["close", "reset"])
-def test_stale_connection_is_not_seen_by_the_caller(client, serve, config, end):
-    config(retries=0)
-    server = serve(answer, send(None, 0.0, end))
-    assert client.rerank("q", DOCS, base_url=server.url)[1] == RIGHT
-    assert client.rerank("q", DOCS, base_url=server.url)[1] == RIGHT
-    assert [(r.connection, r.nth) for r in server.requests] == [(1, 0), (1, 1), (2, 0)]
-
-
-def test_stale_connection_is_not_replaced_by_another_stale_one(client, serve, config):
-    """After a restart of the server all idle connections are dead: the second try must open one."""
-    config(retries=0)
-    server = serve(slow(0.2), slow(0.2), send(None, 0.0), answer)
-    if client.mode == "sync":
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda _: rerank("q", DOCS, base_url=server.url), range(2)))
-    else:
-
-        async def two():
-            await asyncio.gather(*(arerank("q", DOCS, base_url=server.url) for _ in range(2)))
-
-        client.runner.run(two())
-    assert server.accepts == 2
-    assert client.rerank("q", DOCS, base_url=server.url)[1] == RIGHT
-    assert server.requests[2].nth == 1 and server.requests[3].connection == 3
-
-
-def test_fresh_step_opens_a_connection_though_another_is_idle(serve, config):
-    server = serve()
-    rerank("q", DOCS, base_url=server.url)
-    step = resources.Step(f"{server.url}/rerank", server.url, server.requests[0].body, 5, 5, math.inf, fresh=True)
-    assert resources.exchange(SharedResources.get_local_rerank_client(server.url), step).status == 200
-    assert [(r.connection, r.nth) for r in server.requests] == [(1, 0), (2, 0)]
-    SharedResources.close_local_rerank_client()
-
-
-def test_reused_connection_that_breaks_off_inside_the_answer_is_not_sent_again(client, serve):
-    for share in (0.02, 0.2, 0.7):
-        server = serve(answer, send(None, share))
-        client.rerank("q", DOCS, base_url=server.url)
-        with pytest.raises(RerankConnectionError):
-            client.rerank("q", DOCS, base_url=server.url)
-        assert len(server.requests) == 2
-
-
-def test_server_that_always_hangs_up_is_an_error_not_a_loop(client, serve):
-    server = serve(answer, default=send(None, 0.0))
-    client.rerank("q", DOCS, base_url=server.url)
-    with pytest.raises(RerankConnectionError):
-        client.rerank("q", DOCS, base_url=server.url)
-    assert len(server.requests) == 3
-
-
-def test_race_with_the_servers_idle_timeout_is_never_an_error(client, serve, config):
-    """Calls at just the moment when the server closes idle connections."""
-    config(retries=0)
-    server = serve(idle_s=0.02)
-    rng = random.Random(3)
-    for _ in range(50):
-        assert client.rerank("q", DOCS, base_url=server.url)[1] == RIGHT
-        time.sleep(0.02 + rng.uniform(-0.0008, 0.0008))
-    assert server.accepts > 5
-
-
-def test_connection_idle_for_long_is_not_used_again(client, serve, monkeypatch):
-    monkeypatch.setattr("http_exchange.IDLE_S", 0.1)
-    server = serve()
-    for _ in range(2):
-        client.rerank("q", DOCS, base_url=server.url)
-    assert server.accepts == 1
-    time.sleep(0.2)
-    client.rerank("q", DOCS, base_url=server.url)
-    assert [(r.connection, r.nth) for r in server.requests] == [(1, 0), (1, 1), (2, 0)]
-
-
-def test_150_threads_open_150_connections_for_all_their_calls(serve, config):
-    server = serve(default=slow(0.05))  # so that all are in flight at a time
-    gate = threading.Barrier(150)
-
-    def work(i: int) -> None:
-        gate.wait(20)
-        for n in range(6):
-            docs = [f"doc {i} {n} {k}" for k in range(4)]
-            assert rerank(f"q{i}", docs, base_url=server.url)[1] == [score_of(f"q{i}", doc) for doc in docs]
-
-    with ThreadPoolExecutor(150) as pool:
-        for future in [pool.submit(work, i) for i in range(150)]:
-            future.result()
-    assert len(server.requests) == 900
-    assert 100 < server.accepts <= 150
-    SharedResources.close_local_rerank_client()
-
-
-def test_async_calls_share_pool_size_connections(serve, config):
-    config(pool_size=10)
-    server = serve(default=slow(0.005))
-
-    async def run():
-        return await asyncio.gather(*(arerank(f"q{i}", DOCS, base_url=server.url, timeout_s=5) for i in range(300)))
-
-    results = asyncio.run(run())
-    assert [r[1] for r in results] == [[score_of(f"q{i}", doc) for doc in DOCS] for i in range(300)]
-    assert server.accepts <= 10
-
-
-def test_waiting_for_a_connection_is_not_waiting_for_an_answer(serve, config):
-    """timeout_s counts from the send: 12 calls of 0.1 s over one connection take longer than one may."""
-    config(pool_size=1)
-    server = serve(default=slow(0.1))
-
-    async def run():
-        await asyncio.gather(*(arerank("q", DOCS, base_url=server.url, timeout_s=1) for _ in range(12)))
-
-    asyncio.run(run())
-    assert len(server.requests) == 12
-
-
-def test_waiting_for_a_connection_ends_at_the_deadline(serve, config):
-    config(pool_size=1)
-    server = serve(default=slow(1.5))
-
-    async def run():
-        first = asyncio.create_task(arerank("q", DOCS, base_url=server.url))
-        await asyncio.sleep(0.2)
-        t0 = time.monotonic()
-        with pytest.raises(RerankTimeout):
-            await arerank("q", DOCS, base_url=server.url, deadline_s=0.3)
-        assert time.monotonic() - t0 < 1
-        assert (await first)[1] == RIGHT
-
-    asyncio.run(run())
-
-
-def test_sessions_belong_to_base_url_and_survive_close(serve, config):
-    first, second = serve(), serve()
-    get = SharedResources.get_local_rerank_client
-    assert get(first.url) is get(f"http://127.0.0.1:{first.port}/") is not get(second.url)
-    assert isinstance(get(first.url), requests.Session)
-    assert rerank("q", DOCS, base_url=first.url)[1] == RIGHT
-    old = get(first.url)
-    SharedResources.close_local_rerank_client()
-    assert get(first.url) is not old
-    assert rerank("q", DOCS, base_url=first.url)[1] == RIGHT
-    SharedResources.close_local_rerank_client()
-
-
-def test_session_can_be_used_by_itself(serve, config, monkeypatch, tmp_path):
-    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login a password b\n")
-    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
-    config(api_key="sekret-123")
-    server = serve()
-    payload = {"model": "m", "query": "q", "documents": DOCS}
-    response = SharedResources.get_local_rerank_client(server.url).post(f"{server.url}/rerank", json=payload, timeout=5)
-    assert len(response.json()["results"]) == 3
-
-    async def run():
-        session = await SharedResources.get_async_rerank_client(server.url)
-        async with session.post(f"{server.url}/rerank", json=payload) as response:
-            return await response.json()
-
-    assert len(asyncio.run(run())["results"]) == 3
-    assert [r.headers["authorization"] for r in server.requests] == ["Bearer sekret-123"] * 2
-    SharedResources.close_local_rerank_client()
-
-
-def test_close_while_calls_run_breaks_none(serve, config):
-    server = serve(default=slow(0.002))
-    stop = time.monotonic() + 1
-
-    def work() -> int:
-        n = 0
-        while time.monotonic() < stop:
-            assert rerank("q", DOCS, base_url=server.url)[1] == RIGHT
-            n += 1
-        return n
-
-    with ThreadPoolExecutor(8) as pool:
-        futures = [pool.submit(work) for _ in range(8)]
-        while time.monotonic() < stop:
-            SharedResources.close_local_rerank_client()
-            time.sleep(0.005)
-        assert sum(f.result() for f in futures) > 50
-    SharedResources.close_local_rerank_client()
-
-
-# --- event loops and processes --------------------------------------------------------------------------------
-
-
-def test_every_event_loop_has_its_own_session_and_closes_it(serve, config):
-    server = serve()
-    sockets = open_sockets()
-    for _ in range(3):
-        assert asyncio.run(arerank("q", DOCS, base_url=server.url))[1] == RIGHT
-    assert server.accepts == 3
-
-    def in_thread() -> None:
-        async def many():
-            for _ in range(5):
-                assert (await arerank("q", DOCS, base_url=server.url))[1] == RIGHT
-
-        asyncio.run(many())
-
-    threads = [threading.Thread(target=in_thread) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert server.accepts == 7 and len(server.requests) == 23
-    assert SharedResources._endpoint(server.url).loops == {}
-    server.stop()
-    assert open_sockets() <= sockets
-
-
-def test_loop_closed_without_farewell_is_forgotten(serve, config):
-    server = serve()
-    sockets = open_sockets()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # Python closes such a loop's sockets, and says so
-        for _ in range(4):
-            loop = asyncio.new_event_loop()
-            assert loop.run_until_complete(arerank("q", DOCS, base_url=server.url))[1] == RIGHT
-            loop.close()
-            assert len(SharedResources._endpoint(server.url).loops) == 1
-        assert asyncio.run(arerank("q", DOCS, base_url=server.url))[1] == RIGHT
-        del loop
-        gc.collect()
-    assert len(SharedResources._endpoint(server.url).loops) == 0
-    server.stop()
-    assert open_sockets() <= sockets
-
-
-def test_async_close_and_use_again(serve, config):
-    server = serve()
-
-    async def run():
-        await arerank("q", DOCS, base_url=server.url)
-        await SharedResources.aclose_local_rerank_client()
-        await SharedResources.aclose_local_rerank_client()
-        assert (await arerank("q", DOCS, base_url=server.url))[1] == RIGHT
-
-    asyncio.run(run())
-    assert server.accepts == 2
-
-
-def test_fork_opens_its_own_connections(serve, config):
-    """Run in a process of its own: pytest's has other threads."""
-    server = serve()
-    code = f"""
-import asyncio, os, sys, threading
-from model_utils import rerank, arerank
-from resources import SharedResources
-url = {server.url!r}
-def same():
-    return len(rerank(str(os.getpid()), ["d"], base_url=url)[1]) == 1
-assert same()
-stop = threading.Event()
-def hold():  # another thread holds the lock at the moment of the fork
-    while not stop.is_set():
-        with SharedResources._lock:
-            stop.wait(0.01)
-thread = threading.Thread(target=hold); thread.start()
-children = []
-for _ in range(5):
-    pid = os.fork()
-    if not pid:
-        ok = all(same() for _ in range(5)) and asyncio.run(arerank(str(os.getpid()), ["d"], base_url=url))
-        os._exit(0 if ok else 1)
-    children.append(pid)
-    assert same()
-codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-stop.set(); thread.join()
-assert same()
-print(codes)
-"""
-    env = {k: v for k, v in os.environ.items() if k not in env_utils.FIELDS} | {"KIT_ENV_FILE": "/no/such/.env"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=KIT, env=env, capture_output=True, text=True, timeout=25)
-    assert (done.stdout, done.stderr, done.returncode) == ("[0, 0, 0, 0, 0]\n", "", 0)
-    users = {}
-    for request in server.requests:
-        users.setdefault(request.connection, set()).add(request.json["query"])
-    assert all(len(pids) == 1 for pids in users.values())
-    assert len(server.requests) == 7 + 5 * 6 and len(set.union(*users.values())) == 6
-
-
-def test_server_restart_under_200_concurrent_calls(client, serve, config):
-    """Every call ends with the right scores or a RerankConnectionError; afterwards all is as before."""
-    config(retries=2)
-    first = serve(default=slow(0.02))
-    url = first.url
-    outcomes = []
-
-    def restart() -> None:
-        while len(first.requests) < 500:
-            time.sleep(0.001)
-        first.stop(reset=True)
-        t0 = time.monotonic()
-        while "lost" not in outcomes and time.monotonic() < t0 + 5:
-            time.sleep(0.001)
-        serve(port=first.port)
-
-    def work(i: int) -> None:
-        for _ in range(8):
-            try:
-                scores = rerank(f"q{i}", DOCS, base_url=url, timeout_s=10)[1]
-            except RerankConnectionError:
-                outcomes.append("lost")
-            else:
-                outcomes.append(scores == [score_of(f"q{i}", doc) for doc in DOCS])
-
-    async def awork(i: int) -> None:
-        for _ in range(8):
-            try:
-                scores = (await arerank(f"q{i}", DOCS, base_url=url, timeout_s=10))[1]
-            except RerankConnectionError:
-                outcomes.append("lost")
-            else:
-                outcomes.append(scores == [score_of(f"q{i}", doc) for doc in DOCS])
-
-    async def all_of_them() -> None:
-        await asyncio.gather(*(awork(i) for i in range(200)))
-
-    with ThreadPoolExecutor(201) as pool:
-        restarted = pool.submit(restart)
-        if client.mode == "sync":
-            list(pool.map(work, range(200)))
-        else:
-            client.runner.run(all_of_them())
-        restarted.result()
-    assert len(outcomes) == 1600 and False not in outcomes
-    assert outcomes.count(True) > 400 and outcomes.count("lost") > 0
-    assert client.rerank("q", DOCS, base_url=url)[1] == RIGHT
