@@ -1,5 +1,6 @@
 """Shared fixtures: seeded tiny checkpoints and one real service for the whole session."""
 
+import gc
 import json
 import os
 import shutil
@@ -8,14 +9,17 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import env_utils
+from resources import SharedResources
 
 KIT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
@@ -32,10 +36,38 @@ def clean_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("KIT_ENV_FILE", str(tmp_path / "no.env"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left_open():
+    """A socket or file that nobody closed is found in the module that left it, not by chance in a later one."""
+    yield
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ResourceWarning)
+        gc.collect()
+    left = [str(warning.message) for warning in caught if issubclass(warning.category, ResourceWarning)]
+    assert not left, f"left to the garbage collector: {left}"
+
+
+@pytest.fixture(autouse=True)
+def closed_sessions():
+    """The client's connections end with their test."""
+    yield
+    SharedResources.close_local_rerank_client()
+    SharedResources._endpoints.clear()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def until(what, timeout_s: float = 30):
+    """Wait until what() is true, and give that value back."""
+    end = time.monotonic() + timeout_s
+    while not (value := what()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+    return value
 
 
 def kit_environment(**settings) -> dict[str, str]:
@@ -144,7 +176,7 @@ def service(checkpoints, tmp_path_factory):
 def keyed_service(checkpoints, tmp_path_factory):
     """Settings of a second real service with TLS, a key and two engines, open to the network.
 
-    test_integrations.py calls it; then test_supervisor.py kills it, and last stops it.
+    test_integrations.py calls it; then test_keyed_service.py kills it, and last stops it.
     """
     settings = {
         **self_signed(tmp_path_factory.mktemp("tls")),
@@ -189,14 +221,9 @@ def fleet_client(fleet, monkeypatch):
     """The kit's client of this process knows the key and trusts nginx's certificate."""
     from fleet import use_client
 
-    from resources import SharedResources
-
     monkeypatch.setitem(env_utils._cache, "CFG", env_utils.CFG)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", fleet.nginx.certificate)
     use_client()
-    yield
-    SharedResources.close_local_rerank_client()
-    SharedResources._endpoints.clear()
 
 
 def tracing(url: str) -> dict[str, str]:

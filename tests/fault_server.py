@@ -8,7 +8,6 @@ is checked: anything that vLLM would not take, or takes silently, stands in serv
 """
 
 import asyncio
-import gc
 import json
 import os
 import socket
@@ -16,7 +15,6 @@ import ssl
 import struct
 import threading
 import time
-import warnings
 import zlib
 from dataclasses import dataclass, field
 
@@ -382,11 +380,3 @@ def self_signed(folder) -> tuple[ssl.SSLContext, str]:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(cert, key)
     return context, str(cert)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def what_other_tests_left():
-    """An open socket that an earlier test left behind is not this file's: it is collected before it counts here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        gc.collect()

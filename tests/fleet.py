@@ -65,7 +65,6 @@ class Replica:
             "DTYPE": "float32",
             "MAX_MODEL_LEN": 512,
             "STOP_TIMEOUT_S": 20,
-            "HEALTH_TIMEOUT_S": 12,
             # Two services on the same core starve each other.
             "VLLM_CPU_OMP_THREADS_BIND": cores[number % len(cores)],
             **settings,
@@ -425,7 +424,7 @@ def main(argv: list[str]) -> int:
     rows, chosen = {}, named or DRILLS
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        fleet = Fleet(folder, tiny_models.qwen3_reranker(folder / "Qwen3-Reranker-tiny"))
+        fleet = Fleet(folder, tiny_models.qwen3_reranker(folder / "Qwen3-Reranker-tiny"), HEALTH_TIMEOUT_S=12)
         replicas, nginx = fleet.replicas, fleet.nginx
         try:
             fleet.start()

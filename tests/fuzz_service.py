@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -238,11 +239,15 @@ class Sender:
                 answer = self.connection.getresponse()
                 return answer.status, dict(answer.getheaders()), answer.read()
             except (OSError, http.client.HTTPException) as exc:
-                self.connection.close()
-                self.connection = None
+                self.close()
                 if not again or isinstance(exc, TimeoutError):  # a kept connection may have been idle too long
                     raise Wrong(f"no answer: {exc!r}") from exc
         raise AssertionError("not reached")
+
+    def close(self) -> None:
+        if self.connection:
+            self.connection.close()
+            self.connection = None
 
     def judge(self, path: str, kind: str, data: bytes) -> int:
         """Send one body; its status. Raises Wrong."""
@@ -328,33 +333,33 @@ def broken_requests(sender: Sender) -> int:
 
 def fuzz(url: str, n_bodies: int, number: int, key: str = "", say=lambda text: None) -> Sender:
     """Send about n_bodies generated ones, and all hand-made. Raises Wrong at the first fault."""
-    sender = Sender(url, key)
-    before = sender.scores()
-    for path, kind, data in horrors():
-        try:
-            sender.judge(path, kind, data)
-        except Wrong as exc:
-            raise Wrong(f"{exc}\nfor {path} {kind!r} {data[:300]!r} ({len(data)} bytes)") from None
-    broken_requests(sender)
+    with closing(Sender(url, key)) as sender:
+        before = sender.scores()
+        for path, kind, data in horrors():
+            try:
+                sender.judge(path, kind, data)
+            except Wrong as exc:
+                raise Wrong(f"{exc}\nfor {path} {kind!r} {data[:300]!r} ({len(data)} bytes)") from None
+        broken_requests(sender)
 
-    @seed(number)
-    @settings(
-        max_examples=n_bodies,
-        deadline=None,
-        database=None,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=[*HealthCheck],
-    )
-    @given(request=bodies(sender.openapi()))
-    def each(request):
-        sender.judge(*request)
-        if not sum(sender.seen.values()) % 1000:
-            say(f"{sum(sender.seen.values())} bodies: {dict(sorted(sender.seen.items()))}")
+        @seed(number)
+        @settings(
+            max_examples=n_bodies,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate, Phase.shrink],
+            suppress_health_check=[*HealthCheck],
+        )
+        @given(request=bodies(sender.openapi()))
+        def each(request):
+            sender.judge(*request)
+            if not sum(sender.seen.values()) % 1000:
+                say(f"{sum(sender.seen.values())} bodies: {dict(sorted(sender.seen.items()))}")
 
-    each()
-    after = sender.scores()
-    if after != before:
-        raise Wrong(f"the probe's scores were {before}, now they are {after}")
+        each()
+        after = sender.scores()
+        if after != before:
+            raise Wrong(f"the probe's scores were {before}, now they are {after}")
     return sender
 
 

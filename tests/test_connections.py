@@ -31,7 +31,6 @@ from fault_server import (
     serve,
     slow,
     status,
-    what_other_tests_left,
 )
 
 import env_utils

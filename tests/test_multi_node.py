@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import KIT, free_port, http, kit_environment
+from conftest import KIT, free_port, http, kit_environment, until
 from fake_kit import alive, session_of
 
 import multi_node
@@ -91,14 +91,6 @@ def programs():
         one.kill()
         one.wait()
         one.stdout.close()
-
-
-def until(what, timeout_s=15):
-    end = time.monotonic() + timeout_s
-    while not (value := what()):
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
-    return value
 
 
 def test_connections_are_those_of_the_processes(programs):

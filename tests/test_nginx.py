@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import closing
 from http.client import HTTPConnection, HTTPMessage
 
 import pytest
@@ -74,10 +75,10 @@ def test_errors_of_nginx_have_the_form_of_the_service(nginx):
     for path in ("/metrics", "/load"):
         assert http("GET", base + path)[0] == 404
     # A refused replica costs nothing: both were tried, and the call's id is the same everywhere.
-    connection = HTTPConnection("127.0.0.1", nginx.port)
-    connection.request("POST", "/v1/score?api_key=secret", "{}", {"X-Request-ID": "abc-1", "Authorization": KEY})
-    answer = connection.getresponse()
-    assert (answer.status, answer.headers["X-Request-ID"]) == (502, "abc-1")
+    with closing(HTTPConnection("127.0.0.1", nginx.port)) as connection:
+        connection.request("POST", "/v1/score?api_key=secret", "{}", {"X-Request-ID": "abc-1", "Authorization": KEY})
+        answer = connection.getresponse()
+        assert (answer.status, answer.headers["X-Request-ID"]) == (502, "abc-1")
     line = nginx.line("abc-1")
     assert (line["status"], line["path"], line["replica_status"]) == (502, "/v1/score", "502, 502")
     assert KEY not in nginx.access_log.read_text() and "secret" not in nginx.access_log.read_text()

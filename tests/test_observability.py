@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import KIT, free_port, http
+from fake_kit import alive, session_of
 from fleet import KEY
 
 DEPLOY, TESTS = KIT / "deploy", KIT / "tests"
@@ -237,3 +238,12 @@ def test_one_trace_from_the_caller_through_nginx_to_the_engine(fleet, fleet_clie
     rerank("capital", ["Gravity"], base_url=fleet.nginx.urls[0])  # a caller that does not trace
     time.sleep(1)
     assert len(fleet.collector.spans) == n_spans
+
+
+@pytest.mark.server
+def test_the_fleet_stops_and_leaves_nothing(fleet):
+    """Last in the last file that uses it: two idle services would slow down what comes after."""
+    pids = [pid for replica in fleet.replicas for pid in session_of(replica.leader)]
+    assert len(pids) >= 8, "two supervisors, API processes, engines and workers"
+    fleet.stop()
+    assert not any(map(alive, pids))

@@ -39,7 +39,6 @@ from fault_server import (
     serve,
     slow,
     status,
-    what_other_tests_left,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -476,7 +475,6 @@ def test_backoff_is_random_and_grows(config, monkeypatch):
                 if isinstance(step, float):
                     seen.append(step)
         waits.append(seen)
-    SharedResources._endpoints.clear()
     for n, column in enumerate(zip(*waits, strict=True)):
         top = min(8.0, 0.5 * 2**n)
         assert 0 <= min(column) < 0.2 * top and 0.8 * top < max(column) <= top

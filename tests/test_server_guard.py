@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from conftest import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -1644,13 +1645,6 @@ def served(monkeypatch):
     for server, thread in running:
         server.should_exit = server.force_exit = True
         thread.join(10)
-
-
-def until(condition):
-    end = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_socket_refused_body_leaves_the_connection_usable(served):
