@@ -1,7 +1,8 @@
 """Does the running service score as its checkpoint's family should? `sh start_rerank.sh check [--reference]`.
 
 The faults that give silently wrong scores on vLLM: no template or a broken one (one token is enough), a head that was
-not loaded (every score the same), another model than the configured one. One line a check, exit code 0 or 1.
+not loaded (every score the same), another model than the configured one. One line a check; exit code 0, 1 for a fault,
+4 where nothing could be checked.
 """
 
 import http.client
@@ -33,16 +34,39 @@ REAL_MODEL = 256
 TOLERANCE = 0.02
 
 
+PATIENCE_S = 30.0  # with a service that refuses calls for now
+
+
 class Failed(Exception):
     """A check that failed, with its reason."""
 
 
+class NoAnswer(Exception):
+    """The service is too busy to be judged."""
+
+
+def ask(cfg: EnvConfig, method: str, path: str, body: dict | None = None) -> bytes:
+    """Body of a 200. Callers may have found the service before this check, so a refusal (429, 503) is asked again.
+
+    Raises:
+        NoAnswer: still refused after PATIENCE_S. Failed: another status.
+    """
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        status, data = request(cfg, method, path, body, timeout_s=60)
+        if status == 200:
+            return data
+        said = f"{path} answers {status}: {data[:300].decode('utf-8', 'replace')}"
+        if status not in (429, 503):
+            raise Failed(said)
+        if time.monotonic() > end:
+            raise NoAnswer(said)
+        time.sleep(0.5)
+
+
 def served(cfg: EnvConfig) -> tuple[Checkpoint, Profile]:
     """Checkpoint and profile of what the service says it serves."""
-    status, data = request(cfg, "GET", "/v1/models")
-    if status != 200:
-        raise Failed(f"/v1/models answers {status}")
-    models = {m["id"]: m.get("root") for m in json.loads(data)["data"]}
+    models = {m["id"]: m.get("root") for m in json.loads(ask(cfg, "GET", "/v1/models"))["data"]}
     if cfg.served_model_name not in models:
         raise Failed(f"the service has {sorted(models)}, not SERVED_MODEL_NAME={cfg.served_model_name}")
     checkpoint = read_checkpoint(Path(models[cfg.served_model_name]))
@@ -52,10 +76,7 @@ def served(cfg: EnvConfig) -> tuple[Checkpoint, Profile]:
 def score(cfg: EnvConfig, query: str, document: str) -> tuple[float, int]:
     """(score, prompt tokens) of one pair."""
     body = {"model": cfg.served_model_name, "text_1": query, "text_2": document}
-    status, data = request(cfg, "POST", "/v1/score", body, timeout_s=60)
-    if status != 200:
-        raise Failed(f"/v1/score answers {status}: {data[:300].decode('utf-8', 'replace')}")
-    answer = json.loads(data)
+    answer = json.loads(ask(cfg, "POST", "/v1/score", body))
     return answer["data"][0]["score"], answer["usage"]["prompt_tokens"]
 
 
@@ -195,9 +216,15 @@ def main(argv: list[str]) -> int:
     except ConfigError as exc:
         print(f"ConfigError: {exc}", file=sys.stderr)
         return 6
-    except (OSError, http.client.HTTPException, Failed) as exc:
+    except (OSError, http.client.HTTPException, NoAnswer) as exc:
         print(f'FAILED  no answer to check: {exc}; see "sh start_rerank.sh status"')
+        return 4
+    except Failed as exc:
+        print(f"FAILED  {exc}")
         return 1
+    except ImportError as exc:
+        print(f"FAILED  this Python cannot check: {exc}; use the one that serves (sh start_rerank.sh python)")
+        return 4
     except (ValueError, LookupError, TypeError) as exc:
         print(f"FAILED  an answer is not what vLLM gives: {type(exc).__name__}: {exc}")
         return 1

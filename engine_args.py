@@ -30,7 +30,7 @@ from model_files import (
     read_checkpoint,
 )
 from multi_node import check_nodes, check_rpc_port, describe_node, has_other_nodes, is_headless, node_env, node_flags
-from network_checks import check_network, check_port, tls_files
+from network_checks import check_network, check_port, hold_port, tls_files
 
 KV_GIB_AT_MOST = 16  # of one of several engines on a GPU: six full steps of a 0.6B model
 ENGINE_GIB = 4  # CUDA context, activations of one step and graphs of one engine, beside weights and KV cache
@@ -473,6 +473,8 @@ def become_server(plan: Plan) -> None:
     commands, env = server_commands(plan)
     if len(commands) > 1 or has_other_nodes(plan.cfg):
         os.execv(sys.executable, [sys.executable, str(KIT_DIR / "supervisor.py"), "foreground"])
+    holder = hold_port(plan.cfg)
+    holder.set_inheritable(True)
     os.execve(commands[0][0], commands[0], env)
 
 
@@ -493,6 +495,7 @@ def main(argv: list[str]) -> int:
             serve_args(plan)
             if not is_headless(plan.cfg):  # that listens on nothing
                 check_network(plan.cfg)
+                hold_port(plan.cfg).close()
                 check_port(plan.cfg)
                 if has_other_nodes(plan.cfg):
                     check_rpc_port(plan.cfg)
@@ -503,6 +506,9 @@ def main(argv: list[str]) -> int:
         return 5
     except ConfigError as exc:
         print(f"ConfigError: {exc}", file=sys.stderr)
+        return 6
+    except OSError as exc:  # a folder, the weights or LOG_DIR belong to somebody else
+        print(f"ConfigError: {exc.filename}: {exc.strerror}", file=sys.stderr)
         return 6
     return 0
 

@@ -135,11 +135,11 @@ def load_env(path: Path | str | None = None) -> dict[str, str]:
         ConfigError: a line that is no KEY=VALUE, with its number.
     """
     path = Path(path or os.environ.get("KIT_ENV_FILE") or KIT_DIR / ".env")
-    if not path.exists():
-        return {}
     values = {}
     try:
         lines = path.read_text("utf-8-sig").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path} cannot be read as UTF-8 text: {exc}") from exc
     for number, line in enumerate(lines, 1):

@@ -33,8 +33,9 @@ class Machine:
 
     @property
     def gpu_mib(self) -> int:
-        """Memory of the first GPU."""
-        return int(self.gpus[0].rsplit(",", 1)[1])
+        """Memory of the first GPU; 0 where nvidia-smi has no number, as for one that shares the host's memory."""
+        mib = self.gpus[0].rpartition(",")[2].strip()
+        return int(mib) if mib.isdigit() else 0
 
 
 class NoVllm(ConfigError):

@@ -21,6 +21,7 @@ from env_utils import ConfigError, EnvConfig, get_config
 from multi_node import NO_HEAD, describe_node, is_headless
 
 READY, DIED, LOADING = 0, 1, 4  # exit codes
+WARMING = "warming up"  # a supervisor's state between the first score and ready
 BUSY = "busy: it scores, and refuses further calls for now (429)"
 
 # What the log says while vLLM starts, in the order in which it happens.
@@ -239,8 +240,14 @@ def read_log(path: Path, limit: int = 4_000_000) -> str:
     return text[marks[-1].start() :] if marks else text
 
 
+def this_machine() -> str:
+    """Host name, boot and PID namespace: where a PID means the process that was meant."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{os.uname().nodename}:{boot}:{os.readlink('/proc/self/ns/pid')}"
+
+
 def pid_file(cfg: EnvConfig) -> Path:
-    """Two numbers: PID and start time of the supervisor, which leads the service's session."""
+    """PID and start time of the supervisor, which leads the service's session, and its this_machine()."""
     return cfg.log_path / f"rerank-{cfg.port}.pid"
 
 
@@ -319,6 +326,7 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
             return READY
         open_now = not is_headless(cfg) and listens(cfg)
         now = "first scores" if open_now else now
+        now = WARMING if open_now and supervised_state(cfg, pid) == WARMING else now
         since, looked = looked, time.monotonic()
         spent[now] = spent.get(now, 0.0) + looked - since
         if open_now:  # a server that loads must not be asked for scores
@@ -326,7 +334,8 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
             answered = answered or (time.monotonic() if last in (None, BUSY) else 0.0)
             # A supervisor must have seen it too: a death before that is a failed start to it. Where it cannot say so
             # (full disk), its silence does not count for long.
-            seen = supervised_state(cfg, pid) in ("ready", None) or time.monotonic() - answered > 5
+            state = supervised_state(cfg, pid)
+            seen = state in ("ready", None) or (state != WARMING and time.monotonic() - answered > 5)
             if last in (None, BUSY) and seen:
                 spent[now] += time.monotonic() - looked
                 parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in spent.items() if seconds >= 0.5)

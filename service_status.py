@@ -1,6 +1,7 @@
 """The state of the service of this configuration, in one line or as JSON: `sh start_rerank.sh status [--json]`.
 
-Exit codes are LSB's: 0 ready, 1 dead with a PID file, 3 not running, 150 alive but not ready.
+Exit codes are LSB's: 0 ready, 1 dead with a PID file, 3 not running, 4 it cannot be told from here, 150 alive but not
+ready.
 """
 
 import json
@@ -16,6 +17,7 @@ from env_utils import ConfigError, EnvConfig, get_config
 from multi_node import is_headless
 from service_health import (
     BUSY,
+    WARMING,
     born,
     log_file,
     metrics,
@@ -26,23 +28,28 @@ from service_health import (
     root_cause,
     session_pids,
     state_file,
+    this_machine,
 )
 
-READY, DEAD, NOT_RUNNING, LOADING = 0, 1, 3, 150
+READY, DEAD, NOT_RUNNING, UNKNOWN, LOADING = 0, 1, 3, 4, 150
 
 
 def gather(cfg: EnvConfig, probe_timeout_s: float = 30.0) -> dict:
     """What is known of the service.
 
     Returns:
-        state: ready, busy (ready, but refusing calls for now), loading, not answering, restarting, stopping, dead or
-        not running; exit_code; pid (of the supervisor) and server_pid; why: what is wrong, or why it died last;
-        supervised: something restarts it; times in seconds, memory in MiB; requests as vLLM counts them, one a pair.
-        What does not apply is None.
+        state: ready, busy (ready, but refusing calls for now), loading, not answering, restarting, stopping, dead, not
+        running or unknown (of another host or user); exit_code; pid (of the supervisor) and server_pid; why: what is
+        wrong, or why it died last; supervised: something restarts it; times in seconds, memory in MiB; requests as
+        vLLM counts them, one a pair. What does not apply is None.
     """
     known = _known(cfg)
-    pid, alive = _leader(cfg)
-    left = session_pids(pid) if pid else []
+    try:
+        pid, alive, elsewhere = _leader(cfg)
+    except PermissionError as exc:
+        pid, alive, elsewhere = None, False, f"{exc.filename} belongs to another user: ask as that user"
+    unattended = not alive and _same(known.get("server_pid"), known.get("server_born"))
+    left = session_pids(pid) if pid and (alive or unattended) else []
     out = {
         "state": "not running",
         "exit_code": NOT_RUNNING,
@@ -63,15 +70,19 @@ def gather(cfg: EnvConfig, probe_timeout_s: float = 30.0) -> dict:
         "requests_running": None,
         "requests_waiting": None,
     }
+    if elsewhere:
+        return out | {"state": "unknown", "exit_code": UNKNOWN, "why": elsewhere}
     if not pid:
         return out
-    if not alive and not _same(known.get("server_pid"), known.get("server_born")):
+    if not alive and not unattended:
         why = known.get("why") if known.get("state") == "failed" else None
         why = why or root_cause(read_log(log_file(cfg)))
         return out | {"state": "dead", "exit_code": DEAD, "server_pid": None, "why": why}
     out["exit_code"] = LOADING
     if alive and known.get("state") == "stopping":
         return out | {"state": "stopping"}
+    if alive and known.get("state") == WARMING:
+        return out | {"state": "loading", "why": WARMING}
     if alive and known.get("state") == "backoff":
         return out | {"state": "restarting", "why": f"{known['why']} (next start {_stamp(known['next_start'])})"}
     if is_headless(cfg):  # no HTTP to ask
@@ -101,13 +112,23 @@ def _known(cfg: EnvConfig) -> dict:
         return {}
 
 
-def _leader(cfg: EnvConfig) -> tuple[int | None, bool]:
-    """(PID in the PID file, it is still that process); None without a PID file."""
+def _leader(cfg: EnvConfig) -> tuple[int | None, bool, str]:
+    """(PID in the PID file or None, it is still that process, why this machine cannot tell).
+
+    Raises:
+        PermissionError: the file is another user's.
+    """
     try:
-        pid, since = (int(word) for word in pid_file(cfg).read_text().split())
+        pid, since, *where = pid_file(cfg).read_text().split()
+        pid, since = int(pid), int(since)
+    except PermissionError:
+        raise
     except (OSError, ValueError):
-        return None, False
-    return pid, born(pid) == since
+        return None, False, ""
+    host = where[0].split(":")[0] if where else ""
+    if host and host != os.uname().nodename:
+        return None, False, f"it was started on host {host}, which shares this LOG_DIR: ask there"
+    return pid, born(pid) == since and (not where or where[0] == this_machine()), ""
 
 
 def _same(pid: int | None, since: int | None) -> bool:
@@ -154,6 +175,8 @@ def one_line(now: dict) -> str:
     """The line that an operator reads."""
     if now["exit_code"] == NOT_RUNNING:
         return "not running"
+    if now["exit_code"] == UNKNOWN:
+        return f"unknown: {now['why']}"
     parts = [f"{'ready' if now['state'] == 'ready' else BUSY}: {now['url'] or 'registered at the head'}"]
     if now["exit_code"]:
         parts = [f"{now['state']}: {now['why']}" if now["why"] else now["state"]]

@@ -6,10 +6,11 @@
 # prints the Python that serves.
 # Settings: environment > .env > default, see .env.example. Values come from env_utils.py, never from here.
 # Exit codes: 0 done, 1 failed, 2 usage, 5 vllm not installed, 6 not configured;
-# status: 0 ready, 1 dead with a PID file, 3 not running, 150 alive but loading.
+# status: 0 ready, 1 dead with a PID file, 3 not running, 4 of another host or user, 150 alive but loading;
+# check: 1 the scores cannot be right, 4 it could not be checked.
 set -u
 
-KIT=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd -P) || exit 1
+KIT=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "$0")")" && pwd -P) || exit 1
 VENV=$KIT/.venv
 DONE_FILE=$VENV/.kit-complete
 
@@ -77,17 +78,34 @@ born() {
   [ "$1" != Z ] && shift 19 && printf '%s\n' "$1"
 }
 
+# Where a PID means the process that was meant: host, boot, PID namespace (service_health.py, this_machine).
+this_machine() {
+  printf '%s:%s:%s' "$(uname -n)" "$(cat /proc/sys/kernel/random/boot_id)" "$(readlink /proc/self/ns/pid)"
+}
+
+# Sets pid and since from the PID file. Fails without one, and for one of before a reboot or of another container: its
+# numbers may be anybody's by now.
+read_pid_file() {
+  [ -f "$PID_FILE" ] && read -r pid since where <"$PID_FILE" || return 1
+  [ -z "$where" ] || [ "$where" = "$(this_machine)" ]
+}
+
 # PID of our supervisor; fails if it is gone or the PID belongs to another process now.
 server_pid() {
-  [ -f "$PID_FILE" ] || return 1
-  read -r pid since <"$PID_FILE" || return 1
+  read_pid_file || return 1
   [ -n "$since" ] && [ "$(born "$pid")" = "$since" ] && printf '%s\n' "$pid"
+}
+
+# A folder that two hosts share: here the service would be taken for dead and forgotten.
+refuse_other_host() {
+  [ -f "$PID_FILE" ] && read -r pid since where <"$PID_FILE" || return 0
+  case ${where:-$(this_machine)} in "$(uname -n)":*) return 0 ;; esac
+  die 1 "$PID_FILE is of a service that host ${where%%:*} started: set LOG_DIR to a folder of each host's own (or remove the file if that host is gone or was renamed)"
 }
 
 # PIDs of our session: supervisor, server, engine and workers, also when the supervisor itself is gone already.
 session_pids() {
-  [ -f "$PID_FILE" ] || return 0
-  read -r pid since <"$PID_FILE" || return 0
+  read_pid_file || return 0
   now=$(born "$pid") && [ "$now" != "$since" ] && return 0
   for file in /proc/[0-9]*/stat; do
     line=$(cat "$file" 2>/dev/null) || continue
@@ -102,7 +120,9 @@ session_pids() {
 # One start or stop at a time for a port. The lock is its owner's name, which means nothing once the owner is gone; flock
 # makes looking and taking one step. (An flock held all the time would live on in what this script starts.)
 take_lock() {
-  { mkdir -p "$LOG_DIR" && chmod 700 "$LOG_DIR"; } || die 1 "LOG_DIR=$LOG_DIR cannot be written"
+  [ -d "$LOG_DIR" ] || (umask 077; mkdir -p "$LOG_DIR") || die 1 "LOG_DIR=$LOG_DIR cannot be made"
+  # Who can write there can have any process killed, by a PID file of his own.
+  case $(LC_ALL=C ls -ld "$LOG_DIR/") in ????????w*) warn "LOG_DIR=$LOG_DIR can be written by everybody: set a folder of your own" ;; esac
   command -v flock >/dev/null || die 1 "flock is not installed: it comes with util-linux and with busybox"
   said=$(
     umask 077
@@ -194,9 +214,12 @@ do_setup() {
 do_start() {
   need_vllm
   take_lock
+  refuse_other_host
   if pid=$(server_pid); then
     say "already running: PID $pid, $SERVICE_URL"
-    return 0
+    do_wait && return 0
+    [ $? = 130 ] && return 130
+    return 1
   fi
   if pid=$("$PY" "$KIT/service_status.py" server-pid); then
     die 1 "PID $pid serves without its supervisor, which was killed: run \"sh start_rerank.sh restart\""
@@ -213,21 +236,29 @@ do_start() {
   # HUP is ignored from the first moment: the supervisor leaves this session only when Python runs.
   (trap '' HUP; exec "$PY" "$KIT/supervisor.py") </dev/null >>"$LOG_FILE" 2>&1 &
   pid=$!
-  (umask 077; printf '%s %s\n' "$pid" "$(born "$pid")" >"$PID_FILE") || { kill -TERM "$pid"; die 1 "$PID_FILE cannot be written: is the disk full?"; }
+  (umask 077; printf '%s %s %s\n' "$pid" "$(born "$pid")" "$(this_machine)" >"$PID_FILE") || { kill -TERM "$pid"; die 1 "$PID_FILE cannot be written: is the disk full?"; }
   say "starting: PID $pid, log $LOG_FILE"
+  trap 'warn "interrupted; the server goes on loading, \"stop\" ends it"; exit 130' INT
   "$PY" "$KIT/service_health.py" wait "$pid" "$LOG_FILE"
   case $? in
     0)
-      if [ "$STARTUP_CHECK" = 1 ] && [ "$NODE_RANK" = 0 ] && ! "$PY" "$KIT/check_rerank.py" --quiet >&2; then
-        err "the service answers, but its scores cannot be right: stopped (STARTUP_CHECK=0 starts it all the same)"
-        kill_session
-        rm -f "$PID_FILE" "$STATE_FILE"
-        return 1
+      if [ "$STARTUP_CHECK" = 1 ] && [ "$NODE_RANK" = 0 ]; then
+        "$PY" "$KIT/check_rerank.py" --quiet >&2
+        case $? in
+          0) ;;
+          1)
+            err "the service answers, but its scores cannot be right: stopped (STARTUP_CHECK=0 starts it all the same)"
+            kill_session
+            rm -f "$PID_FILE" "$STATE_FILE"
+            return 1
+            ;;
+          *) warn "its scores could not be checked; \"sh start_rerank.sh check\" does it again" ;;
+        esac
       fi
       [ "$NODE_RANK" != 0 ] || say "ready: $SERVICE_URL (model name $SERVED_MODEL_NAME)"
       ;;
     4) warn "not ready yet; \"sh start_rerank.sh status\" tells when it is, \"stop\" ends it"; return 1 ;;
-    130) warn "interrupted; the server goes on loading, \"stop\" ends it"; return 130 ;;
+    130) return 130 ;;
     *)
       err "the last lines of $LOG_FILE:"
       grep -v '^\[kit\]' "$LOG_FILE" | tail -n 15 >&2
@@ -249,9 +280,10 @@ kill_session() {
 
 do_stop() {
   take_lock
-  if [ ! -f "$PID_FILE" ]; then say "not running"; return 0; fi
+  refuse_other_host
   # Without its supervisor, the server itself is told to stop.
   pid=$(server_pid) || pid=$("$PY" "$KIT/service_status.py" server-pid) || pid=
+  if [ -z "$pid" ] && [ ! -f "$PID_FILE" ]; then say "not running"; return 0; fi
   if [ -n "$pid" ]; then
     say "stopping PID $pid: calls in flight get $STOP_TIMEOUT_S s"
     # TERM goes to one process, the supervisor, which tells the server alone; that drains and then ends its engine. TERM
@@ -261,6 +293,7 @@ do_stop() {
     waited=0
     while [ "$waited" -lt $((STOP_TIMEOUT_S + 20)) ] && [ "$(born "$pid")" = "$since" ]; do sleep 1; waited=$((waited + 1)); done
   fi
+  [ -f "$PID_FILE" ] || [ "$(born "$pid")" != "$since" ] || die 1 "PID $pid does not end"
   if [ -n "$(session_pids)" ]; then
     sleep 2
     [ -z "$(session_pids)" ] || warn "killing what is left: $(session_pids | tr '\n' ' ')"
@@ -271,8 +304,7 @@ do_stop() {
 }
 
 do_wait() {
-  [ -f "$PID_FILE" ] || { say "not running"; return 3; }
-  pid=$(server_pid) || { do_status "$@"; return; }
+  pid=$(server_pid 2>/dev/null) || { "$PY" "$KIT/service_status.py"; return; }
   "$PY" "$KIT/service_health.py" wait "$pid" "$LOG_FILE"
   case $? in 0) return 0 ;; 4) return 150 ;; 130) return 130 ;; *) return 1 ;; esac
 }
@@ -318,7 +350,7 @@ do_demo() {
   say "The service runs on at $SERVICE_URL. Stop it with: sh start_rerank.sh stop"
 }
 
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; }
 
 main() {
   case "$#:$*" in

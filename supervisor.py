@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -25,9 +25,11 @@ from pathlib import Path
 from engine_args import Plan, make_plan, server_commands, shown_args, shown_env
 from env_utils import ConfigError, EnvConfig, get_config
 from multi_node import HEAD_LOST, NO_HEAD, Peers, describe_node, has_other_nodes, is_headless
+from network_checks import hold_port
 from service_health import (
     BUSY,
     PROBE_PAIRS,
+    WARMING,
     born,
     is_alive,
     listens,
@@ -54,7 +56,7 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 class State:
     """What status shows; times are seconds since the epoch."""
 
-    state: str  # starting | ready | backoff | stopping | failed
+    state: str  # starting | warming up | ready | backoff | stopping | failed
     pid: int  # of the supervisor
     server_pid: int = 0
     server_born: int = 0
@@ -88,7 +90,7 @@ class Watch(threading.Thread):
         self.n_docs = 1 if n_engines == 1 else PROBE_PAIRS * n_engines
         limit = cfg.health_timeout_s or 10 * PROBE_EVERY_S
         self.every_s = min(PROBE_EVERY_S, limit / 4)
-        self.ready = False
+        self.warming = self.ready = False
         self.suspect_since: dict[str, float] = {}  # by engine; monotonic
         self.stopped = threading.Event()
         self.start()
@@ -109,6 +111,7 @@ class Watch(threading.Thread):
         if self.ready:
             return self._judge(progress(self.cfg), seen, wrong is None, asked_at)
         if self.warm and wrong is None:
+            self.warming = True
             warm_up(self.cfg)
         self.ready = wrong in (None, BUSY)
         return seen
@@ -251,6 +254,8 @@ class Supervisor:
                     if status is not None:  # vLLM's front does not notice the death of an engine beside it
                         who = f"engine process {number + 1} of {len(ended)}: " if number else ""
                         return who + describe_end(status, None if self.foreground else read_log(self.log))
+                if watch is not peers and watch.warming and self.state.state == "starting":
+                    self._save(state=WARMING)
                 if watch.ready and not self.state.ready_since:
                     if peers and peers is not watch:
                         peers.watch()
@@ -396,6 +401,7 @@ def run_in_foreground(cfg: EnvConfig) -> int:
     This process waits and hands TERM and INT on; systemd or a container runtime restarts it.
     """
     plan = make_plan(replace(cfg, restart="no"))
+    holder = None if is_headless(cfg) else hold_port(cfg)  # noqa: F841 (held until this process ends)
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -428,7 +434,9 @@ def main(argv: list[str]) -> int:
             print("usage: supervisor.py [rotate | foreground]", file=sys.stderr)
             return 2
         os.setsid()  # a closing terminal does not reach it, and stop finds all that is in it
-        return Supervisor(make_plan(cfg)).run()
+        plan = make_plan(cfg)
+        with hold_port(cfg) if not is_headless(cfg) else nullcontext():
+            return Supervisor(plan).run()
     except ConfigError as exc:
         print(f"ConfigError: {exc}", file=sys.stderr)
         return 6

@@ -1,5 +1,6 @@
 """Stand-in for the vllm program, for ends that the real one reaches rarely. FAKE_MODE says what it does:
 ok, die (FAKE_LOG on stderr), slow (never ready, deaf to TERM), stubborn (ignores TERM), family (a child outlives it).
+FAKE_LOAD_S: it binds the port at once and listens so much later, as vLLM does while it loads.
 It dies at start while the file FAKE_DIE exists, and refuses calls with 429 while FAKE_BUSY does; its counters grow then
 only if that file says so."""
 
@@ -81,7 +82,10 @@ def main():
     if "--headless" in args:
         time.sleep(600)
     host, port = args[args.index("--host") + 1], int(args[args.index("--port") + 1])
-    server = ThreadingHTTPServer((host, port), Handler)
+    server = ThreadingHTTPServer((host, port), Handler, bind_and_activate=False)
+    server.server_bind()
+    time.sleep(float(os.environ.get("FAKE_LOAD_S", "0")))
+    server.server_activate()
     print("INFO 01-01 00:00:00 [fake.py:1] Application startup complete.", flush=True)
     server.serve_forever()
 

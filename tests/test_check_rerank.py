@@ -120,7 +120,7 @@ def test_reference_bytes_counts_every_shard(checkpoints):
 
 def test_no_server_is_one_line(monkeypatch):
     done = run_kit("check", PORT=1)
-    assert done.returncode == 1 and done.stdout.startswith("FAILED  no answer to check"), done.stdout
+    assert done.returncode == 4 and done.stdout.startswith("FAILED  no answer to check"), done.stdout
     assert len(done.stdout.splitlines()) == 1
     assert len(PAIRS) == 5
 
