@@ -120,7 +120,7 @@ session_pids() {
 # One start or stop at a time for a port. The lock is its owner's name, which means nothing once the owner is gone; flock
 # makes looking and taking one step. (An flock held all the time would live on in what this script starts.)
 take_lock() {
-  [ -d "$LOG_DIR" ] || (umask 077; mkdir -p "$LOG_DIR") || die 1 "LOG_DIR=$LOG_DIR cannot be made"
+  [ -d "$LOG_DIR" ] || { mkdir -p "$LOG_DIR" && chmod 700 "$LOG_DIR"; } || die 1 "LOG_DIR=$LOG_DIR cannot be made"
   # Who can write there can have any process killed, by a PID file of his own.
   case $(LC_ALL=C ls -ld "$LOG_DIR/") in ????????w*) warn "LOG_DIR=$LOG_DIR can be written by everybody: set a folder of your own" ;; esac
   command -v flock >/dev/null || die 1 "flock is not installed: it comes with util-linux and with busybox"
