@@ -23,15 +23,23 @@ from http.cookiejar import DefaultCookiePolicy
 from urllib.parse import urlsplit
 
 import requests
+import urllib3
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError
 from urllib3.poolmanager import ProxyManager
 from urllib3.util import Timeout
 
+from env_utils import ConfigError
+
 IDLE_S = 4.0  # uvicorn closes a connection that was idle for 5 s: we drop it first
+STALE_S = 1.0  # a connection that the server had closed already shows it within a round trip
 ERROR_BYTES = 65536  # read of an error's body
+
+
+class NoProxy(OSError):
+    """The proxy that the environment names cannot be used."""
 
 
 @dataclass(slots=True)
@@ -71,7 +79,8 @@ class Answer:
 
 @dataclass(slots=True)
 class Failure:
-    """No answer. connect, tls: nothing was sent; stale: the server had closed; timeout, lost: it may be at work."""
+    """No answer. connect, tls, pool (no free connection): nothing was sent; stale: the server had closed; timeout,
+    lost: it may be at work."""
 
     kind: str
     exc: Exception
@@ -88,13 +97,16 @@ class _Wire:
 
     def connecting(self) -> float:
         """The time.monotonic() at which the connection must stand."""
-        self.reused = self.connected = False
-        return min(time.monotonic() + self.step.connect_s, self.step.until)
+        self.reused = self.connected = self.waits = False
+        # Also for what a proxy answers before the connection stands.
+        self.answer_by = min(time.monotonic() + self.step.connect_s, self.step.until)
+        return self.answer_by
 
     def start(self) -> float:
         """The time.monotonic() at which the whole answer must be there."""
-        self.connected = True
-        self.answer_by = min(time.monotonic() + self.step.answer_s, self.step.until)
+        self.connected, self.began = True, time.monotonic()
+        self.waits = False  # for a free connection
+        self.answer_by = min(self.began + self.step.answer_s, self.step.until)
         return self.answer_by
 
     def left_s(self) -> float:
@@ -115,9 +127,10 @@ class _Wire:
         if not self.connected:
             kind = "tls" if any(isinstance(one, ssl.SSLError) for one in chain) else "connect"
         elif timed_out:
-            kind = "timeout"
+            kind = "pool" if self.waits else "timeout"
         else:
-            kind = "lost" if answer or self.n_bytes or not self.reused else "stale"
+            worked = answer or self.n_bytes or time.monotonic() - self.began > STALE_S
+            kind = "lost" if worked or not self.reused else "stale"
         if hasattr(exc, "request_info"):  # aiohttp shows the request's headers, and so the key, in this one's repr
             exc = http.client.HTTPException(exc.message)
         return Failure(kind, exc, timed_out, str(cause or exc) or type(exc).__name__)
@@ -164,6 +177,16 @@ class _Response(http.client.HTTPResponse):
     def __init__(self, sock, *args, **kwargs):
         super().__init__(_TimedReader(sock), *args, **kwargs)
 
+    def _read_status(self) -> tuple[str, int, str]:
+        """The final answer's: http.client takes 102 and 103 for it, and the next call would read this one's answer."""
+        while True:
+            version, status, reason = super()._read_status()
+            if status == 101:
+                raise http.client.BadStatusLine("101, a change of the protocol that nobody asked for")
+            if status == 100 or not 100 < status < 200:
+                return version, status, reason
+            http.client.parse_headers(self.fp)
+
 
 class _Tracked:
     """What both connection classes add; plain urllib3 while no exchange of ours runs in the thread."""
@@ -178,6 +201,28 @@ class _Tracked:
         super().connect()
         if wire:
             wire.start()
+
+    def _new_conn(self) -> socket.socket:
+        """urllib3 gives every address of a name the whole time; here all of them share it."""
+        wire = getattr(_local, "wire", None)
+        try:
+            found = socket.getaddrinfo(self._dns_host, self.port, type=socket.SOCK_STREAM) if wire else ()
+        except (OSError, UnicodeError):
+            found = ()  # urllib3 says it in its own words
+        addresses = list(dict.fromkeys(info[4][0] for info in found))
+        if len(addresses) < 2:
+            return super()._new_conn()
+        name = self._dns_host
+        try:
+            while True:
+                self._dns_host, self.timeout = addresses.pop(0), wire.left_s()
+                try:
+                    return super()._new_conn()
+                except (ConnectTimeoutError, NewConnectionError):
+                    if not addresses:
+                        raise
+        finally:
+            self._dns_host = name
 
     def send(self, data) -> None:
         if self.sock is None:
@@ -241,6 +286,8 @@ class PooledSession(requests.Session):
     """Keeps up to pool_size connections to base_url; more threads than that open new ones."""
 
     def __init__(self, base_url: str, headers: dict[str, str], pool_size: int):
+        _need("requests", requests.__version__, 2, 32)
+        _need("urllib3", urllib3.__version__, 2, 0)
         super().__init__()
         self.headers.update(headers)
         self.trust_env = False  # else .netrc would replace the key, and proxies be looked up for every call
@@ -251,6 +298,10 @@ class PooledSession(requests.Session):
         self.mount("http://", adapter)
         self.mount("https://", adapter)
         self._pools: dict[str, tuple[HTTPConnectionPool, str]] = {}
+
+    def close(self) -> None:
+        super().close()
+        self._pools.clear()  # a closed session works again, as any of requests does
 
     def pool_of(self, url: str) -> tuple[HTTPConnectionPool, str]:
         """The connection pool for url, and the target of the request line (all of url if a proxy forwards it)."""
@@ -305,6 +356,7 @@ def new_async_session(base_url: str, headers: dict[str, str], pool_size: int, *,
     """An aiohttp.ClientSession with at most pool_size connections; further calls wait for one."""
     import aiohttp
 
+    _need("aiohttp", aiohttp.__version__, 3, 11)
     trace = aiohttp.TraceConfig(trace_config_ctx_factory=lambda trace_request_ctx: trace_request_ctx)
     trace.on_connection_create_start.append(_on_connect)
     trace.on_connection_create_end.append(_on_connected)
@@ -318,7 +370,7 @@ def new_async_session(base_url: str, headers: dict[str, str], pool_size: int, *,
             **({"keepalive_timeout": IDLE_S} if reuse else {"force_close": True}),
         ),
         headers=headers,
-        proxy=proxies.get("https" if https else "http"),
+        proxy=_http_proxy(base_url, proxies),
         cookie_jar=aiohttp.DummyCookieJar(),
         timeout=aiohttp.ClientTimeout(),  # aexchange has its own timer
         auto_decompress=False,
@@ -331,6 +383,7 @@ async def aexchange(session, step: Step) -> Answer | Failure:
     import aiohttp
 
     wire, answer = _Wire(step), None
+    wire.waits = True
     left_s = None if step.until == math.inf else step.until - time.monotonic()
     try:
         # A call that waits for a free connection waits until the deadline; the trace moves the timer after that.
@@ -374,6 +427,24 @@ def _net(base_url: str) -> tuple[dict[str, str], str | None]:
         loopback = host == "localhost" or host.endswith(".localhost")
     proxies = {} if loopback else requests.utils.get_environ_proxies(base_url)
     return proxies, os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
+
+
+def _http_proxy(base_url: str, proxies: dict[str, str]) -> str | None:
+    """The proxy that requests would choose, for aiohttp, which knows neither ALL_PROXY nor one without a scheme."""
+    proxy = requests.utils.select_proxy(base_url, proxies)
+    if not proxy:
+        return None
+    proxy = requests.utils.prepend_scheme_if_needed(proxy, "http")
+    if not urlsplit(proxy).hostname or urlsplit(proxy).scheme not in ("http", "https"):
+        # Not quoted: it may hold a password.
+        raise NoProxy("HTTP_PROXY, HTTPS_PROXY or ALL_PROXY is no http proxy: asyncio needs http://HOST:PORT")
+    return proxy
+
+
+def _need(name: str, found: str, *oldest: int) -> None:
+    numbers = tuple(int(part) if part.isdigit() else 0 for part in found.split(".")[:2])
+    if numbers < oldest:
+        raise ConfigError(f"{name} {found} is too old for the client: pip install '{name}>={oldest[0]}.{oldest[1]}'")
 
 
 @lru_cache

@@ -9,6 +9,7 @@ import math
 import operator
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -199,16 +200,18 @@ def rerank_many(
         except ValueError as exc:
             raise ValueError(f"query {i}: {exc}") from None
 
+    stop = threading.Event()
+
     def one(call: _Call):
         try:
-            return _run(call, n_threads=1)  # the threads are the queries'
+            return _run(call, 1, stop)  # the threads are the queries'
         except RerankError as exc:
             if not return_errors:
                 raise
             return exc
 
     with _counter(len(calls), progress) as tick:
-        return _in_threads(one, calls, n_threads, tick)
+        return _in_threads(one, calls, n_threads, stop, tick)
 
 
 class _Call:
@@ -381,18 +384,19 @@ def _listed(text: str, n_docs: int) -> dict[int, int]:
     return out
 
 
-def _run(call: _Call, n_threads: int | None = None) -> tuple[Items, list, dict]:
+def _run(call: _Call, n_threads: int | None = None, stop: threading.Event | None = None) -> tuple[Items, list, dict]:
     call.start()
+    stop = stop or threading.Event()
 
     def send(part: range) -> dict:
-        reply = post(*call.request(part))
+        reply = post(*call.request(part), stop)
         if ask := call.other_name(reply):
             with suppress(RerankError):
                 call.learn_alias(reply, post(*ask))
         return call.check(part, reply)
 
     for n_tries in itertools.count(1):
-        answers = _in_threads(send, call.parts, n_threads or env_utils.CFG.client_concurrency)
+        answers = _in_threads(send, call.parts, n_threads or env_utils.CFG.client_concurrency, stop)
         if not call.mixed(answers, n_tries):
             return call.merge(answers)
 
@@ -423,9 +427,15 @@ async def _arun(call: _Call) -> tuple[Items, list, dict]:
             return call.merge(answers)
 
 
-def _in_threads(work: Callable, jobs: list, n_threads: int, tick: Callable[[], None] = lambda: None) -> list:
-    """[work(job) for job in jobs] in up to n_threads threads; the first failure drops what has not started."""
-    if len(jobs) <= 1:  # the usual call: no thread for it
+def _in_threads(
+    work: Callable, jobs: list, n_threads: int, stop: threading.Event, tick: Callable[[], None] = lambda: None
+) -> list:
+    """[work(job) for job in jobs] in up to n_threads threads.
+
+    The first failure sets stop, drops what has not begun, and is raised when the requests in flight are over; Ctrl-C at
+    once.
+    """
+    if len(jobs) <= 1 or n_threads == 1:  # the usual call: no thread for it
         return [(work(job), tick())[0] for job in jobs]
     pool = ThreadPoolExecutor(min(n_threads, len(jobs)), thread_name_prefix="rerank")
     try:
@@ -434,9 +444,12 @@ def _in_threads(work: Callable, jobs: list, n_threads: int, tick: Callable[[], N
         for future in as_completed(futures):
             future.result()
             tick()
-        return [future.result() for future in futures]
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    except BaseException as exc:
+        stop.set()
+        pool.shutdown(wait=isinstance(exc, Exception), cancel_futures=True)
+        raise
+    pool.shutdown()
+    return [future.result() for future in futures]
 
 
 @contextmanager

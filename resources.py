@@ -23,7 +23,17 @@ from typing import TYPE_CHECKING, ClassVar
 from urllib.parse import urlsplit
 
 import env_utils
-from http_exchange import ERROR_BYTES, Answer, Failure, PooledSession, Step, aexchange, exchange, new_async_session
+from http_exchange import (
+    ERROR_BYTES,
+    Answer,
+    Failure,
+    NoProxy,
+    PooledSession,
+    Step,
+    aexchange,
+    exchange,
+    new_async_session,
+)
 
 try:  # where vLLM is; a client alone may do without: json does the same, 0.1 ms of a call of 32 documents slower
     import msgspec
@@ -134,9 +144,14 @@ def _base_urls(text: str) -> tuple[str, ...]:
 
 def base_urls(base_url: str | None = None) -> tuple[str, ...]:
     """Addresses of the service in order of preference, each ending in /v1; None = BASE_URL of the config."""
-    if base_url is not None and not isinstance(base_url, str):
+    if base_url is None:
+        try:
+            return _base_urls(env_utils.CFG.local_base_url)
+        except ValueError as exc:
+            raise env_utils.ConfigError(f"BASE_URL cannot be used: {exc}") from None
+    if not isinstance(base_url, str):
         raise ValueError(f"base_url={base_url!r} is not a str")
-    return _base_urls(env_utils.CFG.local_base_url if base_url is None else base_url)
+    return _base_urls(base_url)
 
 
 def _headers() -> dict[str, str]:
@@ -251,7 +266,8 @@ class SharedResources:
         try:
             yield
         finally:
-            loops.pop(loop, None)
+            if loops.get(loop, (None,))[0] is session:  # not one that took its place
+                loops.pop(loop)
             await session.close()
 
     @classmethod
@@ -318,8 +334,12 @@ def _error(step: Step, outcome: Answer | Failure) -> RerankError:
         message = f"HTTP {outcome.status} from {step.url}: {text}"
         return RerankHTTPError(message, outcome.status, excerpt(bytes(outcome.body), MAX_BODY_CHARS))
     status, cause = 'run "sh start_rerank.sh status"', excerpt(outcome.cause)
+    if outcome.kind == "pool":
+        advice = "raise POOL_SIZE or deadline_s"
+        return RerankTimeout(f"no connection to {step.base_url} was free before deadline_s was over: {advice}")
     if outcome.kind == "timeout":
-        advice = "raise TIMEOUT_S or send fewer documents at a time"
+        limit = "deadline_s" if time.monotonic() >= step.until else "TIMEOUT_S"
+        advice = f"raise {limit} or send fewer documents at a time"
         return RerankTimeout(f"no complete answer from {step.url} within {step.answer_s:.3g} s: {advice}")
     if outcome.kind == "tls":
         advice = "check the certificate; REQUESTS_CA_BUNDLE names a CA file"
@@ -365,7 +385,7 @@ def _attempts(
     """One call: yields a Step to send (wants its outcome) or seconds to sleep; returns the Reply.
 
     Sent again are failed connects and 429, 502, 503, 504, and at once a request that met a connection which the
-    server had closed. Not after a read timeout: the GPU is still busy with the first copy.
+    server had closed. Not after a read timeout, nor when a connection broke later: the GPU may be busy with it.
     """
     cfg = env_utils.CFG
     timeout_s = min(cfg.timeout_s if timeout_s is None else timeout_s, MAX_SECONDS)
@@ -416,6 +436,7 @@ def post(
     base_url: str | None = None,
     timeout_s: float | None = None,
     until: float = math.inf,
+    stop: threading.Event | None = None,
 ) -> Reply:
     """POST a JSON object to base_url + path.
 
@@ -425,6 +446,7 @@ def post(
         base_url: one address or several, separated by commas; None = config.
         timeout_s: seconds for one answer, from the first byte sent to the last received; None = config.
         until: time.monotonic() at which the call with all its retries must be over.
+        stop: once it is set, nothing more is sent; an answer that is under way is still awaited.
 
     Raises:
         RerankError: one of its subclasses; no exception of requests or aiohttp leaves.
@@ -435,10 +457,13 @@ def post(
             step = steps.send(outcome)
         except StopIteration as done:
             return done.value
+        if stop and stop.is_set():
+            raise RerankError("given up: another part of this call has failed")
         if isinstance(step, Step):
             outcome = exchange(SharedResources.get_local_rerank_client(step.base_url), step)
         else:
-            outcome = time.sleep(step)
+            (stop.wait if stop else time.sleep)(step)
+            outcome = None
 
 
 async def apost(
@@ -468,6 +493,8 @@ async def _aexchange(step: Step) -> Answer | Failure:
             async with new_async_session(step.base_url, _headers(), 1, reuse=False) as session:
                 return await aexchange(session, step)
         session = await SharedResources.get_async_rerank_client(step.base_url)
+    except NoProxy as exc:
+        return Failure("connect", exc, False, str(exc))
     except OSError as exc:  # the CA file that the environment names
         return Failure("tls", exc, False, str(exc))
     return await aexchange(session, step)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -35,8 +36,9 @@ from fault_server import (
 
 import env_utils
 import resources
+from env_utils import ConfigError
 from model_utils import arerank, rerank
-from resources import RerankConnectionError, RerankTimeout, SharedResources
+from resources import RerankConnectionError, RerankError, RerankTimeout, SharedResources
 
 pytestmark = [pytest.mark.timeout(30), pytest.mark.filterwarnings("error")]
 
@@ -116,6 +118,142 @@ def test_race_with_the_servers_idle_timeout_is_never_an_error(client, serve, con
         assert client.rerank("q", DOCS, base_url=server.url)[1] == RIGHT
         time.sleep(0.02 + rng.uniform(-0.0008, 0.0008))
     assert server.accepts > 5
+
+
+def test_a_call_that_was_worked_on_is_not_sent_again(client, serve, config, monkeypatch):
+    """A connection that breaks later than a closed one would show it: the call may be what broke the server."""
+    monkeypatch.setattr("http_exchange.STALE_S", 0.1)
+    config(retries=2)
+    second = serve()
+    first = serve(answer, send(None, 0.0), answer, default=slow(0.3, send(None, 0.0)))
+    client.rerank("q", DOCS, base_url=first.url)
+    client.rerank("q", DOCS, base_url=first.url)  # closed at once: sent again, and answered by nobody but the first
+    with pytest.raises(RerankConnectionError, match="broke off"):
+        client.rerank("q", DOCS, base_url=f"{first.url},{second.url}")
+    assert (len(first.requests), len(second.requests)) == (4, 0)
+
+
+@pytest.mark.parametrize("code", [102, 103])
+def test_an_interim_answer_is_not_the_answer(client, serve, code):
+    def hint(server, connection, request):
+        connection.sendall(b"HTTP/1.1 %d Early\r\nLink: </x>\r\n\r\n" % code)
+        time.sleep(0.05)
+        return answer(server, connection, request)
+
+    server = serve(default=hint)
+    for doc in ("first", "second", "third"):
+        assert client.score("q", [doc], base_url=server.url)[1] == [score_of("q", doc)]
+    assert server.accepts == 1
+
+
+def test_a_change_of_the_protocol_is_an_error(client, serve):
+    server = serve(send(b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\n\r\n", 1.0, "stay"), default=answer)
+    with pytest.raises(RerankError):
+        client.score("q", ["first"], base_url=server.url)
+    assert client.score("q", ["second"], base_url=server.url)[1] == [score_of("q", "second")]
+
+
+@pytest.fixture
+def dead_addresses(monkeypatch):
+    """(port, name) of a name with four addresses on which nobody ever answers a connection attempt."""
+    kept, port = [], 0
+    for number in range(2, 6):
+        server = socket.socket()
+        server.bind((f"127.0.0.{number}", port))
+        port = server.getsockname()[1]
+        server.listen(0)
+        kept.append(server)
+        for _ in range(3):  # the queue is full
+            kept.append(socket.socket())
+            kept[-1].setblocking(False)
+            kept[-1].connect_ex((f"127.0.0.{number}", port))
+    real = socket.getaddrinfo
+
+    def look_up(host, *args, **kwargs):
+        if host in ("dead.example", b"dead.example"):
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{n}", port)) for n in range(2, 6)]
+        return real(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    yield port
+    for one in kept:
+        one.close()
+
+
+def test_all_addresses_of_a_name_share_the_time(client, config, dead_addresses):
+    config(retries=0)
+    began = time.monotonic()
+    with pytest.raises(RerankTimeout):
+        client.rerank("q", DOCS, base_url=f"http://dead.example:{dead_addresses}", deadline_s=0.5)
+    assert time.monotonic() - began < 1
+
+
+def test_the_next_address_of_a_name_is_tried(client, serve, monkeypatch):
+    server, real = serve(), socket.getaddrinfo
+    rows = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (f"127.0.0.{n}", server.port)) for n in (9, 8, 1)]
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *a, **k: rows if "two.example" in str(host) else real(host, *a, **k)
+    )
+    assert client.rerank("q", DOCS, base_url=f"http://two.example:{server.port}")[1] == RIGHT
+    assert server.requests[0].headers["host"] == f"two.example:{server.port}"
+
+
+def test_a_proxy_that_never_answers_counts_as_no_connection(client, config, monkeypatch):
+    config(retries=0, connect_timeout_s=0.4)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        began = time.monotonic()
+        with pytest.raises(RerankTimeout, match=r"no connection .* within 0\.4 s"):
+            client.rerank("q", DOCS, base_url="https://reranker.example:9", timeout_s=5)
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize("form", ["http://127.0.0.1:{}", "127.0.0.1:{}"])
+@pytest.mark.parametrize("name", ["all_proxy", "http_proxy"])
+def test_every_form_of_a_proxy_is_used(client, serve, monkeypatch, name, form):
+    for other in ("no_proxy", "NO_PROXY", "http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(other, raising=False)
+    proxy = serve()
+    monkeypatch.setenv(name, form.format(proxy.port))
+    client.rerank("q", DOCS, base_url="http://reranker.example:9")
+    assert [request.path for request in proxy.requests] == ["http://reranker.example:9/v1/rerank"]
+    proxy.problems.clear()  # the absolute path, and with it an unknown route, is meant
+
+
+@pytest.mark.parametrize("proxy", ["user:hunter2@:1", "socks5://user:hunter2@127.0.0.1:1", "user:hunter2@127.0.0.1:1"])
+def test_the_password_of_a_proxy_is_never_shown(client, config, monkeypatch, proxy):
+    config(retries=0)
+    monkeypatch.setenv("http_proxy", proxy)
+    with pytest.raises(RerankConnectionError) as caught:
+        client.rerank("q", DOCS, base_url="http://reranker.example:9", deadline_s=5)
+    assert "hunter2" not in str(caught.value) + repr(caught.value.__cause__)
+
+
+def test_a_session_that_the_caller_closed_works_again(serve, config):
+    server = serve()
+    for _ in range(2):
+        with SharedResources.get_local_rerank_client(server.url):
+            assert rerank("q", DOCS, base_url=server.url)[1] == RIGHT
+
+    async def closed_twice():
+        for _ in range(3):
+            session = await SharedResources.get_async_rerank_client(server.url)
+            await session.close()
+            gc.collect()
+            assert (await arerank("q", DOCS, base_url=server.url))[1] == RIGHT
+        assert len(SharedResources._endpoints[f"{server.url}"].loops) == 1
+
+    asyncio.run(closed_twice())
+    assert all(not endpoint.loops for endpoint in SharedResources._endpoints.values())
+
+
+@pytest.mark.parametrize(("library", "old"), [("requests", "2.31.0"), ("urllib3", "1.26.20"), ("aiohttp", "3.10.11")])
+def test_an_old_library_is_named(config, monkeypatch, library, old):
+    monkeypatch.setattr(f"{library}.__version__", old)
+    call = arerank if library == "aiohttp" else rerank
+    with pytest.raises(ConfigError, match=f"{library} {old} is too old for the client: pip install"):
+        done = call("q", DOCS, base_url="http://127.0.0.1:1")
+        asyncio.run(done)
 
 
 def test_connection_idle_for_long_is_not_used_again(client, serve, monkeypatch):

@@ -7,7 +7,9 @@ import inspect
 import json
 import math
 import random
+import signal
 import threading
+import time
 
 import pytest
 from fault_server import Caller, FaultServer, client, config, reply, score_of, serve, slow, status
@@ -634,6 +636,37 @@ def test_rerank_many_raises_the_failure_and_drops_the_rest(serve, config):
     with pytest.raises(RerankHTTPError):
         rerank_many(["q"] * 60, [["d"]] * 60, base_url=server.url, concurrency=2)
     assert len(server.requests) < 10
+
+
+def test_a_failure_ends_what_has_not_been_sent(serve, config, monkeypatch):
+    """Neither further parts of the other queries, nor retries and their waits."""
+    config(client_concurrency=3, client_batch_size=1)
+    server = serve(default=lambda s, c, r: (status(400) if r.json["query"] == "bad" else slow(0.1))(s, c, r))
+    began = time.monotonic()
+    with pytest.raises(RerankHTTPError):
+        rerank_many(["q1", "q2", "bad"], [["d"] * 50] * 3, base_url=server.url)
+    assert time.monotonic() - began < 2 and len(server.requests) <= 8
+
+    server = serve(status(400), default=status(503, headers={"Retry-After": "20"}))
+    began = time.monotonic()
+    with pytest.raises(RerankHTTPError) as caught:
+        rerank("q", ["d"] * 3, base_url=server.url, deadline_s=60)
+    assert time.monotonic() - began < 5 and caught.value.status_code == 400
+
+
+def test_ctrl_c_does_not_wait_for_answers(serve, config):
+    config(client_concurrency=4, client_batch_size=1)
+    server = serve(default=slow(3))
+    began = time.monotonic()
+    timer = threading.Timer(0.3, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        rerank_many(["q"] * 8, [["d", "e"]] * 8, base_url=server.url)
+    assert time.monotonic() - began < 1.5
+    timer.join()
+    time.sleep(3)  # the answers that were under way
+    assert len(server.requests) == 4, "nothing more was sent"
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("rerank")]
 
 
 def test_rerank_many_can_return_errors_in_place(serve, config):

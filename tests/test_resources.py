@@ -449,6 +449,37 @@ def test_deadline_shortens_the_wait_for_an_answer(client, serve):
     assert time.monotonic() - t0 < 5
 
 
+def test_the_message_names_the_limit_that_was_met(client, serve, config):
+    server = serve(default=slow(10))
+    with pytest.raises(RerankTimeout, match="raise deadline_s or send fewer"):
+        client.rerank("q", DOCS, base_url=server.url, deadline_s=0.3)
+    with pytest.raises(RerankTimeout, match="raise TIMEOUT_S or send fewer"):
+        client.rerank("q", DOCS, base_url=server.url, timeout_s=0.3, deadline_s=10)
+
+
+def test_a_call_that_got_no_connection_says_so(serve, config):
+    config(pool_size=1)
+    server = serve(default=slow(1))
+
+    async def two():
+        first = asyncio.ensure_future(arerank("q", DOCS, base_url=server.url))
+        await asyncio.sleep(0.2)
+        with pytest.raises(RerankTimeout, match="was free before deadline_s was over: raise POOL_SIZE"):
+            await arerank("q", ["x"], base_url=server.url, deadline_s=0.3)
+        await first
+
+    asyncio.run(two())
+    assert len(server.requests) == 1
+
+
+def test_a_bad_address_of_the_configuration_names_its_key(config):
+    config(base_url="localhost:11438")
+    with pytest.raises(env_utils.ConfigError, match="BASE_URL cannot be used"):
+        rerank("q", DOCS)
+    with pytest.raises(ValueError, match="base_url='localhost:1' is not like"):
+        rerank("q", DOCS, base_url="localhost:1")
+
+
 def test_retry_budget_bounds_the_load_of_a_sick_server(client, serve, monkeypatch):
     monkeypatch.setattr(resources, "BACKOFF_S", 0.0)
     server = serve(default=status(503))
