@@ -111,8 +111,9 @@ class Rows:
             level = dataclasses.replace(level, processes=self.processes, calls=[], lags_s=[], cpu=0.0)
             row = await run_level(self.bench, level)
         if row:
-            if is_local(self.args.base_url):
-                row["mfu"] = utilisation(row, self.model, self.gpu, gpus_of(self.about["server_flags"]))
+            if all(map(is_local, self.bench.base_urls)):
+                gpus = (gpus_of(self.about["server_flags"]) or 0) * len(self.bench.base_urls)
+                row["mfu"] = utilisation(row, self.model, self.gpu, gpus)
             row |= {} if settings is None else {"settings": settings}
             self.rows.append(row)
             print(table_line(row | {"errors": error_cell(row)}), flush=True)
@@ -125,8 +126,14 @@ class Rows:
             raise Interrupted
         return row
 
-    def write(self) -> None:
-        write_files({"json": self.args.json, "csv": self.args.csv, "html": self.args.html}, self.about, self.rows)
+    def write(self) -> bool:
+        """False, and why on stderr, where a file cannot be written: a full disk shall not end a measurement."""
+        try:
+            write_files({"json": self.args.json, "csv": self.args.csv, "html": self.args.html}, self.about, self.rows)
+        except OSError as exc:
+            say(f"[ERR] {exc.filename or 'a result file'}: {exc.strerror}")
+            return False
+        return True
 
 
 # --- searches ---
@@ -137,6 +144,8 @@ async def saturate(rows: Rows, endpoint: str) -> str:
     made, n = [], 1
     while n <= MOST_IN_FLIGHT and not stops_growing(made):
         made.append(await rows.make(level_of(rows.args, endpoint, "closed", n)))
+        if not made[-1]["ok"]:
+            return f"{endpoint}: no good answer at {n} calls in flight, no search"
         n *= 2
     at = knee(made)
     head = f"{endpoint}: throughput stops growing at about {at['level']:g} calls in flight"
@@ -213,6 +222,7 @@ async def highest_rate(held, guess: float, most: int) -> tuple[float, float, boo
     Args:
         held: async function, rate in calls/s -> did it hold, over all its tries so far.
         guess: the first rate to try; none below a 64th of it is tried.
+        most: tries; more, as long as none holds any more.
 
     Returns:
         (highest rate that held, 0 = none; lowest that did not, inf = none; were both tried twice). 10 % or less
@@ -220,21 +230,22 @@ async def highest_rate(held, guess: float, most: int) -> tuple[float, float, boo
     """
     holds: dict[float, bool] = {}
     tries, rate = Counter(), guess
-    for _ in range(most):
+    while True:
         holds[rate] = await held(rate)
         tries[rate] += 1
         high = min((r for r in holds if not holds[r]), default=math.inf)
         low = max((r for r in holds if holds[r] and r < high), default=0.0)
+        if tries.total() >= most and low and not (tries[low] > 1 and tries[high] > 1 and high <= 1.1 * low):
+            return low, high, False
         if high == math.inf or not low or high > 1.1 * low:
             step = 1.5 * low if high == math.inf else math.sqrt(low * high) if low else high / 2
             rate = float(f"{step:.3g}")  # three digits: easy to write down
             if rate < guess / 64:
-                break
+                return low, high, False
         elif tries[low] > 1 and tries[high] > 1:
             return low, high, True
         else:
             rate = low if tries[low] < 2 else high
-    return low, high, False
 
 
 def slo_text(what: str, p: int, slo_ms: float, rows: list[dict], low: float, high: float, sure: bool) -> str:

@@ -2,10 +2,12 @@
 
 import csv
 import html
+import io
 import itertools
 import json
 import math
 import statistics
+from contextlib import suppress
 from pathlib import Path
 
 from bench_report import COLUMNS, doubts, error_cell, table_cells
@@ -167,12 +169,28 @@ def page(about: dict, rows: list[dict]) -> str:
 def write_files(paths: dict[str, str | None], about: dict, rows: list[dict]) -> None:
     """json, csv and html by these names, written anew after each level: a long run that dies leaves what it had."""
     if paths.get("json"):
-        Path(paths["json"]).write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", "utf-8")
+        _replace(Path(paths["json"]), json.dumps({**about, "rows": rows}, indent=1) + "\n")
     if paths.get("csv"):
-        with open(paths["csv"], "w", newline="", encoding="utf-8") as out:
-            names = [name for name in rows[0] if name != "series"]
-            writer = csv.DictWriter(out, names, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(row | {"errors": error_cell(row)} for row in rows)
+        out = io.StringIO()
+        writer = csv.DictWriter(out, [name for name in (rows or [{}])[0] if name != "series"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(row | {"errors": error_cell(row)} for row in rows)
+        _replace(Path(paths["csv"]), out.getvalue())
     if paths.get("html"):
-        Path(paths["html"]).write_text(page(about, rows), "utf-8")
+        _replace(Path(paths["html"]), page(about, rows))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file at once: without room for it the old one stays. What is no file (/dev/stdout) is written to."""
+    if str(path).startswith(("/dev/", "/proc/")) or (path.exists() and not path.is_file()):
+        path.write_text(text, "utf-8", newline="")
+        return
+    path = path.resolve()
+    scratch = path.with_name(f".{path.name}.part")
+    try:
+        scratch.write_text(text, "utf-8", newline="")
+        scratch.replace(path)
+    except OSError as exc:
+        with suppress(OSError):
+            scratch.unlink()
+        raise OSError(exc.errno, exc.strerror, str(path)) from exc

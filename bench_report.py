@@ -199,7 +199,8 @@ def table_line(row: dict) -> str:
 
 def cost_lines(about: dict, rows: list[dict], price_per_hour: float | None, targets: list[float] | None) -> list[str]:
     """What a million pairs cost at each level, and how many GPUs each target rate (pairs/s) needs."""
-    gpus, out = gpus_of(about.get("server_flags")) * about.get("services", 1), []
+    gpus, services, out = gpus_of(about.get("server_flags")), about.get("services", 1), []
+    unit, each = ("GPUs", gpus * services) if gpus else ("copies of this service", 1)
     for row in rows:
         cells = [f"{row['endpoint']} {row['mode']} {row['level']:g}: {row['pairs/s']:.1f} pairs/s"]
         cells.append("p95 -" if row["p95_ms"] is None else f"p95 {row['p95_ms']:.3g} ms")
@@ -207,14 +208,15 @@ def cost_lines(about: dict, rows: list[dict], price_per_hour: float | None, targ
             price = row["pairs/s"] and price_per_hour / 3600 / row["pairs/s"] * 1e6
             cells.append(f"{price:.2f} per million pairs" if price else "no pairs to pay for")
         for target in targets or []:
-            need = row["pairs/s"] and math.ceil(target / row["pairs/s"]) * gpus
-            cells.append(f"{need} GPUs for {target:g} pairs/s" if need else f"never {target:g} pairs/s")
+            need = row["pairs/s"] and math.ceil(target / row["pairs/s"]) * each
+            cells.append(f"{need} {unit} for {target:g} pairs/s" if need else f"never {target:g} pairs/s")
         out.append(", ".join(cells + ["at most: the client was the limit"] * row["client_limited"]))
     if price_per_hour is not None:
         out.append(f"assumed: {price_per_hour:g} an hour pays for this whole service, busy all the time")
     if targets:
+        size = f"{each} GPU each" if gpus else "its GPUs are not known from here: run it on the server's host"
         out.append(
-            f"assumed: copies of this service ({gpus} GPU each), every copy as fast as this one and loaded as in its "
+            f"assumed: copies of this service ({size}), every copy as fast as this one and loaded as in its "
             "row, calls spread evenly, CPU cores and memory growing along; no spare for peaks or a copy that fails"
         )
     return out
@@ -264,22 +266,27 @@ def compare(base: dict, other: dict, fail_over: float | None = None) -> tuple[li
     for name in SETTINGS:
         if base.get(name) != other.get(name):
             lines.append(f"differs: {name}: {_apart(base.get(name), other.get(name))}")
-    gpus = [gpus_of(out.get("server_flags")) * out.get("services", 1) for out in (base, other)]
+    gpus = [(gpus_of(out.get("server_flags")) or 0) * out.get("services", 1) for out in (base, other)]
     groups = [{}, {}]
     for group, out in zip(groups, (base, other), strict=True):
         for row in out["rows"]:
             if not row["interrupted"]:
-                group.setdefault(f"{row['endpoint']} {row['mode']} {row['level']:g}", []).append(row)
+                tuned = f" [{row['settings']}]" if row.get("settings") else ""
+                group.setdefault(f"{row['endpoint']} {row['mode']} {row['level']:g}{tuned}", []).append(row)
     for level in [*groups[0], *(name for name in groups[1] if name not in groups[0])]:
         rows = [group.get(level) for group in groups]
         if None in rows:
             lines.append(f"{level}: only in {'one' if rows[1] is None else 'the other'}")
             untold.append(f"{level} (only in one file)")
             continue
-        if min(map(len, rows)) < 2:
+        few = min(map(len, rows)) < 2
+        if few:
             untold.append(f"{level} (one run, use --runs)")
         for name, sign in BETTER.items():
             a, b = ([row[name] for row in runs if row[name] is not None] for runs in rows)
+            if not few and (a or b) and (min(len(a), len(b)) < 2 or not statistics.mean(a)):
+                why = "nothing in the first file" if len(a) > 1 and len(b) > 1 else "too few calls in some runs"
+                untold.append(f"{level} {name} ({why})")
             if not a or not b or not statistics.mean(a):
                 continue
             percent = 100 / statistics.mean(a)
@@ -291,7 +298,7 @@ def compare(base: dict, other: dict, fail_over: float | None = None) -> tuple[li
             spread = f" +- {found[1] * percent:.1f}" if found else ""
             means = f"{statistics.mean(a):.1f} -> {statistics.mean(b):.1f}"
             lines.append(f"{level}: {name} {means}: {said} ({change:+.1f}{spread} %)")
-            if name == "pairs/s" and gpus[0] != gpus[1]:
+            if name == "pairs/s" and gpus[0] != gpus[1] and all(gpus):
                 factor, grown = statistics.mean(b) / statistics.mean(a), gpus[1] / gpus[0]
                 each = " -> ".join(f"{statistics.mean(v) / n:.1f}" for v, n in zip((a, b), gpus, strict=True))
                 times = f"{factor:.2f} times the throughput with {grown:g} times the GPUs"
@@ -305,4 +312,6 @@ def compare(base: dict, other: dict, fail_over: float | None = None) -> tuple[li
             lines.append(f"{level}: lost calls {shares[0]:.1f} % -> {shares[1]:.1f} %")
             if fail_over is not None and shares[1] - shares[0] > fail_over:
                 worse.append(lines[-1])
+    if not any(groups):
+        untold.append("files without a whole row")
     return lines, worse, ", ".join(untold)

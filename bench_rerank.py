@@ -141,8 +141,8 @@ async def run(args: argparse.Namespace, api_key: str | None, connect_timeout_s: 
         about["findings"] += cost_lines(about, rows.rows, args.price_per_hour, args.target_pairs_s)
     for text in about["findings"]:
         print(f"# {text}")
-    rows.write()
-    return 0 if any(row["ok"] for row in rows.rows) else 1
+    written = rows.write()
+    return 0 if written and any(row["ok"] for row in rows.rows) else 1
 
 
 def run_compare(names: list[str], fail_over: float | None, page: str | None = None) -> int:
@@ -158,7 +158,7 @@ def run_compare(names: list[str], fail_over: float | None, page: str | None = No
             shown += [f"{names[0]} -> {name}", *lines]
             if fail_over is not None and untold:
                 say(f"[ERR] --fail-over cannot judge {untold}")
-                code = 2
+                code = code or 2
             for text in worse:
                 say(f"[ERR] regression of more than {fail_over:g} %: {text}")
             code = 1 if worse else code
@@ -263,6 +263,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, str | None, float]:
         "--shared-query",
     }
     given = "--concurrency" in words
+    unused = words & {"--json", "--csv", "--price-per-hour", "--target-pairs-s", "--tune", "--saturate", "--slo"}
     for wrong, text in (
         (args.constant and not (args.rate or args.slo), "--constant: needs --rate or --slo"),
         (args.input and texts, f"{min(texts, default='')}: not with --input, which brings its own texts"),
@@ -273,6 +274,8 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, str | None, float]:
         (args.tune and given and len(args.concurrency) > 1, "--concurrency: one level with --tune"),
         (not args.tune and words & {"--budget", "--score-tolerance"}, "--budget, --score-tolerance: need --tune"),
         (args.fail_over is not None and not args.compare, "--fail-over: needs --compare"),
+        (args.compare and unused, f"{min(unused, default='')}: not with --compare, which measures nothing"),
+        (args.tune and words & {"--price-per-hour", "--target-pairs-s"}, "--price-per-hour: not with --tune"),
         (args.compare and len(args.compare) < 2, "--compare: needs two files or more"),
     ):
         if wrong:

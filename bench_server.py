@@ -66,25 +66,25 @@ def server_flags(base_url: str) -> str | None:
 
 
 # Dense bf16 peak of one GPU in 1e12 operations a second, from NVIDIA's data sheets (without sparsity); the first
-# name that nvidia-smi's name holds.
-PEAKS = (("H200", 989), ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H20", 148), ("B200", 2250))
-PEAKS += (("A100", 312), ("A800", 312), ("L40S", 362), ("L40", 181), ("L4", 121), ("A10G", 70), ("A10", 125))
-PEAKS += (("RTX 4090", 165), ("A30", 165))
+# name whose words nvidia-smi's name holds.
+PEAKS = (("H200 NVL", 835), ("H200", 989), ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H20", 148))
+PEAKS += (("B200", 2250), ("A100", 312), ("A800", 312), ("L40S", 362), ("L40", 181), ("L4", 121), ("A10G", 70))
+PEAKS += (("A10", 125), ("RTX 4090", 165), ("A30", 165))
 
 
 def peak_flops(name: str) -> float | None:
     """Dense bf16 operations a second of a GPU by its name; None = not in the list."""
-    return next((1e12 * peak for known, peak in PEAKS if known in name), None)
+    return next((1e12 * peak for known, peak in PEAKS if re.search(rf"\b{known}\b", name)), None)
 
 
 def flops_per_token(config: dict, tokens_per_prompt: float) -> float | None:
-    """Operations that a decoder with gated MLP needs for one prompt token; None where config.json does not tell.
+    """Operations that a decoder with gated MLP needs for one prompt token; None for others (encoders).
 
     Two for each weight that is multiplied (embeddings are looked up), and for causal attention over the half of the
     prompt that a token sees on average 2 * 2 * layers * heads * head_dim * tokens / 2.
     """
     hidden, layers, heads = map(config.get, ("hidden_size", "num_hidden_layers", "num_attention_heads"))
-    if not hidden or not layers or not heads:
+    if not hidden or not layers or not heads or not config.get("num_key_value_heads"):  # no encoder has the last
         return None
     weights = count_weights({**config, "vocab_size": 0})
     head_dim = config.get("head_dim") or hidden // heads
@@ -95,7 +95,7 @@ def utilisation(row: dict, config: dict, gpu: str, n_gpus: int) -> float | None:
     """Model-FLOPs utilisation of a row against the bf16 peak of its GPUs; prefix-cache hits are not computed."""
     peak = peak_flops(gpu)
     each = flops_per_token(config, row["tokens_per_pair"] or 0)
-    if not peak or not each or not row["tok/s"]:
+    if not peak or not each or not row["tok/s"] or not n_gpus:
         return None
     return row["tok/s"] * (1 - (row["cache_hits"] or 0)) * each / (peak * n_gpus)
 
@@ -149,12 +149,14 @@ def what_changed(first: dict, last: dict, pids: dict[int, bool], gpu_lines: list
     return out
 
 
-def gpus_of(flags: str | None) -> int:
-    """GPUs of one service, from the arguments of `vllm serve`; 1 where they are not known."""
+def gpus_of(flags: str | None) -> int | None:
+    """GPUs of one service, from the arguments of `vllm serve`; None where they are not known."""
+    if flags is None:
+        return None
     kinds = {kind: rf"--{kind}-parallel-size" for kind in ("tensor", "data", "pipeline")}
-    if "--data-parallel-address 127.0.0.1" in (flags or ""):  # ENGINES_PER_GPU: the other ranks are on the same GPUs
+    if "--data-parallel-address 127.0.0.1" in flags:  # ENGINES_PER_GPU: the other ranks are on the same GPUs
         kinds["data"] += "-local"
-    found = [re.search(rf"{flag}[= ](\d+)", flags or "") for flag in kinds.values()]
+    found = [re.search(rf"{flag}[= ](\d+)", flags) for flag in kinds.values()]
     return math.prod(int(f[1]) for f in found if f)
 
 

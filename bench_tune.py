@@ -323,7 +323,7 @@ class Tuner:
                 raise Trouble(f"{record['label']}: {wrong}, which it was not before")
             label = f"turn {len(turns) // 2 + 1}: {record['label']}"
             if self.slo:
-                value, _, _ = await highest_rate(self.meter.held(label), record["values"][0], 6)
+                value, _, _ = await highest_rate(self.meter.held(label), record["values"][0], MOST_PROBES // 2)
             else:
                 made = [await self.meter.window(label) for _ in range(2)]
                 value = statistics.mean(row["pairs/s"] for row in made)
@@ -348,6 +348,9 @@ class Tuner:
                 need = self.spent_s() + self.cost_s() * (1 + 2 * TURNS[1])
                 return [*out, f"tune: nothing was tried: a candidate and its proof need about {need:.0f} s (--budget)"]
             return [*out, "tune: no measurable gain: nothing was better than the present settings, keep them"]
+        if not all(map(statistics.mean, sides.values())):
+            self.state["gain"] = (0.0, None, False)
+            return [*out, "tune: no rate held in the proof: a longer SLO, or windows (--seconds) that are longer"]
         change, half = difference(sides["present"], sides["best"])
         percent = 100 / statistics.mean(sides["present"])
         self.state["gain"] = (change * percent, half * percent, change > half)
@@ -526,16 +529,16 @@ def tune(args: argparse.Namespace, begin) -> int:
     Args:
         begin: async function (args, bench) -> Rows: asks the server that runs and prints the header.
     """
-    session = Session(args, get_config(), begin)
+    session, code = Session(args, get_config(), begin), 1
     try:
         code = asyncio.run(session.run())
     except (Trouble, RuntimeError, ValueError, OSError) as exc:
         say(f"[ERR] {exc}")
-        code = 1
     except (Interrupted, KeyboardInterrupt, asyncio.CancelledError):
         say(f"[INFO] interrupted; the same command goes on from {session.path}")
         code = 130
-    if session.touched and (wrong := session.put_back()):
-        say(f"[ERR] {wrong}")
-        code = 1
+    finally:
+        if session.touched and (wrong := session.put_back()):
+            say(f"[ERR] {wrong}")
+            code = 1
     return code

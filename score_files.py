@@ -52,28 +52,42 @@ def parse_line(text: str, number: int) -> Pair | dict:
     return Pair(row["query"], row["document"], row.get("instruction"), number, extra)
 
 
-def lines_done(output: Path) -> int:
-    """Lines that an earlier run finished; a line that it was writing when it stopped is cut off.
+@dataclass(frozen=True)
+class Earlier:
+    """What an earlier run wrote: its lines, those of them without a score, the id of the last."""
+
+    lines: int = 0
+    failed: int = 0
+    last_id: Any = None
+
+
+def lines_done(output: Path) -> Earlier:
+    """What an earlier run finished; a line that it was writing when it stopped is cut off.
 
     Raises:
         ConfigError: the file is no output of this program.
     """
     if not output.exists():
-        return 0
-    done = good = 0
+        return Earlier()
+    done = good = failed = 0
+    row: dict = {}
     with output.open("r+b") as file:
         _lock(file, output)  # another process's half line is no leftover
         for line in file:
-            if not line.endswith(b"\n"):
-                break
+            begin = b'{"line": %d' % (done + 1)
             try:
-                if json.loads(line)["line"] != done + 1:
+                if not line.endswith(b"\n"):
+                    if not (line.startswith(begin) or begin.startswith(line)):
+                        raise ValueError
+                    break
+                row = json.loads(line)
+                if row["line"] != done + 1:
                     raise ValueError
             except (ValueError, LookupError, TypeError):
                 raise ConfigError(f"{output} line {done + 1} is no score line: choose another --output") from None
-            done, good = done + 1, good + len(line)
+            done, good, failed = done + 1, good + len(line), failed + ("error" in row)
         file.truncate(good)
-    return done
+    return Earlier(done, failed, row.get("id"))
 
 
 def read_chunks(path: Path, skip: int, size: int = CHUNK) -> Iterator[list[Pair | dict]]:
@@ -84,16 +98,20 @@ def read_chunks(path: Path, skip: int, size: int = CHUNK) -> Iterator[list[Pair 
         for number, raw in enumerate(file, 1):
             if number <= skip:
                 continue
-            try:
-                chunk.append(parse_line(raw.decode("utf-8-sig" if number == 1 else "utf-8"), number))
-            except UnicodeDecodeError as exc:
-                chunk.append({"line": number, "error": f"not UTF-8: {exc.reason} at byte {exc.start}"})
+            chunk.append(_parse_bytes(raw, number))
             n_chars += len(raw)
             if len(chunk) == size or n_chars > CHUNK_CHARS:
                 yield chunk
                 chunk, n_chars = [], 0
     if chunk:
         yield chunk
+
+
+def _parse_bytes(raw: bytes, number: int) -> Pair | dict:
+    try:
+        return parse_line(raw.decode("utf-8-sig" if number == 1 else "utf-8"), number)
+    except UnicodeDecodeError as exc:
+        return {"line": number, "error": f"not UTF-8: {exc.reason} at byte {exc.start}"}
 
 
 @dataclass(frozen=True)
@@ -105,6 +123,7 @@ class Shard:
     skip: int = 0  # lines done before
     total: int = 0  # lines of the input
     size: int | None = None  # bytes of the output then; another process may have gone on with it since
+    failed: int = 0  # lines done before that have no score
 
 
 def find_shard(source: Path, output: Path) -> Shard:
@@ -113,16 +132,28 @@ def find_shard(source: Path, output: Path) -> Shard:
     Raises:
         ConfigError: it cannot be read, or the output is not its own.
     """
+    if source.exists() and not source.is_file():
+        raise ConfigError(f"{source} is no file: write the pairs into one, since it is read more than once")
+    total, last = 0, None
     try:
-        with _open(source) as file:
-            total = sum(1 for _ in file)
+        with _open(source):  # before the output is touched
+            pass
         output.parent.mkdir(parents=True, exist_ok=True)
-        skip = lines_done(output)
+        earlier = lines_done(output)
+        with _open(source) as file:
+            for total, raw in enumerate(file, 1):
+                last = _parse_bytes(raw, total) if total == earlier.lines else last
     except UNREADABLE as exc:
         raise ConfigError(f"{getattr(exc, 'filename', None) or source}: {_reason(exc)}") from exc
-    if skip > total:
-        raise ConfigError(f"{output} has {skip} lines, {source} only {total}: it is the output of another input")
-    return Shard(source, output, skip, total, output.stat().st_size if output.exists() else 0)
+    n = earlier.lines
+    if n > total:
+        raise ConfigError(f"{output} has {n} lines, {source} only {total}: it is the output of another input")
+    last_id = (dict(last.extra) if isinstance(last, Pair) else last or {}).get("id")
+    if last_id != earlier.last_id:
+        ids = f"has the id {earlier.last_id!r}, and that of {source} is {last_id!r}"
+        raise ConfigError(f"line {n} of {output} {ids}: the input has changed since, choose another --output")
+    size = output.stat().st_size if output.exists() else 0
+    return Shard(source, output, n, total, size, earlier.failed)
 
 
 def shard_files(source: Path, output: Path, part: tuple[int, int] = (1, 1)) -> list[tuple[Path, Path]]:

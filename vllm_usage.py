@@ -232,11 +232,12 @@ def run_file(args: argparse.Namespace, plan: Plan) -> int:
         raise ConfigError(f"--shard needs a folder, and {args.input} is none")
     else:
         shards = [find_shard(args.input, args.output)]
-    skip, total = sum(s.skip for s in shards), sum(s.total for s in shards)
+    skip, total, failed_before = (sum(getattr(s, name) for s in shards) for name in ("skip", "total", "failed"))
     todo = [s for s in shards if s.skip < s.total or not s.output.exists()]
     if not todo:
-        print(f"nothing to do: {args.output} has all {total} lines")
-        return 1 if broken else 0
+        lacks = f", {len(broken)} files not done" if broken else ""
+        print(f"nothing to do: {args.output} has {total} lines, {failed_before} without a score{lacks}")
+        return 1 if failed_before or broken else 0
     if skip:
         print(f"going on after line {skip} of {total}", file=sys.stderr)
     with OfflineReranker(plan) as reranker:
@@ -245,8 +246,9 @@ def run_file(args: argparse.Namespace, plan: Plan) -> int:
         speed = f"{scored / (time.perf_counter() - began):.0f} pairs/s"
     broken += more
     files = f", {len(broken)} of {len(shards) + len(broken) - len(more)} files not done" if broken else ""
-    print(f"{scored} scored ({speed}), {failed} without a score, {skip} done before{files} -> {args.output}")
-    return 1 if failed or broken else 0
+    before = f"{skip} done before" + (f" ({failed_before} of them without a score)" if failed_before else "")
+    print(f"{scored} scored ({speed}), {failed} without a score, {before}{files} -> {args.output}")
+    return 1 if failed or failed_before or broken else 0
 
 
 def leave(code: int) -> None:

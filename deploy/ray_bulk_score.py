@@ -44,8 +44,10 @@ class ShardScorer:
             wrong: list[str] = []
             try:
                 shard = find_shard(Path(source), Path(output))
+                bad = shard.failed
                 if shard.skip < shard.total or not shard.output.exists():
-                    good, bad, wrong = score_shards(self.reranker, [shard])
+                    good, more, wrong = score_shards(self.reranker, [shard])
+                    bad += more
             except ConfigError as exc:
                 wrong = [str(exc)]
             scored.append(good)

@@ -4,12 +4,13 @@ import json
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from test_bench_report import a_row, runs
 
 import bench_page
-from bench_page import compare_page, page
+from bench_page import compare_page, page, write_files
 from bench_report import summarise
 from bench_workload import Call, Level
 
@@ -74,6 +75,30 @@ def test_page_of_one_row_without_answers():
     level.calls = [Call(0.0, 0.0, 0.5, "timeout", 0, 1, True)]
     assert "no good answer" in "".join(Balance(page({}, [summarise(level)])).text)
     json.dumps(summarise(level))
+
+
+def test_files_are_replaced_at_once_or_stay(tmp_path, monkeypatch):
+    paths = {kind: str(tmp_path / f"out.{kind}") for kind in ("json", "csv", "html")}
+    about = {"started": "now", "findings": []}
+    write_files(paths, about, [])  # no row yet
+    before = {kind: Path(path).read_text() for kind, path in paths.items()}
+    real = Path.write_text
+
+    def full(self, text, *args, **kwargs):
+        real(self, text[: len(text) // 2], *args, **kwargs)
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    for kind, path in paths.items():
+        with pytest.raises(OSError, match=f"No space left on device: .*/out.{kind}'"):
+            write_files({kind: path}, about, [])
+    assert {kind: Path(path).read_text() for kind, path in paths.items()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "out.html", "out.json"]
+
+
+def test_what_is_no_file_stays_what_it_is(capfd):
+    write_files({"json": "/dev/stdout", "csv": "/dev/null"}, {}, [])
+    assert json.loads(capfd.readouterr().out) == {"rows": []} and not Path("/dev/null").is_file()
 
 
 def test_compare_page_has_all_files_in_each_chart():

@@ -175,7 +175,7 @@ def test_verdict(seen, bound, says):
 
 def test_cost_of_a_million_pairs_and_gpus_for_a_target():
     rows = [a_row(rate=100.0), a_row(level=16, rate=250.0, client_limited=True)]
-    lines = cost_lines({"server_flags": None}, rows, 3.6, [1000.0, 5001.0])
+    lines = cost_lines({"server_flags": "m --port 1"}, rows, 3.6, [1000.0, 5001.0])
     # 3.6 an hour = 0.001 a second; 1000 pairs/s: 1000 s for a million.
     assert "1000.0 pairs/s" in lines[0] and "1.00 per million pairs" in lines[0]
     assert "1 GPUs for 1000 pairs/s" in lines[0] and "6 GPUs for 5001 pairs/s" in lines[0]
@@ -184,6 +184,8 @@ def test_cost_of_a_million_pairs_and_gpus_for_a_target():
     assert "every copy as fast as this one" in lines[-1]
     lines = cost_lines({"server_flags": "m --tensor-parallel-size 2 --data-parallel-size=4"}, rows, None, [1001.0])
     assert "16 GPUs for 1001 pairs/s" in lines[0] and not any("million" in line for line in lines)
+    unknown = cost_lines({"server_flags": None}, rows, None, [5001.0])
+    assert "6 copies of this service for 5001" in unknown[0] and "GPUs are not known" in unknown[-1]
     nothing = a_row() | {"pairs/s": 0.0}
     assert "never 5 pairs/s" in cost_lines({}, [nothing], 1.0, [5.0])[0]
 
@@ -234,6 +236,32 @@ def test_compare_tells_what_it_cannot_judge():
     lines, worse, untold = compare(one, two, fail_over=5)
     assert "one run, no interval (-50.0 %)" in lines[0] and worse == []
     assert "closed 8 (one run" in untold and "closed 4 (only in one file)" in untold
+
+
+def test_compare_cannot_judge_what_is_missing_in_some_runs():
+    base = {"rows": runs([100, 101, 99])}
+    none = {"rows": [row | {"p95_ms": None} for row in base["rows"]]}
+    assert compare(base, none, 5)[2] == "rerank closed 8 p95_ms (too few calls in some runs)"
+    once = {"rows": [*none["rows"][:2], base["rows"][2] | {"p95_ms": 900.0}]}
+    assert compare(once, base, 5)[2] == compare(base, once, 5)[2] == compare(base, none, 5)[2]
+    assert compare(none, none, 5)[2] == "", "too few calls in both: nothing was promised"
+    assert (
+        "nothing in the first file" in compare({"rows": [row | {"pairs/s": 0.0} for row in base["rows"]]}, base, 5)[2]
+    )
+    for rows in ([], runs([100, 100], interrupted=True)):
+        assert "without a whole row" in compare({"rows": rows}, {"rows": rows}, 5)[2]
+
+
+def test_compare_keeps_settings_of_a_search_apart():
+    tuned = [runs([rate] * 3, settings=name) for rate, name in ((100, "present"), (10, "MAX_NUM_SEQS=4"))]
+    lines, worse, untold = compare({"rows": tuned[0] + tuned[1]}, {"rows": tuned[0]}, 5)
+    assert "rerank closed 8 [present]: pairs/s 1000.0 -> 1000.0: no measurable difference (+0.0 +- 0.0 %)" in lines
+    assert worse == [] and "[MAX_NUM_SEQS=4] (only in one file)" in untold
+
+
+def test_compare_gives_nothing_a_gpu_where_one_file_does_not_know_its_gpus():
+    base, other = {"server_flags": None, "rows": runs([100] * 3)}, {"server_flags": "m --tensor-parallel-size 8"}
+    assert not any("a GPU" in line for line in compare(base, {**other, "rows": runs([100] * 3)})[0])
 
 
 def test_compare_counts_lost_calls_and_leaves_out_interrupted_rows():

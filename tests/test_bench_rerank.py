@@ -29,6 +29,7 @@ from bench_service import (
     status,
     table_of,
 )
+from test_bench_report import runs
 
 import bench_rerank
 import bench_server
@@ -472,6 +473,31 @@ def test_compare_exits_2_where_it_cannot_judge(tmp_path, capsys):
     assert bench_rerank.main(["--compare", file, str(tmp_path / "none.json")]) == 2
 
 
+def test_a_regression_is_told_whatever_comes_after_it(tmp_path):
+    names = {}
+    for name, rates in {"base": [100, 101, 99], "slow": [50, 51, 49], "one": [100]}.items():
+        names[name] = str(tmp_path / name)
+        Path(names[name]).write_text(json.dumps({"rows": runs(rates)}))
+    for order in (("base", "slow", "one"), ("base", "one", "slow")):
+        assert bench_rerank.main(["--compare", *(names[n] for n in order), "--fail-over", "10"]) == 1
+    assert bench_rerank.main(["--compare", names["base"], names["one"], "--fail-over", "10"]) == 2
+
+
+def test_saturate_ends_where_no_call_is_answered(tmp_path, capsys):
+    with serving(after_check(status(500))) as service:
+        code, out = bench(service, tmp_path, "--endpoint", "rerank", "--saturate", "--requests", "5", "--warmup", "0")
+    assert code == 1 and len(out["rows"]) <= 2
+    assert "no good answer at" in capsys.readouterr().out
+
+
+def test_a_full_disk_does_not_end_a_measurement(tmp_path, capsys):
+    with serving(slow(0.0)) as service:
+        argv = ["--endpoint", "rerank", "--concurrency", "1,2", "--requests", "5", "--base-url", service.url]
+        assert bench_rerank.main([*argv, "--csv", "/dev/full"]) == 1
+    shown = capsys.readouterr()
+    assert "No space left on device" in shown.err and shown.out.count("\nrerank    closed") == 2
+
+
 # --- the program ---
 
 
@@ -509,6 +535,8 @@ def test_compare_exits_2_where_it_cannot_judge(tmp_path, capsys):
         (["--slo", "p95=5s", "--requests", "5"], "--requests"),
         (["--saturate", "--runs", "3"], "--runs"),
         (["--compare", "x"], "--compare"),
+        (["--compare", "x", "y", "--json", "/dev/null"], "--json: not with --compare"),
+        (["--tune", "--price-per-hour", "2"], "--price-per-hour: not with --tune"),
         (["--fail-over", "5"], "--fail-over"),
         (["--target-pairs-s", "0"], "'0'"),
         (["--processes", "0"], "'0'"),

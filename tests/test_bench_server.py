@@ -53,7 +53,7 @@ def test_processes_and_gpus_become_what_was_seen():
 
 
 def test_gpus_of_reads_the_servers_arguments():
-    assert gpus_of(None) == gpus_of("m --port 1") == 1
+    assert gpus_of(None) is None and gpus_of("m --port 1") == 1
     assert gpus_of("--data-parallel-size 8 --tensor-parallel-size 2") == 16
 
 
@@ -63,6 +63,29 @@ def test_gpus_of_engines_that_share_them(checkpoints):
     for settings, n in (({"engines_per_gpu": 3}, 1), ({"engines_per_gpu": 3, "dp": 2}, 2), ({"tp": 2}, 2)):
         flags = " ".join(serve_args(make_plan(get_config(**settings), checkpoints["qwen3"], machine)))
         assert gpus_of(flags) == n, flags
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA RTX A3000", None),
+        ("", None),
+    ],
+)
+def test_peak_is_that_of_the_card(name, peak):
+    assert peak_flops(name) == peak
+
+
+def test_encoders_have_no_utilisation():
+    """Neither a gated MLP nor causal attention: the formula is another one."""
+    config = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    assert flops_per_token({**config, "model_type": "xlm-roberta"}, 128) is None
 
 
 def test_flops_utilisation_by_hand():

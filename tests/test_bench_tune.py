@@ -291,6 +291,37 @@ def test_slo_search_finds_the_settings_with_the_highest_rate():
     assert bad["measure_s"] <= 10 and "did not hold" in bad["why"]  # one window
 
 
+def test_a_proof_in_which_nothing_holds_is_no_gain_and_no_crash():
+    tuner, _ = tuner_of(World(), slo=True)
+    record = {"label": "x", "settings": START, "values": [1.0], "outcome": "better"}
+    turns = [{"side": side, "value": 0.0, "score_difference": 0.0} for side in ("present", "best") * 2]
+    tuner.began = 0.0
+    tuner.state |= {"tried": [record, record], "turns": turns, "ended": "no step gains any more"}
+    assert tuner.result(record)[-1].startswith("tune: no rate held in the proof")
+    assert tuner.state["gain"] == (0.0, None, False)
+
+
+def test_the_service_is_put_back_after_whatever_happens(monkeypatch):
+    done = []
+
+    class Session:
+        touched = True
+
+        def __init__(self, *_):
+            pass
+
+        async def run(self):
+            raise IndexError("a fault of the program")
+
+        def put_back(self):
+            done.append("put back")
+
+    monkeypatch.setattr(bench_tune, "Session", Session)
+    with pytest.raises(IndexError):
+        bench_tune.tune(None, None)
+    assert done == ["put back"]
+
+
 def test_other_traffic_ends_the_search():
     tuner, _ = tuner_of(World(other_pairs=100))
     with pytest.raises(Trouble, match=r"others use the service \(300 pairs came"):

@@ -103,7 +103,7 @@ def test_a_lone_surrogate_in_an_id_comes_back_as_it_was(tmp_path):
     source = write_rows(tmp_path / "in.jsonl", [row(1, id="\ud83d"), row(2, id=["汉", {"\udfff": 0}])])
     output = tmp_path / "out.jsonl"
     assert score_file(LengthReranker(), source, output, 0, 2) == (2, 0)
-    assert [r["id"] for r in read_rows(output)] == ["\ud83d", ["汉", {"\udfff": 0}]] and lines_done(output) == 2
+    assert [r["id"] for r in read_rows(output)] == ["\ud83d", ["汉", {"\udfff": 0}]] and lines_done(output).lines == 2
     assert '"\\ud83d"' in output.read_text("utf-8") and "汉" in output.read_text("utf-8")
 
 
@@ -128,10 +128,10 @@ def test_resume_equals_a_single_run(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         score_file(Interrupted(), source, parts, 0, 23)
-    assert lines_done(parts) == 8
+    assert lines_done(parts).lines == 8
     with parts.open("a") as file:
         file.write('{"line": 9, "sco')  # killed in the middle of a write
-    assert lines_done(parts) == 8
+    assert lines_done(parts).lines == 8
     second = LengthReranker()
     score_file(second, source, parts, 8, 23)
     assert sum(second.calls) == 15
@@ -208,8 +208,8 @@ def test_a_shard_that_breaks_while_it_is_read_does_not_stop_the_rest(tmp_path):
     shards = [score_files.Shard(source / n, output / n.removesuffix(".gz"), 0, 450) for n in names]
     scored, failed, broken = score_files.score_shards(LengthReranker(), shards)
     assert failed == 0 and len(broken) == 2 and "e.jsonl.gz" in broken[0] and "gone.jsonl" in broken[1]
-    assert lines_done(output / "a.jsonl") == 11
-    assert 0 < lines_done(output / "e.jsonl") == scored - 11  # what could be read is kept
+    assert lines_done(output / "a.jsonl").lines == 11
+    assert 0 < lines_done(output / "e.jsonl").lines == scored - 11  # what could be read is kept
 
 
 @pytest.mark.parametrize("full_first", [True, False])
@@ -220,7 +220,7 @@ def test_a_full_disk_costs_one_shard_and_no_more_scoring(tmp_path, full_first):
     reranker = LengthReranker()
     scored, failed, broken = score_files.score_shards(reranker, shards if full_first else shards[::-1])
     assert (scored, failed, len(broken)) == (8, 0, 1) and "No space left on device" in broken[0]
-    assert lines_done(tmp_path / "out.jsonl") == 8
+    assert lines_done(tmp_path / "out.jsonl").lines == 8
     assert sum(reranker.calls) < 100  # what was prepared before the write failed
 
 
@@ -251,7 +251,7 @@ def test_two_processes_do_not_write_one_output(tmp_path):
     before = score_files.find_shard(source, output)
     assert score_file(LengthReranker(), source, output, 0, 3) == (3, 0)
     _, _, broken = score_files.score_shards(LengthReranker(), [before])  # planned before the other one wrote
-    assert "written it meanwhile" in broken[0] and lines_done(output) == 3
+    assert "written it meanwhile" in broken[0] and lines_done(output).lines == 3
 
 
 def test_lines_done_refuses_another_file(tmp_path):
@@ -259,6 +259,51 @@ def test_lines_done_refuses_another_file(tmp_path):
     with pytest.raises(ConfigError, match="line 1 is no score line"):
         lines_done(other)
     assert other.read_text() == "something else\n"
+
+
+@pytest.mark.parametrize("content", ['{"my": "config"}', "x", '{"line": 2', '{"line": 1, "score": 0.5}\n{"line": 3'])
+def test_a_file_without_a_newline_is_not_cut_to_nothing(tmp_path, content):
+    other = tmp_path / "config.json"
+    other.write_text(content)
+    with pytest.raises(ConfigError, match="is no score line"):
+        lines_done(other)
+    assert other.read_text() == content
+
+
+@pytest.mark.parametrize("left", ["{", '{"line": 1', '{"line": 1, "sco'])
+def test_the_beginning_of_a_line_is_cut_off(tmp_path, left):
+    output = tmp_path / "out.jsonl"
+    output.write_text(left)
+    assert lines_done(output).lines == 0 and output.read_text() == ""
+
+
+def test_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match="is no file"):
+        score_files.find_shard(tmp_path / "pipe", tmp_path / "out.jsonl")
+
+
+def test_a_changed_input_is_noticed(tmp_path):
+    source, output = write_rows(tmp_path / "in.jsonl", [row(n, id=n) for n in range(6)]), tmp_path / "out.jsonl"
+    score_file(LengthReranker(), source, output, 0, 6)
+    assert score_files.find_shard(source, output).skip == 6
+    write_rows(source, [row(9, id=9), *(row(n, id=n) for n in range(6))])
+    with pytest.raises(ConfigError, match=r"line 6 .* has the id 5, .* is 4: the input has changed"):
+        score_files.find_shard(source, output)
+
+
+def test_lines_without_a_score_count_in_later_runs_too(tmp_path, capsys):
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    output.mkdir()
+    write_rows(source / "a.jsonl", [{"query": "no document", "id": 1}, row(1, id=2)])
+    assert score_file(LengthReranker(), source / "a.jsonl", output / "a.jsonl", 0, 2) == (1, 1)
+    args = SimpleNamespace(input=source, output=output, shard=None)
+    assert vllm_usage.run_file(args, None) == 1
+    assert "has 2 lines, 1 without a score" in capsys.readouterr().out
+    (source / "b.jsonl.gz").write_bytes(b"no gzip")
+    assert vllm_usage.run_file(args, None) == 1
+    assert "nothing to do" in (said := capsys.readouterr().out) and "1 files not done" in said
 
 
 class Windows:
@@ -467,11 +512,11 @@ def test_real_file_run_interrupted_and_resumed(checkpoints, tmp_path):
         time.sleep(0.1)
     first.send_signal(signal.SIGINT)
     _, said = first.communicate(timeout=60)
-    done_before = lines_done(output)
+    done_before = lines_done(output).lines
     assert first.returncode == 130 and "the same command goes on" in said, said[-2000:]
     assert 0 < done_before < len(rows) and "line 6: field 'document'" in said
     second = run_program("vllm_usage.py", "--input", source, "--output", output, **settings)
-    assert second.returncode == 0, second.stderr[-2000:]
+    assert second.returncode == 1, "line 6 has no score: " + second.stderr[-2000:]
     assert f"going on after line {done_before}" in second.stderr
     out = read_rows(output)
     assert [r["line"] for r in out] == list(range(1, len(rows) + 1)) and [r["id"] for r in out] == list(
@@ -484,7 +529,7 @@ def test_real_file_run_interrupted_and_resumed(checkpoints, tmp_path):
     expected = vllm_usage_tiny.reference_scores(checkpoints["qwen3"], "causal_yes_no", pairs, None, 512)
     assert [out[i]["score"] for i in some] == pytest.approx(expected, abs=1e-4)
     third = run_program("vllm_usage.py", "--input", source, "--output", output, timeout_s=60, **settings)
-    assert third.returncode == 0 and "nothing to do" in third.stdout
+    assert third.returncode == 1 and "nothing to do" in third.stdout and "1 without a score" in third.stdout
 
 
 @pytest.mark.server
