@@ -13,11 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 from guard_rules import Refusal
 from long_documents import (
+    LIMITS,
     MODES,
     EmptyTextCounts,
     Fitter,
     Split,
     TooManyWindows,
+    cut_by_limits,
     fit_payload,
     keep_separators,
     merge_windows,
@@ -74,6 +76,8 @@ class LongDocuments:
             return body
         if call.mode == "error":
             keep_separators(self.fitter, call.payload)
+            if any(call.payload.get(name) for name in LIMITS):  # which vLLM applies
+                call.cut = await self._in_worker(call, receive, cut_by_limits, self.fitter, call.payload) or []
         elif call.mode == "chunk":
             try:
                 done = await self._in_worker(call, receive, split_payload, self.fitter, call.payload, self.max_docs)
@@ -126,8 +130,9 @@ class LongDocuments:
             if message.get("more_body"):
                 return
             body = b"".join(chunks)
-            if start["status"] == 200:
-                body = self.encode(merge_windows(split, json.loads(body)))
+            answer = json.loads(body) if start["status"] == 200 else None
+            if isinstance(answer, dict):  # to a client that has left vLLM answers null
+                body = self.encode(merge_windows(split, answer))
             headers = [pair for pair in start.get("headers", ()) if pair[0].lower() != b"content-length"]
             headers.append((b"content-length", str(len(body)).encode()))
             await send({**start, "headers": headers})

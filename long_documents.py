@@ -67,18 +67,20 @@ class Fitter:
         # Bytes that surely fit: a token is at least one byte, and the frame is the same for every pair.
         self.frame_tokens = len(self._ids("", "", None))
         self._counted: tuple = (None, None, 0)
+        # A tokenizer that writes compatibility characters out (XLM-R's) makes up to 18 characters of one.
+        self.form = "NFKC" if len(self._offsets("\ufdfa" * 8)) > 24 else "NFC"
 
     def fits_surely(self, query: str, document: str, instruction: str | None = None) -> bool:
         """A cheap yes for the common short pair; False means that fit() must count."""
         texts = (query, document, instruction or "")
-        if not all(unicodedata.is_normalized("NFC", text) for text in texts):
+        if not all(unicodedata.is_normalized(self.form, text) for text in texts):
             return False  # normalising may lengthen a text
         # A neutralised control token is longer by one byte than it was.
         return self.frame_tokens + sum(len(t.encode()) + t.count("<") for t in texts) < self.max_length
 
     def _fits_beside(self, query: str, document: str, instruction: str | None) -> bool:
         """A cheap yes for a short document beside a long query, whose tokens are counted once for a whole call."""
-        if self.separate or not unicodedata.is_normalized("NFC", document):
+        if self.separate or not unicodedata.is_normalized(self.form, document):
             return False
         # 16: tokens that may come out otherwise where the texts touch.
         room = self.max_length - self._beside(query, instruction) - 16
@@ -137,13 +139,18 @@ class Fitter:
         shorter, first, cut = self.fit(query, document, instruction)
         if not cut:
             return query, [document], False
+        least = max(2, self.max_length // 64)  # of room for a window: else each costs the whole query for hardly a word
+        joined = self.template is None and not self.separate
+        if joined and shorter != query and self.max_length - self._beside(query, None) >= least:
+            # longest_first cuts the longer text; windows leave the query whole as long as there is room beside it.
+            shorter, first = query, self._shorten(query, self._enough(document), None)
         if not first:
             return shorter, [first], True
         offsets = self._offsets(document)
         if not offsets:  # white space that the tokenizer drops
             return shorter, [first], cut
         room = max(2, len(self._offsets(first)))
-        if room < self.max_length // 64:  # each window would cost the whole query for hardly a sentence
+        if room < least:
             return shorter, [first], True
         n_about = len(offsets) // room
         if most and n_about > most:
@@ -262,6 +269,7 @@ class Fitter:
 
 
 # The fields that hold queries and documents, over all spellings of vLLM's routes.
+LIMITS = ("max_tokens_per_query", "max_tokens_per_doc")
 QUERIES = ("query", "queries", "text_1", "data_1")
 DOCUMENTS = ("documents", "items", "text_2", "data_2")
 
@@ -291,6 +299,17 @@ def _limit(payload: dict, name: str) -> int:
     """max_tokens_per_doc or max_tokens_per_query; 0 = none, or one that is vLLM's to refuse."""
     limit = payload.get(name)
     return limit if isinstance(limit, int) and limit > 0 else 0
+
+
+def as_int(value: object) -> object:
+    """A number as vLLM reads it for an integer ("5", 5.0 and "5.0" are 5); what it refuses stays as it is."""
+    if isinstance(value, int) or not isinstance(value, str | float):
+        return value
+    try:
+        number = float(value)
+        return int(number) if number == int(number) else value
+    except (ValueError, OverflowError):
+        return value
 
 
 def payload_fits_surely(fitter: Fitter, payload: dict) -> bool:
@@ -333,6 +352,20 @@ def fit_payload(fitter: Fitter, payload: dict) -> list[int]:
     fitted = [fitter.fit(q, d, instruction, limit)[:2] for q, d in _pairs(fitter, payload, fields)]
     _put(payload, fields, [query for query, _ in fitted], [document or fitter.blank for _, document in fitted])
     return _shorter(payload, fields, [document for _, document in fitted])
+
+
+def cut_by_limits(fitter: Fitter, payload: dict) -> list[int]:
+    """Indices of the documents of which vLLM will cut a part, or of whose query, by the token limits of the body."""
+    fields = _fields(payload)
+    if fields is None:
+        return []
+    texts = fields[1], fields[3]
+    shorter = [
+        [bool(limit := _limit(payload, name)) and fitter.head(text, limit) != text for text in part]
+        for name, part in zip(LIMITS, texts, strict=True)
+    ]
+    queries = shorter[0] if len(shorter[0]) > 1 else shorter[0] * len(shorter[1])
+    return [i for i, (query, document) in enumerate(zip(queries, shorter[1], strict=True)) if query or document]
 
 
 def keep_separators(fitter: Fitter, payload: dict) -> None:
@@ -421,12 +454,8 @@ def split_payload(fitter: Fitter, payload: dict, most: int = 0) -> tuple[Split |
 
 def _top_n(payload: dict) -> int | None:
     """top_n as vLLM reads it (also "2" and 2.0); 0 = all; None = vLLM refuses it."""
-    given = payload.get("top_n", 0)
-    try:
-        number = int(given)
-        return number if number == float(given) and number >= 0 else None
-    except (TypeError, ValueError, OverflowError):
-        return None
+    number = as_int(payload.get("top_n", 0))
+    return int(number) if isinstance(number, int) and number >= 0 else None
 
 
 def merge_windows(split: Split, answer: dict) -> dict:

@@ -24,7 +24,7 @@ import uuid
 from guard_body import Limits, parse
 from guard_long import LongDocuments
 from guard_rules import FIRST_PAIRS, Counts, Load, Refusal
-from long_documents import Split
+from long_documents import LIMITS, Split, as_int
 
 RERANK_FIELDS = ("documents",)
 # The four spellings that vLLM's score routes take. All are counted: a body may hold several.
@@ -40,6 +40,7 @@ DRAIN_RETRY_S = 5
 
 ERROR_TYPES = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 413: "ContentTooLargeError"}
 ERROR_TYPES |= {422: "UnprocessableEntityError", 429: "TooManyRequestsError", 503: "ServiceUnavailableError"}
+ERROR_TYPES |= {500: "InternalServerError"}
 
 logger = logging.getLogger("vllm.server_guard")  # below "vllm": its handler and level
 # vLLM 0.32 warns at each call of /v1/score (api_router.py) that the route is not part of OpenAI's API.
@@ -63,6 +64,7 @@ class Call:
         self.cut: list[int] = []  # documents of which the model sees a part only
         self.split: Split | None = None
         self.start_s = time.perf_counter()
+        self.taken_s = 0.0  # until the answer began; a client that reads slowly is not a slow call
         self.status = 0  # 0 = no answer yet
         self.pairs = self.n_bytes = 0
         self.in_flight = self.aborted = self.has_own_id = self.answered = False
@@ -105,7 +107,7 @@ class Guard:
         # Of several API processes the parent ends those that still work after --shutdown-timeout: be done before it.
         self.early_s = 2.0 if n_processes > 1 else 0.0
         self.draining = False
-        self.tasks = set()  # of the calls in flight
+        self.tasks = set()  # of all calls, also of clients that still send or do not read their answer
         logger.info(
             "guard: %s, %s, pairs in flight %s (1/%d of the service), wait %s s, key %s (0 = off)",
             vars(self.limits), self.defaults, max_pairs, share, self.load.max_wait_s, "on" if key else "off",
@@ -118,7 +120,8 @@ class Guard:
         if scope["type"] != "http":
             self._watch_stop(scope)
             return await self.app(scope, receive, send)
-        call = Call(scope)
+        call, task = Call(scope), asyncio.current_task()
+        self.tasks.add(task)
 
         async def answer(message):
             if call.answered:  # in vLLM's place
@@ -130,7 +133,7 @@ class Guard:
                     self.metrics.refusals.labels("dead").inc()
                     call.answered = True
                     return
-                call.status = message["status"]
+                call.status, call.taken_s = message["status"], time.perf_counter() - call.start_s
                 # The scores exist now: a client that reads slowly holds no pairs.
                 self._release(call)
                 headers = [pair for pair in message.get("headers", ()) if pair[0].lower() != b"x-request-id"]
@@ -168,11 +171,16 @@ class Guard:
             self.metrics.refusals.labels(exc.reason).inc()
             await _send_refusal(answer, exc)
         except BaseException as exc:
-            if isinstance(exc, asyncio.CancelledError) and self.draining and call.in_flight:
+            if isinstance(exc, asyncio.CancelledError) and self.draining and not call.status:
                 return await _send_refusal(answer, self._stopping())
+            if isinstance(exc, Exception) and not call.status:
+                # vLLM's own answer would come from outside all middleware, without our headers.
+                text = f"{type(exc).__name__}: see the server's log, request id {call.request_id.decode()}"
+                await _send_refusal(answer, Refusal(500, "error", text))
             call.status = call.status or 500
             raise
         finally:
+            self.tasks.discard(task)
             self._release(call)
             self._record(call)
 
@@ -213,8 +221,6 @@ class Guard:
             raise self._stopping()
         self.load.take(pairs)
         call.pairs, call.in_flight, call.payload = pairs, True, payload
-        call.task = asyncio.current_task()
-        self.tasks.add(call.task)
         self._show_load()
         return body
 
@@ -240,9 +246,14 @@ class Guard:
             )
             raise Refusal(422, "truncate", text, param="truncate_prompt_tokens")
         more = payload.get("chat_template_kwargs")
-        if not self.takes_instruction and (
-            payload.get("instruction") or (isinstance(more, dict) and more.get("instruction"))
-        ):
+        more = more if isinstance(more, dict) else {}
+        wrong = [name for name, value in more.items() if name != "instruction" or not isinstance(value, str | None)]
+        if wrong:  # another key can take the prompt's end away; only in a text are control tokens neutralised
+            text = f"chat_template_kwargs takes instruction, a text, and nothing else: not {ascii(wrong[0])[:40]}"
+            raise Refusal(422, "instruction", text, param="chat_template_kwargs")
+        limits = [name for name in LIMITS if as_int(payload.get(name)) is not payload.get(name)]
+        payload |= {name: as_int(payload[name]) for name in limits}
+        if not self.takes_instruction and (payload.get("instruction") or more.get("instruction")):
             text = "this model takes no instruction, and its score would not change: leave instruction out"
             raise Refusal(422, "instruction", text, param="instruction")
         asked = self.long.choose_mode(call, payload)
@@ -251,7 +262,7 @@ class Guard:
         if whole:
             added.pop("max_tokens_per_doc", None)
         payload |= added
-        return bool(nulls or added or asked)
+        return bool(nulls or added or asked or limits)
 
     async def _ready(self, scope, receive, answer) -> None:
         """200 while the engine is healthy (vLLM's /health) and no stop is under way."""
@@ -272,7 +283,6 @@ class Guard:
     def _release(self, call: Call) -> None:
         if call.in_flight:
             call.in_flight = False
-            self.tasks.discard(call.task)
             self.load.release(call.pairs, call.status == 200 and not call.aborted)
             self._show_load()
 
@@ -282,7 +292,7 @@ class Guard:
         self.metrics.speed.set(self.load.pairs_per_s)
 
     def _record(self, call: Call) -> None:
-        taken_s = time.perf_counter() - call.start_s
+        taken_s = call.taken_s or time.perf_counter() - call.start_s
         route = call.path if call.path in self.paths else "closed"
         status = "aborted" if call.aborted or not call.status else f"{call.status // 100}xx"
         self.metrics.calls.labels(route, status).inc()

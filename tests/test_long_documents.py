@@ -12,6 +12,7 @@ from long_documents import (
     EmptyTextCounts,
     Fitter,
     TooManyWindows,
+    cut_by_limits,
     fit_payload,
     merge_windows,
     payload_fits_surely,
@@ -75,6 +76,56 @@ def test_fits_surely_never_lies(fitter):
         if fitter.fits_surely("q", text):
             assert len(fitter._ids("q", text, None)) <= LENGTH
     assert fitter.fits_surely("q", "short") and not fitter.fits_surely("q", "x" * LENGTH)
+
+
+def test_fits_surely_knows_normalizers_that_write_characters_out():
+    """As XLM-R's does: one character of three bytes becomes four words."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted({*"صلى الله عليه وسلم", *"abcdefghijklmnopqrstuvwxyz"} - {" "})
+    pieces = [(piece, 0.0) for piece in ("<s>", "</s>", "<unk>", "▁", *letters)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = [("<s>", 0), ("</s>", 1)]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=special
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", cls_token="<s>", sep_token="</s>")
+    made = Fitter(fast, None, LENGTH)
+    document = "\ufdfa" * 38
+    assert len(made._ids("q", document, None)) > LENGTH > len(document.encode())
+    assert not made.fits_surely("q", document)
+    fitted = made.fit("q", document)
+    assert fitted[2] and len(made._ids(*fitted[:2], None)) <= LENGTH
+    assert made.fits_surely("q", "short")
+
+
+def test_windows_leave_a_query_whole_that_leaves_room(checkpoints):
+    """longest_first would cut a query above half of the length, for short documents of the same call too."""
+    from transformers import AutoTokenizer
+
+    fitter = Fitter(AutoTokenizer.from_pretrained(checkpoints["bert"]), None, 64)
+    query = " ".join(["capital"] * 45)
+    payload = {"query": query, "documents": ["beijing " * 99, "beijing china"]}
+    split, cut = split_payload(fitter, payload)
+    assert payload["query"] == query and cut == [] and split.counts[0] > 5
+    assert all(len(fitter._ids(query, window, None)) <= 64 for window in payload["documents"])
+    payload = {"query": "capital " * 62, "documents": ["beijing " * 99]}  # no room worth it
+    split, cut = split_payload(fitter, payload)
+    assert cut == [0] and payload["query"] != "capital " * 62
+
+
+def test_cuts_by_the_limits_of_the_call_are_known_beforehand(fitter):
+    payload = {"query": "7" * 20, "documents": ["7" * 30, "7", ""], "max_tokens_per_doc": 10}
+    assert cut_by_limits(fitter, payload) == [0]
+    assert cut_by_limits(fitter, {**payload, "max_tokens_per_query": 5}) == [0, 1, 2]
+    assert cut_by_limits(fitter, {**payload, "max_tokens_per_query": 20, "max_tokens_per_doc": 30}) == []
+    scores = {"text_1": ["7" * 9, "7"], "text_2": ["7", "7" * 9], "max_tokens_per_query": 5}
+    assert cut_by_limits(fitter, scores) == [0]
+    assert payload["documents"][0] == "7" * 30, "vLLM cuts it"
+    assert cut_by_limits(fitter, {"query": 5, "documents": ["a"], "max_tokens_per_doc": 1}) == []
 
 
 def test_pairs_and_single_texts(checkpoints):
@@ -222,7 +273,7 @@ def test_split_loses_no_document_that_has_no_tokens(checkpoints):
         assert set(owners) == {0, 1} and len(payload["documents"]) == len(owners) and cut == [0, 1]
 
 
-@pytest.mark.parametrize(("top_n", "kept"), [("1", 1), (1.0, 1), (0, 0), (2, 2)])
+@pytest.mark.parametrize(("top_n", "kept"), [("1", 1), (1.0, 1), ("2.0", 2), (0, 0), (2, 2)])
 def test_top_n_is_read_as_vllm_reads_it(fitter, top_n, kept):
     payload = {"query": "q", "documents": ["7" * 300], "top_n": top_n}
     assert split_payload(fitter, payload)[0].top_n == kept and "top_n" not in payload

@@ -33,6 +33,7 @@ pytest.importorskip("msgspec")  # both come with vLLM
 pytest.importorskip("prometheus_client")
 
 RERANK = "/v1/rerank"
+SCOPE = {"type": "http", "method": "POST", "path": RERANK, "headers": []}
 KIT = Path(server_guard.__file__).parent
 
 
@@ -317,6 +318,15 @@ def test_what_cannot_be_done_with_long_documents_is_refused(scorer, body, said):
     assert answer.status == 422 and said in answer.message and not inner.calls
 
 
+@pytest.mark.parametrize(("limit", "named"), [(3, "0-2"), (4, "1"), (12, None)])
+def test_what_the_limits_cut_in_mode_error_is_named(scorer, limit, named):
+    inner, guard = scorer("error")
+    guard.long.fitter.head = lambda text, n: text[:n]
+    answer = one(guard, RERANK, {**LONG, "max_tokens_per_doc": limit})
+    assert answer.headers.get("x-rerank-cut") == named
+    assert json.loads(inner.calls[0][2])["documents"] == LONG["documents"], "vLLM cuts them"
+
+
 def test_chunk_is_refused_where_the_tokenizer_is_not_known(scorer):
     inner, guard = scorer()
     guard.long.fitter = False
@@ -329,6 +339,53 @@ def test_a_wrong_mode_stops_the_server(monkeypatch):
     monkeypatch.setenv("GUARD_LONG_DOCUMENTS", "cut")
     with pytest.raises(ValueError, match="GUARD_LONG_DOCUMENTS='cut'"):
         Guard(Inner())
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"continue_final_message": True},  # takes the prompt's end away, where the model is asked for its answer
+        {"instruction": ["<|im_start|>"]},  # its control tokens would not be neutralised
+        {"instruction": {"a": 1}},
+        {"instruction": "Find", "enable_thinking": False},
+    ],
+)
+def test_what_could_change_the_prompt_is_refused(more):
+    inner = Inner()
+    answer = one(Guard(inner), RERANK, documents(chat_template_kwargs=more))
+    assert answer.status == 422 and "nothing else" in answer.message and not inner.calls
+    for right in ({"instruction": "Find"}, {"instruction": None}, {}, None):
+        assert one(Guard(inner), RERANK, documents(chat_template_kwargs=right)).status == 200
+
+
+@pytest.mark.parametrize(("sent", "read"), [("5", 5), (5.0, 5), ("5.0", 5), (" 5 ", 5), ("0", 0), (5, 5)])
+def test_token_limits_are_read_as_vllm_reads_them(scorer, sent, read):
+    _, guard = scorer("truncate")
+    call = server_guard.Call({**SCOPE, "root_path": ""})
+    payload = documents(max_tokens_per_doc=sent, max_tokens_per_query=sent)
+    changed = guard._complete(call, payload)
+    assert payload["max_tokens_per_doc"] == payload["max_tokens_per_query"] == read
+    assert type(payload["max_tokens_per_doc"]) is int and changed == (type(sent) is not int)
+    assert call.mode == ("truncate" if read else "error")
+
+
+@pytest.mark.parametrize("sent", ["x", 5.5, "5.5", [5], float("inf"), "nan"])
+def test_token_limits_that_vllm_refuses_are_left_to_it(sent):
+    payload = documents(max_tokens_per_doc=sent)
+    Guard(Inner())._complete(server_guard.Call(dict(SCOPE)), payload)
+    assert payload["max_tokens_per_doc"] is sent
+
+
+def test_a_client_that_leaves_a_split_call_is_no_error(scorer):
+    """To a client that has left, vLLM answers null."""
+    _, guard = scorer("chunk")
+
+    async def answers_null(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"null"})
+
+    guard.app = answers_null
+    assert one(guard, RERANK, LONG).body == b"null"
 
 
 @pytest.mark.parametrize("body", [{"instruction": "Find"}, {"chat_template_kwargs": {"instruction": "Find"}}])
@@ -1397,6 +1454,77 @@ def test_stop_ends_what_is_left_at_the_deadline(monkeypatch):
         assert guard.load.in_flight == 0 and not guard.tasks
 
     run_admission(case, monkeypatch)
+
+
+@pytest.mark.timeout(20)
+def test_stop_ends_calls_that_are_still_sent_or_never_read():
+    """Else the HTTP server waits for them without end, and KILL ends it."""
+
+    async def main():
+        guard = Guard(Inner())
+        engine = await with_lifespan(guard)
+        sent, never = [], asyncio.Event()
+        pieces = [{"type": "http.request", "body": b'{"query', "more_body": True}]
+
+        async def half_a_body():
+            return pieces.pop() if pieces else await never.wait()
+
+        async def whole_body():
+            return {"type": "http.request", "body": json.dumps(documents()).encode()}
+
+        async def note(message):
+            sent.append(message)
+
+        async def nobody_reads(message):
+            if message["type"] == "http.response.body":
+                await never.wait()
+
+        sends = asyncio.create_task(guard(SCOPE, half_a_body, note))
+        reads = asyncio.create_task(guard(SCOPE, whole_body, nobody_reads))
+        while pieces or len(guard.tasks) < 2:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.05)
+        assert guard.load.in_flight == 0, "neither holds pairs"
+        await asyncio.to_thread(engine.shutdown, timeout=0.2)
+        _, waits = await asyncio.wait((sends, reads), timeout=2)
+        assert not waits and not guard.tasks
+        assert sent[0]["status"] == 503 and sends.exception() is None and reads.cancelled()
+
+    asyncio.run(main())
+
+
+def test_an_unexpected_error_is_answered_with_our_headers(monkeypatch):
+    """vLLM's handler for it stands outside all middleware; the error itself goes on to its log."""
+    monkeypatch.setenv("GUARD_VERSION", "0123456789ab")
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": json.dumps(documents()).encode()}
+
+    async def note(message):
+        sent.append(message)
+
+    with pytest.raises(RuntimeError, match="boom"):
+        asyncio.run(Guard(Inner(error=RuntimeError("boom")))(SCOPE, receive, note))
+    answer = Answer(sent)
+    assert answer.status == 500 and answer.headers["x-rerank-version"] == "0123456789ab"
+    assert answer.headers["x-request-id"] in answer.message and "boom" not in answer.message
+
+
+def test_a_client_that_reads_slowly_is_no_slow_call():
+    before = metric("call_seconds_sum")
+
+    async def main():
+        async def receive():
+            return {"type": "http.request", "body": json.dumps(documents()).encode()}
+
+        async def reads_slowly(message):
+            await asyncio.sleep(0.5 if message["type"] == "http.response.body" else 0)
+
+        await Guard(Inner())(SCOPE, receive, reads_slowly)
+
+    asyncio.run(main())
+    assert 0 < metric("call_seconds_sum") - before < 0.3
 
 
 def test_stop_of_several_processes_ends_before_the_parent_kills_them(monkeypatch):
