@@ -3,6 +3,7 @@
 Used by server_guard.py inside the server and by vllm_usage.py. Needs nothing but a tokenizer.
 """
 
+import math
 import unicodedata
 from bisect import bisect_right
 from collections import Counter
@@ -73,18 +74,24 @@ class Fitter:
     def fits_surely(self, query: str, document: str, instruction: str | None = None) -> bool:
         """A cheap yes for the common short pair; False means that fit() must count."""
         texts = (query, document, instruction or "")
-        if not all(unicodedata.is_normalized(self.form, text) for text in texts):
-            return False  # normalising may lengthen a text
+        return self.frame_tokens + sum(map(self._most_tokens, texts)) < self.max_length
+
+    def _most_tokens(self, text: str) -> float:
+        """More tokens than a text can have: one for each byte of what the tokenizer's normalizer makes of it."""
+        if self.form == "NFKC":
+            text = unicodedata.normalize("NFKC", text)
+        elif not unicodedata.is_normalized("NFC", text):
+            return math.inf  # normalising may lengthen it
         # A neutralised control token is longer by one byte than it was.
-        return self.frame_tokens + sum(len(t.encode()) + t.count("<") for t in texts) < self.max_length
+        return len(text.encode()) + text.count("<")
 
     def _fits_beside(self, query: str, document: str, instruction: str | None) -> bool:
         """A cheap yes for a short document beside a long query, whose tokens are counted once for a whole call."""
-        if self.separate or not unicodedata.is_normalized(self.form, document):
+        if self.separate:
             return False
         # 16: tokens that may come out otherwise where the texts touch.
         room = self.max_length - self._beside(query, instruction) - 16
-        return len(document.encode()) + document.count("<") <= room
+        return self._most_tokens(document) <= room
 
     def _beside(self, query: str, instruction: str | None) -> int:
         """Tokens of a prompt without its document; the last count is kept, since a call has one query."""

@@ -100,6 +100,7 @@ def test_fits_surely_knows_normalizers_that_write_characters_out():
     fitted = made.fit("q", document)
     assert fitted[2] and len(made._ids(*fitted[:2], None)) <= LENGTH
     assert made.fits_surely("q", "short")
+    assert made.fits_surely("q", "，。！" * 9), "full-width punctuation gets shorter: Chinese texts need no count"
 
 
 def test_windows_leave_a_query_whole_that_leaves_room(checkpoints):
