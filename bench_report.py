@@ -200,7 +200,8 @@ def table_line(row: dict) -> str:
 def cost_lines(about: dict, rows: list[dict], price_per_hour: float | None, targets: list[float] | None) -> list[str]:
     """What a million pairs cost at each level, and how many GPUs each target rate (pairs/s) needs."""
     gpus, services, out = gpus_of(about.get("server_flags")), about.get("services", 1), []
-    unit, each = ("GPUs", gpus * services) if gpus else ("copies of this service", 1)
+    these = "these services" if services > 1 else "this service"
+    unit, each = ("GPUs", gpus * services) if gpus else (f"copies of {these}", 1)
     for row in rows:
         cells = [f"{row['endpoint']} {row['mode']} {row['level']:g}: {row['pairs/s']:.1f} pairs/s"]
         cells.append("p95 -" if row["p95_ms"] is None else f"p95 {row['p95_ms']:.3g} ms")
@@ -216,7 +217,7 @@ def cost_lines(about: dict, rows: list[dict], price_per_hour: float | None, targ
     if targets:
         size = f"{each} GPU each" if gpus else "its GPUs are not known from here: run it on the server's host"
         out.append(
-            f"assumed: copies of this service ({size}), every copy as fast as this one and loaded as in its "
+            f"assumed: copies of {these} ({size}), every copy as fast as this one and loaded as in its "
             "row, calls spread evenly, CPU cores and memory growing along; no spare for peaks or a copy that fails"
         )
     return out

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import env_utils
+import model_utils
 from resources import SharedResources
 
 KIT = Path(__file__).resolve().parents[1]
@@ -31,7 +32,7 @@ SETTINGS = {*env_utils.FIELDS, "VLLM_API_KEY", "KIT_ENV_FILE"}
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch, tmp_path):
     """No setting of this shell or of a .env beside the kit reaches a test."""
-    for key in SETTINGS:
+    for key in [*SETTINGS, *(key for key in os.environ if key.startswith("GUARD_"))]:
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("KIT_ENV_FILE", str(tmp_path / "no.env"))
 
@@ -49,10 +50,11 @@ def nothing_is_left_open():
 
 @pytest.fixture(autouse=True)
 def closed_sessions():
-    """The client's connections end with their test."""
+    """The client's connections end with their test, and what it knows of a server: ports come again."""
     yield
     SharedResources.close_local_rerank_client()
     SharedResources._endpoints.clear()
+    model_utils._aliases.clear()
 
 
 def free_port() -> int:

@@ -1,7 +1,7 @@
 """The guard in a service with two API processes: `python -m pytest -m soak tests/test_api_processes.py`, 1 minute.
 
 Not in CI: it needs a server of its own. That the metrics add up and each process takes its share is tested without
-vLLM in test_server_guard.py.
+vLLM in test_guard_load.py.
 """
 
 import json

@@ -22,7 +22,7 @@ import yaml
 from conftest import KIT, free_port, kit_environment
 from conftest import http as call
 from fake_kit import FakeKit
-from test_server_guard import Inner, one
+from guard_app import Inner, one
 
 from env_utils import FIELDS, PASSED_ON, EnvConfig, load_env
 from server_guard import Guard

@@ -3,6 +3,7 @@
 # ruff: noqa: F401, F811 (a fixture is imported, then named as an argument)
 
 import asyncio
+import functools
 import inspect
 import json
 import math
@@ -654,7 +655,10 @@ def test_a_failure_ends_what_has_not_been_sent(serve, config, monkeypatch):
     assert time.monotonic() - began < 5 and caught.value.status_code == 400
 
 
-def test_ctrl_c_does_not_wait_for_answers(serve, config):
+def test_ctrl_c_does_not_wait_for_answers(serve, config, request):
+    # A test run in the background of a shell inherits an ignored SIGINT.
+    request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config(client_concurrency=4, client_batch_size=1)
     server = serve(default=slow(3))
     began = time.monotonic()
