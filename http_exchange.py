@@ -210,7 +210,7 @@ class _Tracked:
         except (OSError, UnicodeError):
             found = ()  # urllib3 says it in its own words
         addresses = list(dict.fromkeys(info[4][0] for info in found))
-        if len(addresses) < 2:
+        if not addresses:
             return super()._new_conn()
         name = self._dns_host
         try:

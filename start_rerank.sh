@@ -240,7 +240,9 @@ do_start() {
   say "starting: PID $pid, log $LOG_FILE"
   trap 'warn "interrupted; the server goes on loading, \"stop\" ends it"; exit 130' INT
   "$PY" "$KIT/service_health.py" wait "$pid" "$LOG_FILE"
-  case $? in
+  waited=$?
+  trap 'exit 130' INT
+  case $waited in
     0)
       if [ "$STARTUP_CHECK" = 1 ] && [ "$NODE_RANK" = 0 ]; then
         "$PY" "$KIT/check_rerank.py" --quiet >&2

@@ -395,18 +395,23 @@ def rotate_if_large(log: Path, limit: int, keep: int) -> bool:
     return True
 
 
+def _held_port(cfg: EnvConfig):
+    """The port of a service is its own while this is open; a headless node has none."""
+    return nullcontext() if is_headless(cfg) else hold_port(cfg)
+
+
 def run_in_foreground(cfg: EnvConfig) -> int:
     """For `start_rerank.sh run` with several servers: supervise them in a session of its own, without restarts.
 
     This process waits and hands TERM and INT on; systemd or a container runtime restarts it.
     """
     plan = make_plan(replace(cfg, restart="no"))
-    holder = None if is_headless(cfg) else hold_port(cfg)  # noqa: F841 (held until this process ends)
-    child = os.fork()
-    if child == 0:
-        os.setsid()
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-        os._exit(Supervisor(plan, foreground=True).run())
+    with _held_port(cfg):
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+            os._exit(Supervisor(plan, foreground=True).run())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os.kill(child, signal.SIGTERM))
     while True:  # as PID 1 of a container it gets other processes' children too
@@ -435,7 +440,7 @@ def main(argv: list[str]) -> int:
             return 2
         os.setsid()  # a closing terminal does not reach it, and stop finds all that is in it
         plan = make_plan(cfg)
-        with hold_port(cfg) if not is_headless(cfg) else nullcontext():
+        with _held_port(cfg):
             return Supervisor(plan).run()
     except ConfigError as exc:
         print(f"ConfigError: {exc}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Stand-in for the vllm program, for ends that the real one reaches rarely. FAKE_MODE says what it does:
 ok, die (FAKE_LOG on stderr), slow (never ready, deaf to TERM), stubborn (ignores TERM), family (a child outlives it).
+FAKE_WARM_S: each call of 64 documents, as the burst before ready has them, takes so long.
 FAKE_LOAD_S: it binds the port at once and listens so much later, as vLLM does while it loads.
 It dies at start while the file FAKE_DIE exists, and refuses calls with 429 while FAKE_BUSY does; its counters grow then
 only if that file says so."""
@@ -47,6 +48,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(401, {"error": "no key"})
         if os.path.exists(BUSY):
             return self.answer(429, {"error": "busy"})
+        if len(body["documents"]) == 64:
+            time.sleep(float(os.environ.get("FAKE_WARM_S", "0")))
         results = [
             {"index": i, "relevance_score": 0.5, "document": {"text": d}} for i, d in enumerate(body["documents"])
         ]

@@ -118,6 +118,24 @@ def test_reference_bytes_counts_every_shard(checkpoints):
     assert reference_bytes(Checkpoint(checkpoints["qwen3"].parent, {}, (), None)) == 0
 
 
+def test_a_busy_service_is_asked_again(cfg, monkeypatch, capsys):
+    """Callers may have found the service first. What nobody could see is no fault: start ends nothing for it."""
+    refusals = iter([429, 503, 429])
+
+    def busy_at_first(*args, **kwargs):
+        status = next(refusals, None)
+        return (status, b"busy") if status else REAL(*args, **kwargs)
+
+    monkeypatch.setattr(check_rerank, "request", busy_at_first)
+    assert faults(cfg) == {} and next(refusals, None) is None
+    monkeypatch.setattr(check_rerank, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(check_rerank, "get_config", lambda: cfg)
+    for status, code in ((429, 4), (500, 1)):
+        monkeypatch.setattr(check_rerank, "request", lambda *_, status=status, **__: (status, b"x"))
+        assert check_rerank.main(["--quiet"]) == code
+        assert f"/v1/models answers {status}" in capsys.readouterr().out
+
+
 def test_no_server_is_one_line(monkeypatch):
     done = run_kit("check", PORT=1)
     assert done.returncode == 4 and done.stdout.startswith("FAILED  no answer to check"), done.stdout

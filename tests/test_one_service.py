@@ -12,8 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import KIT, run_kit, until
-from fake_kit import alive, session_of
+from conftest import KIT, kit_environment, run_kit, until
+from fake_kit import FakeKit, alive
 
 import engine_args
 import env_utils
@@ -193,8 +193,8 @@ def test_a_file_of_another_user_is_a_configuration_error(monkeypatch, capsys, tm
     def closed(*_, **__):
         raise PermissionError(13, "Permission denied", str(tmp_path))
 
-    monkeypatch.setattr(engine_args, "make_plan", closed)
-    monkeypatch.setattr("pathlib.Path.read_text", closed)
+    # The checkpoint, or the settings file.
+    monkeypatch.setattr(*((engine_args, "make_plan") if program is engine_args else (Path, "read_text")), closed)
     assert program.main(["check" if program is engine_args else "shell"]) == 6
     said = capsys.readouterr().err
     assert said.startswith("ConfigError: ") and str(tmp_path) in said and "Permission denied" in said
@@ -231,21 +231,41 @@ def test_ready_waits_for_the_burst(monkeypatch, state, ready):
     assert clock.now >= 60 or (clock.now < 1) == (state == "ready")
 
 
-def test_a_busy_service_is_not_stopped_for_scores_that_nobody_saw(kit, tmp_path, monkeypatch):
-    import check_rerank
+def test_start_and_status_wait_for_the_burst_of_a_gpu(tmp_path, checkpoints):
+    """With nvidia-smi of a GPU that is not here; the supervisor is the real one."""
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559'\n")
+    smi.chmod(0o755)
+    gpu = FakeKit(tmp_path, checkpoints["qwen3"], version="0.32.0")
+    gpu.settings |= {"PATH": f"{smi.parent}:{os.environ['PATH']}", "ENGINES_PER_GPU": 1, "FAKE_WARM_S": 8}
+    try:
+        assert gpu("start", START_TIMEOUT_S=3).returncode == 1
+        until(lambda: gpu.state["state"] == "warming up")
+        status = gpu("status")
+        assert status.returncode == 150 and "loading: warming up" in status.stdout
+        assert gpu("wait").returncode == 0
+        assert gpu.state["state"] == "ready" and gpu.state["ready_since"] - gpu.state["server_began"] > 8
+    finally:
+        gpu("stop")
 
-    busy = tmp_path / "busy"
-    busy.write_text("grow")
-    assert kit("start", FAKE_BUSY=busy).returncode == 0
-    cfg = get_config(port=kit.settings["PORT"])
-    monkeypatch.setattr(check_rerank, "PATIENCE_S", 1.0)
-    began = time.monotonic()
-    with pytest.raises(check_rerank.NoAnswer, match="answers 429"):
-        check_rerank.score(cfg, "q", "d")
-    assert 1 <= time.monotonic() - began < 5
-    pid = kit.pid
-    assert pid in session_of(pid)
-    until(lambda: kit.state["state"] == "ready")
+
+def test_ctrl_c_while_start_waits_says_what_goes_on(kit):
+    env = kit_environment(**kit.settings, FAKE_LOAD_S=20)
+    with subprocess.Popen(
+        ["dash", KIT / "start_rerank.sh", "start"],
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where a shell runs this behind it
+    ) as start:
+        until(kit.pid_file.with_suffix(".state").exists)
+        time.sleep(1)
+        os.killpg(start.pid, signal.SIGINT)  # as a terminal does
+        said = start.communicate(timeout=20)[1]
+    assert start.returncode == 130 and "the server goes on loading" in said
+    assert alive(kit.server_pid) and kit("stop").returncode == 0
 
 
 @pytest.mark.parametrize(("code", "stays"), [(0, True), (4, True), (1, False)])
