@@ -254,8 +254,8 @@ def run_file(args: argparse.Namespace, plan: Plan) -> int:
 def leave(code: int) -> None:
     """End the process with this exit code.
 
-    Not by sys.exit() once vLLM is loaded: with 0.26 on an H100 the interpreter's teardown aborts ("terminate called
-    without an active exception", exit code 134) after all work is done.
+    Not by sys.exit() once vLLM is loaded: the interpreter's teardown can abort ("terminate called without an active
+    exception", exit code 134) after all work is done; seen with 0.26 on an H100 and, rarely, with 0.32 on a CPU.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -32,6 +32,7 @@ from fake_kit import session_of  # noqa: E402
 import env_utils  # noqa: E402
 
 KEY = "a-key-that-no-log-may-show"
+FAIL_TIMEOUT_S = 10  # of nginx-upstream.conf
 TOLERANCE = 1e-5  # float32; vLLM's batches differ from call to call
 WORDS = [
     "capital",
@@ -152,7 +153,7 @@ class Nginx:
         """Edit the lists of servers, as a person does; port 1 stands in for an empty one."""
         upstream = (KIT / "deploy/nginx-upstream.conf").read_text()
         for ports, first in ((a, 11438), (b, 11448)):
-            line = "    server 127.0.0.1:{} max_fails=3 fail_timeout=10s;\n"
+            line = "    server 127.0.0.1:{} max_fails=3 fail_timeout=" + f"{FAIL_TIMEOUT_S}s;\n"
             old = "".join(line.format(first + i) for i in range(2))
             assert upstream.count(old) == 1
             upstream = upstream.replace(old, "".join(line.format(port) for port in ports or [1]))
@@ -373,7 +374,10 @@ def stop_engine(replicas: list[Replica], nginx: Nginx) -> None:
 
 
 def roll(replicas: list[Replica], nginx: Nginx) -> None:
-    for replica in replicas:
+    """As docs/fleet.md says: the next one only when nginx asks the one before it again."""
+    for number, replica in enumerate(replicas):
+        if number:
+            time.sleep(FAIL_TIMEOUT_S)
         replica.kit("restart")
 
 

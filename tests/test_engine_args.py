@@ -164,6 +164,10 @@ def test_one_engine_needs_no_nodes(checkpoints):
     assert "--distributed-executor-backend" not in serve_args(plan(checkpoints, GPU4, tp=2, dp=2))
     args = serve_args(plan(checkpoints, GPU4, dp=2, extra_args="--distributed-executor-backend mp"))
     assert args.count("--distributed-executor-backend") == 1
+    steps = {
+        n: flag(serve_args(plan(checkpoints, GPU4, engines_per_gpu=n)), "--max-num-batched-tokens") for n in (1, 3)
+    }
+    assert steps == {1: "24576", 3: "8192"}
     args = serve_args(plan(checkpoints, GPU4, dp=2, engines_per_gpu=1))
     assert flag(args, "--distributed-executor-backend") == "uni"
     assert not [word for word in args if word.startswith("--data-parallel-") and word != "--data-parallel-size"]

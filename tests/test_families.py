@@ -155,15 +155,16 @@ OFFLINE = """
 import json, sys
 import engine_args
 from env_utils import get_config
-from vllm_usage import OfflineReranker, Pair
+from vllm_usage import OfflineReranker, Pair, leave
 if __name__ == "__main__":
     texts, out = json.load(sys.stdin)
     plan = engine_args.make_plan(get_config())
-    reranker = OfflineReranker(plan)
     pairs = [Pair(*text) for text in texts]
-    results = [vars(r) for r in reranker.score(pairs)]
-    ids = [p.ids for p in reranker.encoder.encode(pairs)]
-    json.dump([results, ids], open(out, "w"))
+    with OfflineReranker(plan) as reranker, open(out, "w") as file:
+        results = [vars(r) for r in reranker.score(pairs)]
+        ids = [p.ids for p in reranker.encoder.encode(pairs)]
+        json.dump([results, ids], file)
+    leave(0)
 """
 
 

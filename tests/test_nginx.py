@@ -70,6 +70,8 @@ def test_errors_of_nginx_have_the_form_of_the_service(nginx):
     base, body = f"http://127.0.0.1:{nginx.port}", {"query": "q", "documents": ["d"]}
     status, answer = http("POST", f"{base}/v1/rerank", body)
     assert (status, answer["error"]["code"]) == (502, 502) and "no replica" in answer["error"]["message"]
+    asked = [post(nginx.port, ["d"], path=path)[1] for path in ("/v1/rerank", "/metrics")]
+    assert [headers.get("Retry-After") for headers in asked] == ["2", None] and all(h["X-Request-ID"] for h in asked)
     status, answer = http("POST", f"{base}/v1/rerank", {"query": "q", "documents": ["x" * (33 * 2**20)]})
     assert status == 413 and answer["error"]["type"] == "ContentTooLargeError"
     for path in ("/metrics", "/load"):
@@ -116,12 +118,14 @@ def test_switch_refuses_what_is_not_ready(nginx):
 # --- two real services ------------------------------------------------------------------------------------------------
 
 
-def post(port: int, documents: list[str], source: str = "127.0.0.1", **headers) -> tuple[int, HTTPMessage, dict]:
+def post(
+    port: int, documents: list[str], source: str = "127.0.0.1", path: str = "/v1/rerank", **headers
+) -> tuple[int, HTTPMessage, dict]:
     """(status, headers, answer) of one rerank call over http."""
     connection = HTTPConnection("127.0.0.1", port, timeout=60, source_address=(source, 0))
     body = json.dumps({"model": "qwen3-reranker", "query": "capital", "documents": documents})
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **headers}
-    connection.request("POST", "/v1/rerank", body, headers)
+    connection.request("POST", path, body, headers)
     answer = connection.getresponse()
     text = answer.read()
     connection.close()

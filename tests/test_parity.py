@@ -42,15 +42,16 @@ def offline(checkpoints, tmp_path_factory):
 import json, sys
 from engine_args import make_plan
 from env_utils import get_config
-from vllm_usage import OfflineReranker, Pair
+from vllm_usage import OfflineReranker, Pair, leave
 if __name__ == "__main__":
-    reranker = OfflineReranker(make_plan(get_config()))
     result = []
-    for instruction, texts in json.load(sys.stdin):
-        pairs = [Pair(q, d, instruction) for q, d in texts]
-        prompts = reranker.encoder.encode(pairs)
-        result.append([[r.score for r in reranker.score(pairs)], [p.ids for p in prompts]])
-    json.dump(result, open(sys.argv[1], "w"))
+    with OfflineReranker(make_plan(get_config())) as reranker, open(sys.argv[1], "w") as out:
+        for instruction, texts in json.load(sys.stdin):
+            pairs = [Pair(q, d, instruction) for q, d in texts]
+            prompts = reranker.encoder.encode(pairs)
+            result.append([[r.score for r in reranker.score(pairs)], [p.ids for p in prompts]])
+        json.dump(result, out)
+    leave(0)
 """
     script = out.with_name("offline.py")
     script.write_text(code)
