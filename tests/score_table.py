@@ -31,7 +31,7 @@ VARIANTS = {
     "bfloat16": (("the kit's profile, bfloat16", "kit"),),
 }
 ENGINE = """
-import json, sys
+import json, os, sys
 from vllm import LLM
 if __name__ == "__main__":
     engine, query, documents, templates = json.load(sys.stdin)
@@ -40,7 +40,9 @@ if __name__ == "__main__":
         [o.outputs.score for o in llm.score(query, documents, chat_template=template, use_tqdm=False)]
         for template in templates
     ]
-    json.dump(scores, open(sys.argv[1], "w"))
+    with open(sys.argv[1], "w") as out:
+        json.dump(scores, out)
+    os._exit(0)  # as vllm_usage.leave(): the interpreter's teardown can abort
 """
 
 
