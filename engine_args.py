@@ -240,11 +240,15 @@ def _plan_gpu(plan: Plan, offline: bool) -> None:
     engine["gpu_memory_utilization"] = round(share / plan.engines, 3)
     # 0.6B on an H100, engine alone: 1079 pairs/s with 8192 tokens and 128 pairs a step, 1712 with 65536 and 1024.
     large = offline and plan.machine.gpu_mib > 70_000
-    # Three engines on an H200, p50 at 8 and pairs/s at 8, 16, 64, 150 calls in flight with 24576 tokens a step: 131 ms,
-    # 1967, 2503, 2747, 2787; with 8192: 113 ms, 2217, 2605, 2651, 2720. One engine needs the large steps.
-    tokens, pairs = (65536, 1024) if large else (8192 if plan.engines > 1 else 24576, 256)
-    engine["max_num_batched_tokens"] = cfg.max_num_batched_tokens or max(tokens, engine["max_model_len"])
-    engine["max_num_seqs"] = cfg.max_num_seqs or pairs
+    if large:
+        _plan_steps(plan, 65536, 1024, "offline nobody waits for a large step")
+    elif plan.engines > 1:
+        # Three engines on an H200, p50 at 8 and pairs/s at 8, 16, 64, 150 calls in flight with 24576 tokens a step:
+        # 131 ms, 1967, 2503, 2747, 2787; with 8192: 113 ms, 2217, 2605, 2651, 2720.
+        _plan_steps(plan, 8192, 256, "smaller steps answer a light load sooner, and several engines leave no gaps")
+    else:
+        _plan_steps(plan, 24576, 256, "one engine needs large steps: each has to be launched")
+    why["quantization"] = "QUANTIZATION" if cfg.quantization else "off: it changes scores, docs/performance.md"
     why["gpu_memory_utilization"] = "GPU_MEMORY_UTILIZATION" if cfg.gpu_memory_utilization else "0.85 unless set"
     if plan.copies > 1 and cfg.tp == 1 and not re.search("--(distributed|pipeline|nnodes)", cfg.extra_args):
         # vLLM gives each rank a worker process of its own. H100, 0.6B, two engines on the card, vLLM 0.26: 2069 pairs/s
@@ -256,6 +260,15 @@ def _plan_gpu(plan: Plan, offline: bool) -> None:
         _plan_kv_cache(plan)
     if cfg.cuda_visible_devices is None:
         plan.env["CUDA_VISIBLE_DEVICES"] = ",".join(str(i) for i in range(cfg.tp * cfg.engines_here))
+
+
+def _plan_steps(plan: Plan, tokens: int, pairs: int, reason: str) -> None:
+    """Tokens and pairs of one engine step: what is set, else these."""
+    cfg, engine, why = plan.cfg, plan.engine, plan.why
+    engine["max_num_batched_tokens"] = cfg.max_num_batched_tokens or max(tokens, engine["max_model_len"])
+    engine["max_num_seqs"] = cfg.max_num_seqs or pairs
+    why["max_num_batched_tokens"] = "MAX_NUM_BATCHED_TOKENS" if cfg.max_num_batched_tokens else reason
+    why["max_num_seqs"] = "MAX_NUM_SEQS" if cfg.max_num_seqs else f"{pairs} pairs a step unless set"
 
 
 def _plan_kv_cache(plan: Plan) -> None:
@@ -293,8 +306,7 @@ def _plan_tokenizing(plan: Plan) -> None:
 def _plan_cpu(plan: Plan) -> None:
     """CPU build: all cores, a KV cache that fits, no compilation (it costs 25 s of every first start)."""
     cfg, engine, why, cores = plan.cfg, plan.engine, plan.why, plan.machine.cores
-    engine["max_num_batched_tokens"] = cfg.max_num_batched_tokens or max(4096, engine["max_model_len"])
-    engine["max_num_seqs"] = cfg.max_num_seqs or 128
+    _plan_steps(plan, 4096, 128, "a CPU is busy with small steps")
     engine["enforce_eager"] = True
     if cfg.dtype == "auto":
         # vLLM's own choice is float16 where a checkpoint is float32, which this CPU build computes many times slower.

@@ -13,7 +13,7 @@ from conftest import self_signed
 import engine_args
 import machine
 import network_checks
-from engine_args import Machine, NoVllm, make_plan, serve_args
+from engine_args import Machine, NoVllm, explain, make_plan, serve_args
 from env_utils import ConfigError, get_config
 from model_files import content_id
 
@@ -81,6 +81,18 @@ def test_settings_reach_vllm(checkpoints):
     }
     assert {name: flag(args, name) for name in wanted} == wanted
     assert args[-4:] == ["--seed", "5", "--foo", "a b"]
+
+
+def test_steps_fit_the_engines_and_cfg_says_why(checkpoints):
+    one, three = (plan(checkpoints, GPU4, engines_per_gpu=n) for n in (1, 3))
+    own = plan(checkpoints, GPU4, engines_per_gpu=3, max_num_batched_tokens=999, max_num_seqs=7, quantization="fp8")
+    plans = (one, three, own, plan(checkpoints))
+    steps = [(p.engine["max_num_batched_tokens"], p.engine["max_num_seqs"]) for p in plans]
+    assert steps == [(24576, 256), (8192, 256), (999, 7), (4096, 128)]
+    assert "max_num_batched_tokens: 8192 (smaller steps" in explain(three)
+    assert "max_num_seqs: 256 (256 pairs a step unless set)\nquantization: off" in explain(three)
+    said = "max_num_batched_tokens: 999 (MAX_NUM_BATCHED_TOKENS)\nmax_num_seqs: 7 (MAX_NUM_SEQS)\nquantization: fp8 ("
+    assert said in explain(own)
 
 
 def test_first_gpus_are_taken_when_none_are_named(checkpoints):
@@ -164,10 +176,6 @@ def test_one_engine_needs_no_nodes(checkpoints):
     assert "--distributed-executor-backend" not in serve_args(plan(checkpoints, GPU4, tp=2, dp=2))
     args = serve_args(plan(checkpoints, GPU4, dp=2, extra_args="--distributed-executor-backend mp"))
     assert args.count("--distributed-executor-backend") == 1
-    steps = {
-        n: flag(serve_args(plan(checkpoints, GPU4, engines_per_gpu=n)), "--max-num-batched-tokens") for n in (1, 3)
-    }
-    assert steps == {1: "24576", 3: "8192"}
     args = serve_args(plan(checkpoints, GPU4, dp=2, engines_per_gpu=1))
     assert flag(args, "--distributed-executor-backend") == "uni"
     assert not [word for word in args if word.startswith("--data-parallel-") and word != "--data-parallel-size"]
