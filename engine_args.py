@@ -265,7 +265,9 @@ def _plan_gpu(plan: Plan, offline: bool) -> None:
 def _plan_steps(plan: Plan, tokens: int, pairs: int, reason: str) -> None:
     """Tokens and pairs of one engine step: what is set, else these."""
     cfg, engine, why = plan.cfg, plan.engine, plan.why
-    engine["max_num_batched_tokens"] = cfg.max_num_batched_tokens or max(tokens, engine["max_model_len"])
+    if engine["max_model_len"] > tokens:
+        tokens, reason = engine["max_model_len"], "no less than max_model_len"
+    engine["max_num_batched_tokens"] = cfg.max_num_batched_tokens or tokens
     engine["max_num_seqs"] = cfg.max_num_seqs or pairs
     why["max_num_batched_tokens"] = "MAX_NUM_BATCHED_TOKENS" if cfg.max_num_batched_tokens else reason
     why["max_num_seqs"] = "MAX_NUM_SEQS" if cfg.max_num_seqs else f"{pairs} pairs a step unless set"

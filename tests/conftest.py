@@ -30,6 +30,12 @@ SETTINGS = {*env_utils.FIELDS, "VLLM_API_KEY", "KIT_ENV_FILE"}
 
 
 @pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """A shell ignores SIGINT for what it runs in the background, and children inherit it; --tune keeps its handler."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
 def clean_environment(monkeypatch, tmp_path):
     """No setting of this shell or of a .env beside the kit reaches a test."""
     for key in [*SETTINGS, *(key for key in os.environ if key.startswith("GUARD_"))]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import csv
-import functools
 import itertools
 import json
 import os
@@ -606,10 +605,8 @@ def test_ctrl_c_prints_what_was_measured_and_exits_130(load, processes, tmp_path
     argv += ["--processes", processes]
     with serving(slow(0.05)) as service:
         command = [sys.executable, "bench_rerank.py", "--base-url", service.url, *argv]
-        # A shell ignores SIGINT for what it runs in the background, and children inherit that: undo it.
-        default_int = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        with subprocess.Popen(command, cwd=KIT, preexec_fn=default_int, start_new_session=True, **pipes) as process:
+        with subprocess.Popen(command, cwd=KIT, start_new_session=True, **pipes) as process:
             lines = []
             while not (lines and lines[-1].startswith("rerank")):
                 lines.append(process.stdout.readline())
@@ -634,9 +631,8 @@ def test_ctrl_c_while_client_processes_start(wait_s):
     with serving(slow(0.05)) as service:
         argv = ["--endpoint", "rerank", "--docs", "4", "--concurrency", "4", "--seconds", "60", "--processes", "2"]
         command = [sys.executable, "bench_rerank.py", "--base-url", service.url, *argv]
-        default_int = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-        with subprocess.Popen(command, cwd=KIT, preexec_fn=default_int, **pipes) as process:
+        with subprocess.Popen(command, cwd=KIT, **pipes) as process:
             while "running with 2" not in process.stderr.readline():
                 pass
             time.sleep(wait_s)

@@ -368,8 +368,6 @@ def test_tune_through_the_script_with_an_interrupt(tunable_kit, tmp_path, monkey
 
     # Ctrl-C while a candidate starts: the service is as before.
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    # A test run in the background of a shell inherits an ignored SIGINT.
-    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(command, env=kit_environment(**kit.settings), **pipes) as process:
         wait_for(lambda: state_file.exists() and json.loads(state_file.read_text())["tried"])
         wait_for(lambda: not kit.pid_file.exists() or kit.state.get("command") != before["command"])

@@ -93,6 +93,8 @@ def test_steps_fit_the_engines_and_cfg_says_why(checkpoints):
     assert "max_num_seqs: 256 (256 pairs a step unless set)\nquantization: off" in explain(three)
     said = "max_num_batched_tokens: 999 (MAX_NUM_BATCHED_TOKENS)\nmax_num_seqs: 7 (MAX_NUM_SEQS)\nquantization: fp8 ("
     assert said in explain(own)
+    engine_args._plan_steps(three, three.engine["max_model_len"] - 1, 8, "small")
+    assert "max_num_batched_tokens: 2048 (no less than max_model_len)" in explain(three)
 
 
 def test_first_gpus_are_taken_when_none_are_named(checkpoints):

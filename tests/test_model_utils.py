@@ -655,10 +655,7 @@ def test_a_failure_ends_what_has_not_been_sent(serve, config, monkeypatch):
     assert time.monotonic() - began < 5 and caught.value.status_code == 400
 
 
-def test_ctrl_c_does_not_wait_for_answers(serve, config, request):
-    # A test run in the background of a shell inherits an ignored SIGINT.
-    request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def test_ctrl_c_does_not_wait_for_answers(serve, config):
     config(client_concurrency=4, client_batch_size=1)
     server = serve(default=slow(3))
     began = time.monotonic()

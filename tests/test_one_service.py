@@ -258,7 +258,6 @@ def test_ctrl_c_while_start_waits_says_what_goes_on(kit):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where a shell runs this behind it
     ) as start:
         until(kit.pid_file.with_suffix(".state").exists)
         time.sleep(1)

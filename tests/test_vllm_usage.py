@@ -504,8 +504,6 @@ def test_real_file_run_interrupted_and_resumed(checkpoints, tmp_path):
         env=kit_environment(**settings),
         stderr=subprocess.PIPE,
         text=True,
-        # A test run in the background of a shell inherits an ignored SIGINT.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 240
     while not (output.exists() and output.stat().st_size) and time.monotonic() < deadline and first.poll() is None:
