@@ -1,9 +1,9 @@
 #!/bin/sh
 # The reranker service: set up, start, watch and stop one `vllm serve`.
-#   sh start_rerank.sh setup|demo|start|run|stop|restart|wait|status|check|tail|cfg|python|help
-# setup installs, demo shows all of it once, run serves in the foreground, wait blocks until ready or dead, status tells
-# (--json), check proves the scores (--reference: against transformers), cfg explains the settings and the command, python
-# prints the Python that serves.
+#   sh start_rerank.sh setup|demo|start|run|stop|restart|wait|wait-for|status|healthy|check|tail|cfg|python|help
+# setup installs, demo shows all of it once, run serves in the foreground, wait blocks until ready or dead (wait-for PID:
+# a server that run became), status tells (--json), healthy asks /health, check proves the scores (--reference: against
+# transformers), cfg explains the settings and the command, python prints the Python that serves.
 # Settings: environment > .env > default, see .env.example. Values come from env_utils.py, never from here.
 # Exit codes: 0 done, 1 failed, 2 usage, 5 vllm not installed, 6 not configured;
 # status: 0 ready, 1 dead with a PID file, 3 not running, 4 of another host or user, 150 alive but loading;
@@ -25,7 +25,7 @@ die() { code=$1; shift; err "$*"; exit "$code"; }
 fits() {
   [ -x "$1" ] || return 1
   case $1 in "$VENV"/*) [ -f "$DONE_FILE" ] || return 1 ;; esac
-  "$1" -c 'import sys
+  "$1" -P -c 'import sys
 from importlib.metadata import version
 v = tuple(int(n) for n in version("vllm").split("+")[0].split(".")[:2])
 sys.exit(not (v >= (0, 26) and sys.version_info >= (3, 11)))' 2>/dev/null
@@ -39,6 +39,7 @@ find_python() {
   HAVE_VLLM=yes
   if [ -n "${PYTHON:-}" ]; then
     PY=$(command -v "$PYTHON") || die 5 "PYTHON=$PYTHON is no program"
+    new_enough "$PY" || die 5 "PYTHON=$PYTHON is no Python 3.11 to 3.14, which the kit needs: set another one, or unset PYTHON"
     fits "$PY" || HAVE_VLLM=
     return 0
   fi
@@ -53,10 +54,15 @@ find_python() {
   die 5 "Python 3.11 to 3.14 is needed and none is on PATH: install one (e.g. apt install python3.11 python3.11-venv)"
 }
 
+# A module of the kit by this Python; -P: the caller's folder is not searched for modules.
+kit() { module=$1; shift; PYTHONPATH=$KIT${PYTHONPATH:+:$PYTHONPATH} "$PY" -P -m "rerank_kit.$module" "$@"; }
+
+# The same in the place of this shell.
+become_kit() { module=$1; shift; exec env PYTHONPATH="$KIT${PYTHONPATH:+:$PYTHONPATH}" "$PY" -P -m "rerank_kit.$module" "$@"; }
+
 load_config() {
   values=$("$PY" "$KIT/env_utils.py" shell) || exit 6
-  eval "$values"
-  "$PY" "$KIT/env_utils.py" warnings | while read -r line; do [ -z "$line" ] || warn "$line"; done
+  eval "$values" # KEY='value' lines, and warn 'text' for each line of .env that nothing reads
   PID_FILE=$LOG_DIR/rerank-$PORT.pid
   STATE_FILE=$LOG_DIR/rerank-$PORT.state
   LOCK_FILE=$LOG_DIR/rerank-$PORT.lock
@@ -64,7 +70,7 @@ load_config() {
 }
 
 need_vllm() {
-  [ -n "$HAVE_VLLM" ] || { "$PY" "$KIT/engine_args.py" vllm; exit 5; }
+  [ -n "$HAVE_VLLM" ] || { kit serving.command vllm; exit 5; }
 }
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -78,7 +84,7 @@ born() {
   [ "$1" != Z ] && shift 19 && printf '%s\n' "$1"
 }
 
-# Where a PID means the process that was meant: host, boot, PID namespace (service_health.py, this_machine).
+# Where a PID means the process that was meant: host, boot, PID namespace (this_machine() in rerank_kit/processes.py).
 this_machine() {
   printf '%s:%s:%s' "$(uname -n)" "$(cat /proc/sys/kernel/random/boot_id)" "$(readlink /proc/self/ns/pid)"
 }
@@ -193,7 +199,7 @@ do_setup() {
       *) say "setup: using the vLLM of $PY, nothing is installed into it"; return 0 ;;
     esac
   fi
-  [ -z "${PYTHON:-}" ] || { "$PY" "$KIT/engine_args.py" vllm; die 5 "PYTHON=$PYTHON has no fitting vLLM: install it there, or unset PYTHON"; }
+  [ -z "${PYTHON:-}" ] || { kit serving.command vllm; die 5 "PYTHON=$PYTHON has no fitting vLLM: install it there, or unset PYTHON"; }
   new_enough "$PY" || die 5 "Python 3.11 to 3.14 is needed, $PY is another one"
   began=$(date +%s)
   # A CPU torch would pass for the GPU build's: another kind starts from nothing.
@@ -221,7 +227,7 @@ do_start() {
     [ $? = 130 ] && return 130
     return 1
   fi
-  if pid=$("$PY" "$KIT/service_status.py" server-pid); then
+  if pid=$(kit serving.status server-pid); then
     die 1 "PID $pid serves without its supervisor, which was killed: run \"sh start_rerank.sh restart\""
   fi
   if [ -n "$(session_pids)" ]; then
@@ -229,23 +235,23 @@ do_start() {
     kill_session || die 1 "processes do not end: $(session_pids | tr '\n' ' ')"
   fi
   rm -f "$PID_FILE"
-  "$PY" "$KIT/engine_args.py" check || exit $?
-  "$PY" "$KIT/supervisor.py" rotate || die 1 "$LOG_FILE cannot be rotated"
+  kit serving.command check || exit $?
+  kit serving.supervisor rotate || die 1 "$LOG_FILE cannot be rotated"
   (umask 077; : >"$LOG_FILE") || die 1 "$LOG_FILE cannot be written"
   rm -f "$STATE_FILE"
   # HUP is ignored from the first moment: the supervisor leaves this session only when Python runs.
-  (trap '' HUP; exec "$PY" "$KIT/supervisor.py") </dev/null >>"$LOG_FILE" 2>&1 &
+  (trap '' HUP; become_kit serving.supervisor) </dev/null >>"$LOG_FILE" 2>&1 &
   pid=$!
   (umask 077; printf '%s %s %s\n' "$pid" "$(born "$pid")" "$(this_machine)" >"$PID_FILE") || { kill -TERM "$pid"; die 1 "$PID_FILE cannot be written: is the disk full?"; }
   say "starting: PID $pid, log $LOG_FILE"
   trap 'warn "interrupted; the server goes on loading, \"stop\" ends it"; exit 130' INT
-  "$PY" "$KIT/service_health.py" wait "$pid" "$LOG_FILE"
+  kit serving.health wait "$pid" "$LOG_FILE"
   waited=$?
   trap 'exit 130' INT
   case $waited in
     0)
       if [ "$STARTUP_CHECK" = 1 ] && [ "$NODE_RANK" = 0 ]; then
-        "$PY" "$KIT/check_rerank.py" --quiet >&2
+        kit serving.check --quiet >&2
         case $? in
           0) ;;
           1)
@@ -284,7 +290,7 @@ do_stop() {
   take_lock
   refuse_other_host
   # Without its supervisor, the server itself is told to stop.
-  pid=$(server_pid) || pid=$("$PY" "$KIT/service_status.py" server-pid) || pid=
+  pid=$(server_pid) || pid=$(kit serving.status server-pid) || pid=
   if [ -z "$pid" ] && [ ! -f "$PID_FILE" ]; then say "not running"; return 0; fi
   if [ -n "$pid" ]; then
     say "stopping PID $pid: calls in flight get $STOP_TIMEOUT_S s"
@@ -306,27 +312,32 @@ do_stop() {
 }
 
 do_wait() {
-  pid=$(server_pid 2>/dev/null) || { "$PY" "$KIT/service_status.py"; return; }
-  "$PY" "$KIT/service_health.py" wait "$pid" "$LOG_FILE"
+  pid=$(server_pid 2>/dev/null) || { kit serving.status; return; }
+  kit serving.health wait "$pid" "$LOG_FILE"
   case $? in 0) return 0 ;; 4) return 150 ;; 130) return 130 ;; *) return 1 ;; esac
 }
 
-do_status() { "$PY" "$KIT/service_status.py" "$@"; }
+# For systemd: the server that "run" became, by its PID. Its output goes elsewhere.
+do_wait_for() { kit serving.health wait "$1" /dev/null; }
+
+do_status() { kit serving.status "$@"; }
+
+do_healthy() { kit serving.health healthy; }
 
 do_tail() {
   [ -f "$LOG_FILE" ] || die 1 "no log yet: $LOG_FILE"
   exec tail -n 50 -F "$LOG_FILE"
 }
 
-do_check() { "$PY" "$KIT/check_rerank.py" "$@"; }
+do_check() { kit serving.check "$@"; }
 
-do_cfg() { "$PY" "$KIT/engine_args.py" cfg; }
+do_cfg() { kit serving.command cfg; }
 
 # In the foreground, for systemd and containers: this process becomes the server.
 do_run() {
   need_vllm
-  "$PY" "$KIT/engine_args.py" check || exit $?
-  exec "$PY" "$KIT/engine_args.py" exec
+  kit serving.command check || exit $?
+  become_kit serving.command exec
 }
 
 do_demo() {
@@ -334,7 +345,7 @@ do_demo() {
   device=cpu
   has_gpu && device=gpu
   if ! server_pid >/dev/null; then
-    MODEL_PATH=$("$PY" "$KIT/model_files.py" demo "$device") || exit $?
+    MODEL_PATH=$(kit models.download demo "$device") || exit $?
     export MODEL_PATH
     say "demo: model $MODEL_PATH"
   fi
@@ -356,12 +367,13 @@ usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; }
 
 main() {
   case "$#:$*" in
-    1:* | "2:check --reference" | "2:status --json") ;;
+    1:wait-for | "2:wait-for " | 2:wait-for\ *[!0-9]*) usage >&2; exit 2 ;;
+    1:* | "2:check --reference" | "2:status --json" | 2:wait-for\ *) ;;
     *) usage >&2; exit 2 ;;
   esac
   case $1 in help | -h | --help) usage; exit 0 ;; esac
   case $1 in
-    setup | demo | start | stop | restart | wait | status | check | tail | cfg | run | python) ;;
+    setup | demo | start | stop | restart | wait | wait-for | status | healthy | check | tail | cfg | run | python) ;;
     *) err "unknown action: $1"; usage >&2; exit 2 ;;
   esac
   find_python
@@ -370,6 +382,7 @@ main() {
   case $1 in
     restart) do_stop && do_start ;;
     check | status) action=$1; shift; "do_$action" "$@" ;;
+    wait-for) do_wait_for "$2" ;;
     *) "do_$1" ;;
   esac
 }

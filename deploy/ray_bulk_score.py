@@ -25,6 +25,7 @@ class ShardScorer:
         # vLLM's own processes find the kit's modules too.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [kit, os.environ.get("PYTHONPATH")]))
         from engine_args import make_plan
+
         from env_utils import get_config, passed_on_env
         from vllm_usage import OfflineReranker
 
@@ -34,9 +35,9 @@ class ShardScorer:
 
     def __call__(self, batch: dict) -> dict:
         import numpy
+        from score_files import find_shard, score_shards
 
         from env_utils import ConfigError
-        from score_files import find_shard, score_shards
 
         scored, failed, broken, times = [], [], [], []
         for source, output in zip(batch["source"], batch["output"], strict=True):
@@ -79,8 +80,9 @@ def main() -> int:
     parser.add_argument("--actors", type=int, help="default: GPUs of the cluster / TP; 1 without GPUs")
     args = parser.parse_args()
     sys.path.insert(0, str(KIT))
-    from env_utils import FIELDS, ConfigError, get_config
     from score_files import shard_files
+
+    from env_utils import FIELDS, ConfigError, get_config
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:

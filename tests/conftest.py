@@ -18,15 +18,15 @@ from pathlib import Path
 
 import pytest
 
-import env_utils
-import model_utils
-from resources import SharedResources
+from rerank_kit import settings
+from rerank_kit.client import calls
+from rerank_kit.client.sessions import SharedResources
 
 KIT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent / "stand_ins"), str(Path(__file__).parent)]
 
 # Variables of the developer's own shell that would change what is tested.
-SETTINGS = {*env_utils.FIELDS, "VLLM_API_KEY", "KIT_ENV_FILE"}
+SETTINGS = {*settings.FIELDS, "VLLM_API_KEY", "KIT_ENV_FILE"}
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def closed_sessions():
     yield
     SharedResources.close_local_rerank_client()
     SharedResources._endpoints.clear()
-    model_utils._aliases.clear()
+    calls._aliases.clear()
 
 
 def free_port() -> int:
@@ -87,6 +87,17 @@ def kit_environment(**settings) -> dict[str, str]:
         "KIT_ENV_FILE": "/nonexistent/.env",
         **{k: str(v) for k, v in settings.items()},
     }
+
+
+def copy_kit(target: Path) -> Path:
+    """A copy of what a user has, without environments, models, logs, tests."""
+    target.mkdir(parents=True)
+    for pattern in ("*.py", "*.sh", "requirements*.txt", "pyproject.toml", "README.md"):
+        for file in KIT.glob(pattern):
+            shutil.copy(file, target)
+    for room in ("rerank_kit", "profiles"):
+        shutil.copytree(KIT / room, target / room, ignore=shutil.ignore_patterns("__pycache__"))
+    return target
 
 
 def self_signed(folder: Path) -> dict[str, str]:
@@ -229,7 +240,7 @@ def fleet_client(fleet, monkeypatch):
     """The kit's client of this process knows the key and trusts nginx's certificate."""
     from fleet import use_client
 
-    monkeypatch.setitem(env_utils._cache, "CFG", env_utils.CFG)
+    monkeypatch.setitem(settings._cache, "CFG", settings.CFG)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", fleet.nginx.certificate)
     use_client()
 

@@ -1,0 +1,162 @@
+"""How fast is the cold path, end to end from file to file, and how fast would it be with an engine that costs nothing?
+
+python measurements/cold.py --model FOLDER [--pairs 24000] [--doc-tokens 128] [--runs 3] [--json FILE]
+
+Two rows. "end_to_end": score_shards() with the real engine; every run has its own documents, the prefix cache
+is emptied in between, starting is not counted. "host": the same with an engine core that answers at once with a made-up
+score, after the requests were encoded and the outputs decoded as for the real one: what the Python side can feed.
+Runs on CPU and GPU; the program of another checkout measures that one.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections import deque
+from importlib.metadata import version
+from pathlib import Path
+
+KIT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(KIT), str(KIT / "tests" / "stand_ins")]
+
+from pair_texts import make_pairs
+
+from rerank_kit.engine.plan import plan_engine
+from rerank_kit.offline.files import Shard, score_shards
+from rerank_kit.offline.reranker import OfflineReranker
+from rerank_kit.settings import get_config
+
+STEP = 1024  # outputs that the engine without cost gives at a time, as an H100 does
+
+
+class FreeEngine:
+    """Stands for the engine core of a loaded vllm.LLM while `with` lasts: every request is answered at once."""
+
+    def __init__(self, engine_core, size: int):
+        from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+        from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+        self.core, self.pending = engine_core, deque()
+        self.encoder, self.decoder = MsgpackEncoder(), MsgpackDecoder(EngineCoreOutputs)
+        self.outputs, self.output, self.stop = EngineCoreOutputs, EngineCoreOutput, FinishReason.STOP
+        self.size = size
+        self.n_bytes = 0
+
+    def add_request(self, request) -> None:
+        self.n_bytes += sum(map(len, self.encoder.encode(request)))
+        self.pending.append(request.request_id)
+
+    def get_output(self):
+        import torch
+
+        ids = [self.pending.popleft() for _ in range(min(STEP, len(self.pending)))]
+        if not ids:
+            raise RuntimeError("asked for outputs without any request")
+        scores = torch.full((len(ids), self.size), 0.5)
+        outputs = [
+            self.output(i, [], pooling_output=row, finish_reason=self.stop) for i, row in zip(ids, scores, strict=True)
+        ]
+        return self.decoder.decode(self.encoder.encode(self.outputs(outputs=outputs)))
+
+    def __enter__(self):
+        for name in ("add_request", "get_output"):
+            setattr(self.core, name, getattr(self, name))
+        return self
+
+    def __exit__(self, *_):
+        for name in ("add_request", "get_output"):
+            delattr(self.core, name)
+
+
+def write_pairs(path: Path, args, n_pairs: int, seed: int) -> Path:
+    pairs = make_pairs(args.model / "tokenizer.json", n_pairs, args.doc_tokens, args.docs_per_query, seed)
+    rows = (json.dumps({"query": q, "document": d, "id": i}, ensure_ascii=False) for i, (q, d) in enumerate(pairs))
+    path.write_text("\n".join(rows) + "\n", "utf-8")
+    return path
+
+
+def measure(reranker, source: Path, n_pairs: int) -> dict:
+    """One run over a file: pairs/s, and microseconds a pair of CPU in this process (all threads)."""
+    output = source.with_suffix(".out")
+    output.unlink(missing_ok=True)
+    began, cpu = time.perf_counter(), time.process_time()
+    scored, failed, _ = score_shards(reranker, [Shard(source, output, 0, n_pairs)])
+    wall, cpu = time.perf_counter() - began, time.process_time() - cpu
+    if (scored, failed) != (n_pairs, 0):
+        raise SystemExit(f"{scored} scored, {failed} failed of {n_pairs}")
+    return {"pairs_s": n_pairs / wall, "cpu_us_per_pair": cpu / n_pairs * 1e6}
+
+
+def summary(runs: list[dict]) -> dict:
+    speeds = [run["pairs_s"] for run in runs]
+    return {
+        "pairs_s": statistics.median(speeds),
+        "pairs_s_min": min(speeds),
+        "pairs_s_max": max(speeds),
+        "cpu_us_per_pair": statistics.median(run["cpu_us_per_pair"] for run in runs),
+        "runs": runs,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="checkpoint folder")
+    parser.add_argument("--pairs", type=int, default=24000, help="pairs of one run")
+    parser.add_argument("--host-pairs", type=int, default=24000, help="pairs of one run with the engine without cost")
+    parser.add_argument("--doc-tokens", type=int, default=128)
+    parser.add_argument("--docs-per-query", type=int, default=32)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--host-only", action="store_true", help="leave the real engine out")
+    parser.add_argument("--json", type=Path, help="write the results here too")
+    args = parser.parse_args()
+    args.model = args.model.resolve()
+    plan = plan_engine(get_config(), args.model)
+    result = {
+        "model": args.model.name,
+        "doc_tokens": args.doc_tokens,
+        "docs_per_query": args.docs_per_query,
+        "vllm": plan.machine.vllm_version,
+        "torch": version("torch"),
+        "python": platform.python_version(),
+        "gpus": plan.machine.gpus,
+        "cores": len(plan.machine.cores),
+        "engine": {k: v for k, v in plan.engine.items() if k != "model"},
+    }
+    began = time.perf_counter()
+    with OfflineReranker(plan) as reranker, tempfile.TemporaryDirectory() as folder:
+        result["start_s"] = round(time.perf_counter() - began, 1)
+        size = plan.checkpoint.config.get("hidden_size", 1) if reranker.embeds else 1
+        kinds = ["host"] if args.host_only else ["end_to_end", "host"]
+        for kind in kinds:
+            n_pairs = args.host_pairs if kind == "host" else args.pairs
+            runs = []
+            for number in range(args.runs + 1):  # the first warms up
+                n = n_pairs if number else min(n_pairs, 2048)
+                source = write_pairs(Path(folder) / "in.jsonl", args, n, seed=number)
+                if kind == "host":
+                    with FreeEngine(reranker.llm.llm_engine.engine_core, size):
+                        runs.append(measure(reranker, source, n))
+                else:
+                    reranker.llm.reset_prefix_cache()
+                    runs.append(measure(reranker, source, n))
+            result[kind] = {"pairs": n_pairs, **summary(runs[1:])}
+            row = result[kind]
+            print(
+                f"{kind}: {row['pairs_s']:.0f} pairs/s ({row['pairs_s_min']:.0f} to {row['pairs_s_max']:.0f}), "
+                f"{row['cpu_us_per_pair']:.0f} us of this process's CPU a pair",
+                flush=True,
+            )
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    print(json.dumps(result), flush=True)
+    return 0
+
+
+if __name__ == "__main__":  # vLLM's workers import this file again
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # as vllm_usage.leave(): the interpreter's teardown can abort with vLLM 0.26

@@ -1,0 +1,113 @@
+"""Where does the GPU's time go? Shares by kind of kernel while the engine scores, with one table and one JSON.
+
+    MAX_NUM_BATCHED_TOKENS=24576 python measurements/kernels.py --model FOLDER [--pairs 4096] [--json FILE]
+
+One engine in this process scores pre-tokenized pairs; torch.profiler records its kernels, not what launches them.
+"gemm" is what the ceiling of a model's own matrix products counts: gemm share x busy share is the part of that ceiling
+that one engine reaches, whatever the rest costs. "busy" is the sum of all kernels over the time; an engine alone leaves
+gaps between steps, several engines on one GPU fill them. Needs a GPU.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+KIT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(KIT), str(KIT / "tests" / "stand_ins")]
+
+from pair_texts import make_pairs
+
+KINDS = {  # in this order: a fused kernel's name holds the names of what is fused
+    "kv cache": r"reshape_and_cache|kv_cache",
+    "norm, rope, activation (fused by Inductor)": r"triton",
+    "attention": r"flash|fmha|attention|attn",
+    "gemm": r"gemm|nvjet|cutlass|xmma|cublas|wgmma",
+    "copies": r"memcpy|memset",
+}
+
+
+def kind_of(kernel: str) -> str:
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, re.I)), "other")
+
+
+def shares(kernels: dict[str, float], seconds: float) -> dict:
+    """{kernel: seconds on the GPU} -> busy share of the time, and each kind's share of the kernels."""
+    total = sum(kernels.values())
+    kinds: dict[str, float] = {}
+    for name, spent in kernels.items():
+        kinds[kind_of(name)] = kinds.get(kind_of(name), 0.0) + spent
+    return {
+        "busy": total / seconds,
+        "kinds": {kind: spent / total for kind, spent in sorted(kinds.items(), key=lambda pair: -pair[1])},
+        "longest": {name[:120]: spent / total for name, spent in sorted(kernels.items(), key=lambda p: -p[1])[:12]},
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--pairs", type=int, default=4096)
+    parser.add_argument("--doc-tokens", type=int, default=128)
+    parser.add_argument("--docs-per-query", type=int, default=32)
+    parser.add_argument("--json", type=Path, help="write the result here too")
+    args = parser.parse_args()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the kernels of this process are what is recorded
+    from torch.profiler import ProfilerActivity, profile
+
+    from rerank_kit.engine.plan import plan_engine
+    from rerank_kit.models.pair import Pair
+    from rerank_kit.offline.reranker import OfflineReranker
+    from rerank_kit.settings import get_config
+
+    plan = plan_engine(get_config(), args.model)
+    if plan.machine.is_cpu:
+        parser.error("this machine has no GPU")
+
+    with OfflineReranker(plan) as reranker:
+
+        def batch(seed: int):
+            texts = make_pairs(args.model / "tokenizer.json", args.pairs, args.doc_tokens, args.docs_per_query, seed)
+            return reranker.prepare([Pair(*text) for text in texts])
+
+        prepared = [batch(seed) for seed in (1, 2, 3)]
+        list(reranker.stream(iter([(None, prepared[0])])))  # compiles and warms up
+        began = time.perf_counter()
+        list(reranker.stream(iter([(None, prepared[1])])))
+        unprofiled = time.perf_counter() - began
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            began = time.perf_counter()
+            list(reranker.stream(iter([(None, prepared[2])])))
+            seconds = time.perf_counter() - began
+        kernels = {
+            one.key: one.self_device_time_total / 1e6 for one in profiler.key_averages() if one.self_device_time_total
+        }
+    found = {
+        "model": args.model.name,
+        "vllm": plan.machine.vllm_version,
+        "torch": version("torch"),
+        "gpus": plan.machine.gpus,
+        "doc_tokens": args.doc_tokens,
+        "pairs": args.pairs,
+        "engine": {k: v for k, v in plan.engine.items() if k != "model"},
+        "pairs/s": args.pairs / unprofiled,
+        "pairs/s_profiled": args.pairs / seconds,
+        **shares(kernels, seconds),
+    }
+    speed = f"{found['pairs/s']:.0f} pairs/s ({found['pairs/s_profiled']:.0f} while recorded)"
+    print(f"{speed}, GPU busy {found['busy']:.0%}")
+    for kind, share in found["kinds"].items():
+        print(f"{share:7.1%}  {kind}")
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # vLLM's teardown can abort after all work is done

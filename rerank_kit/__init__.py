@@ -1,0 +1,54 @@
+"""Rerankers on vLLM in production: client, service, offline scoring, benchmark. docs/architecture.md shows the rooms.
+
+    from rerank_kit import rerank, score, arerank, ascore, rerank_many
+
+The client's names are imported on first use: the guard and the supervisor load this package without requests.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .client import (
+        RerankConnectionError,
+        RerankError,
+        RerankHTTPError,
+        RerankItem,
+        RerankResponseError,
+        RerankTimeout,
+        SharedResources,
+        arerank,
+        ascore,
+        rerank,
+        rerank_many,
+        score,
+    )
+    from .settings import ConfigError
+
+__version__ = "1.0.0"
+__all__ = [
+    "ConfigError",
+    "RerankConnectionError",
+    "RerankError",
+    "RerankHTTPError",
+    "RerankItem",
+    "RerankResponseError",
+    "RerankTimeout",
+    "SharedResources",
+    "arerank",
+    "ascore",
+    "rerank",
+    "rerank_many",
+    "score",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "ConfigError":
+        from .settings import ConfigError
+
+        return ConfigError
+    from . import client
+
+    return getattr(client, name)

@@ -1,0 +1,1 @@
+"""Load on the running service: levels, searches, tuning, verdicts, reports."""

@@ -1,0 +1,176 @@
+"""What a benchmark sends: texts of given lengths, or the calls of a user's own file."""
+
+import json
+import math
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+SERIAL_WORDS = 5  # words that number a text: 50 ** 5 texts before one comes again
+LONGEST = 32768  # words or tokens of a text
+# Common English words, about one token each for the usual tokenizers.
+WORDS = re.findall(
+    r"\w+",
+    """able above across air animal answer area art back bank beach bear bird black board boat body book bread bridge
+    brother build camp capital car city clear cloud coast cold color country dance daughter day doctor dollar door
+    dream earth east edge engine evening fire fish floor forest friend garden""",
+)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of texts in words or tokens: `128`, `64-512` (uniform), `lognormal:200,0.8` (mean, sigma of the log)."""
+
+    spec: str
+    kind: str
+    low: float  # fixed: the length | uniform: the least | lognormal: the mean
+    high: float  # uniform: the most | lognormal: sigma
+
+    @classmethod
+    def parse(cls, spec: str) -> "Lengths":
+        """Raises ValueError for a text that names no distribution, or lengths outside 5..32768."""
+        number = r"(\d+(?:\.\d+)?)"
+        if found := re.fullmatch(r"(\d+)(?:-(\d+))?", spec):
+            kind, low, high = ("uniform" if found[2] else "fixed"), int(found[1]), int(found[2] or found[1])
+            wrong = high < low or high > LONGEST
+        elif found := re.fullmatch(rf"lognormal:{number},{number}", spec):
+            kind, low, high = "lognormal", float(found[1]), float(found[2])
+            wrong = low > LONGEST or not 0 < high <= 3
+        else:
+            raise ValueError(f"{spec!r} is not a length: write 128, 64-512 or lognormal:MEAN,SIGMA")
+        if wrong or low < SERIAL_WORDS:
+            raise ValueError(f"{spec!r} is out of range: lengths of {SERIAL_WORDS} to {LONGEST}, sigma up to 3")
+        return cls(spec, kind, low, high)
+
+    def draw(self, rng: random.Random) -> int:
+        """One length; a lognormal one is kept within 5..32768."""
+        if self.kind == "lognormal":
+            # exp(mu + sigma**2 / 2) is the mean of a lognormal distribution.
+            drawn = round(rng.lognormvariate(math.log(self.low) - self.high**2 / 2, self.high))
+            return min(max(drawn, SERIAL_WORDS), LONGEST)
+        return rng.randint(self.low, self.high) if self.kind == "uniform" else self.low
+
+    @property
+    def most(self) -> int:
+        return LONGEST if self.kind == "lognormal" else self.high
+
+
+class Texts:
+    """Queries and documents from a seed: call k always gets the same texts, and no two calls share one.
+
+    Args:
+        doc, query: lengths in words.
+        repeat: None; "query" = all calls share their query; "all" = query and documents.
+        words: to write with; those of one_token_words() make the lengths tokens. None = WORDS.
+    """
+
+    lines = None  # how many calls there are before texts come again; None = no end
+
+    def __init__(
+        self,
+        seed: int,
+        n_docs: int,
+        doc: str = "100",
+        query: str = "10",
+        repeat: str | None = None,
+        words: list[str] | None = None,
+    ):
+        rng = random.Random(seed)
+        self.seed, self.n_docs, self.repeat = seed, n_docs, repeat
+        self.doc, self.query = Lengths.parse(doc), Lengths.parse(query)
+        self.words = rng.sample(words or WORDS, len(words or WORDS))
+        self.ring = rng.choices(words or WORDS, k=20_000 + max(self.doc.most, self.query.most))
+        unit = "tokens" if words else "words"
+        again = {None: "new for each call", "query": "one query for all calls", "all": "the same for all calls"}
+        self.about = f"{n_docs} documents of {doc} {unit} a call, query of {query} {unit}, {again[repeat]}"
+
+    def _text(self, serial: int, lengths: Lengths, rng: random.Random) -> str:
+        # The serial number comes first, lowest digit first: texts differ from their first tokens on, and
+        # the prefix cache finds nothing. Slices of ready text keep this cheap beside the calls in flight.
+        opening = []
+        for _ in range(SERIAL_WORDS):
+            serial, digit = divmod(serial, len(self.words))
+            opening.append(self.words[digit])
+        n_words, at = lengths.draw(rng), rng.randrange(20_000)
+        return " ".join(opening + self.ring[at : at + n_words - SERIAL_WORDS])
+
+    def of_call(self, k: int) -> tuple[str, list[str]]:
+        """Query and n_docs documents of call k."""
+        q, d = (0 if self.repeat else k), (0 if self.repeat == "all" else k)
+        query = self._text(q, self.query, random.Random(f"{self.seed} query {q}"))
+        rng = random.Random(f"{self.seed} documents {d}")
+        return query, [self._text(d * self.n_docs + i, self.doc, rng) for i in range(self.n_docs)]
+
+    def body(self, endpoint: str, model: str, k: int) -> tuple[bytes, int]:
+        """JSON body of call k, and how many documents it has."""
+        return json_body(endpoint, model, *self.of_call(k)), self.n_docs
+
+
+class FileTexts:
+    """Calls from a JSONL file of {"query": "...", "documents": ["...", ...]}, in an order from the seed.
+
+    A line's "instruction" is sent with it. After the last line the first comes again: the prefix cache knows it.
+
+    Raises:
+        ValueError: a line that is no such object, with its number; no line at all. OSError: no such file.
+    """
+
+    def __init__(self, path: str, seed: int):
+        self.calls = []
+        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                one = json.loads(line)
+                query, documents, instruction = one["query"], one["documents"], one.get("instruction")
+                texts = [query, *documents, *([] if instruction is None else [instruction])]
+                if type(documents) is not list or not documents or not all(type(t) is str for t in texts):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(f'{path} line {number} is not {{"query": "...", "documents": ["...", ...]}}') from None
+            self.calls.append((query, documents, instruction))
+        if not self.calls:
+            raise ValueError(f"{path} has no lines")
+        random.Random(seed).shuffle(self.calls)
+        self.seed, self.lines = seed, len(self.calls)
+        self.about = f"{path}: {self.lines} calls of {sum(len(c[1]) for c in self.calls) / self.lines:.1f} documents"
+
+    def body(self, endpoint: str, model: str, k: int) -> tuple[bytes, int]:
+        """JSON body of call k, and how many documents it has."""
+        query, documents, instruction = self.calls[k % self.lines]
+        return json_body(endpoint, model, query, documents, instruction), len(documents)
+
+
+def json_body(endpoint: str, model: str, query: str, documents: list[str], instruction: str | None = None) -> bytes:
+    # text_1 / text_2: the spelling of the Score API that every vLLM knows.
+    names = ("query", "documents") if endpoint == "rerank" else ("text_1", "text_2")
+    more = {} if instruction is None else {"instruction": instruction}
+    return json.dumps({"model": model, names[0]: query, names[1]: documents, **more}).encode()
+
+
+def one_token_words(folder: str) -> list[str]:
+    """Words of which each is one token of the tokenizer in `folder`, first in a text or after a space.
+
+    Raises:
+        ValueError: no tokenizer.json, the package `tokenizers` is missing, or fewer than 20 such words.
+    """
+    try:
+        from tokenizers import Tokenizer  # comes with vLLM; needed for lengths in tokens only
+
+        tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        tokenizer.no_truncation()  # both may be set in the file
+        tokenizer.no_padding()
+    except ImportError:
+        raise ValueError("lengths in tokens need the package tokenizers: pip install tokenizers") from None
+    except Exception as exc:  # tokenizers raises bare Exception
+        raise ValueError(f"no tokenizer in {folder}: {exc}") from None
+
+    def tokens(text: str) -> int:
+        return len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    words = [w for w in WORDS if tokens(w) == 1 and tokens(f"{w} {w} {w}") == 3]
+    joined = random.Random(0).choices(words, k=1000) if words else []
+    if len(words) < 20 or tokens(" ".join(joined)) != 1000:
+        raise ValueError(f"the tokenizer in {folder} has too few English words as one token: use lengths in words")
+    return words

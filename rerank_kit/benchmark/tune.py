@@ -1,0 +1,546 @@
+"""Finds better settings for the service of this host by restarting it (--tune).
+
+How it searches: one setting after the other, those first that the verdict of the present settings points to, each in
+steps of two as long as it gains (coordinate search). A restart takes most of the time, so a candidate that is clearly
+worse is left after one window, and close ones get more. The search ends in time for the proof: the best settings and
+the present ones in turns, each turn a start of its own, as a search picks winners by luck too.
+
+What it promises: every start and stop goes through start_rerank.sh, with candidates in the environment, so that .env is
+never written; the service is put back as it was found, also after Ctrl-C and after candidates that do not start;
+settings that change the scores by more than the tolerance are rejected. What was measured stands in
+LOG_DIR/tune-PORT.json after each step; the same command goes on from there.
+"""
+
+import argparse
+import asyncio
+import json
+import re
+import signal
+import statistics
+import time
+from pathlib import Path
+
+import aiohttp
+
+from rerank_kit.benchmark.compare import difference
+from rerank_kit.benchmark.knobs import FIRST, NAMES, Knob, knobs_of, label_of, settings_of
+from rerank_kit.benchmark.load import Bench, answer_fault, say
+from rerank_kit.benchmark.report import calls_of
+from rerank_kit.benchmark.rows import Interrupted, Rows, check, level_of, texts_of
+from rerank_kit.benchmark.searches import MOST_PROBES, highest_rate, slo_probe
+from rerank_kit.benchmark.server_view import server_processes
+from rerank_kit.benchmark.service import Service, Trouble, look_at, pairs_served, refuse_traffic
+from rerank_kit.settings import EnvConfig, get_config
+
+WINDOW_S = 8.0  # of a throughput window, unless --seconds
+MOST_WINDOWS = 4  # of one candidate
+LEAST_GAIN, CLEAR_GAIN = 0.02, 0.06  # below the first a candidate is not worth a setting
+BAD = ("no start", "scores", "failed")
+CLEAR_LOSS = 0.9  # a step that gave this share or less is not tried again beside other settings
+TURNS = (2, 3, 5)  # least, planned, most turns a side of the proof
+PARITY_PAIRS = 64
+TOLERANCE = 0.02  # of scores in half precision, which is not batch-invariant (docs/scores.md)
+OTHER_PAIRS = 8  # the supervisor scores one pair every 10 s
+
+
+# --- measuring ---
+
+
+class Meter:
+    """Measures the service that runs: windows of load, rates that hold an SLO, scores, other traffic."""
+
+    def __init__(self, args: argparse.Namespace, rows: Rows, bench: Bench, cfg: EnvConfig):
+        self.args, self.rows, self.bench, self.cfg = args, rows, bench, cfg
+        self.endpoint, self.windows = args.endpoint[0], 0
+        # Texts that no window sends, the same for every start and for a search that is taken up again.
+        self.fixed = texts_of(argparse.Namespace(**{**vars(args), "seed": 0, "repeat": None}), rows.about["model_root"])
+
+    async def ready(self) -> None:
+        """After a start: what was known of the old processes is not true any more. Raises RuntimeError."""
+        await check(self.bench, [self.endpoint])
+        self.bench.server_pids = server_processes(self.args.base_url)
+
+    async def window(self, label: str) -> dict:
+        """Row of one window at the concurrency asked for."""
+        self.windows += 1
+        seconds = {} if self.args.seconds or self.args.requests else {"seconds": WINDOW_S}
+        level = level_of(self.args, self.endpoint, "closed", self.args.concurrency[0], run=self.windows, **seconds)
+        return await self.rows.make(level, label)
+
+    def held(self, label: str):
+        """Async function, rate -> did it hold the SLO; its windows count for this start alone."""
+        return slo_probe(self.rows, self.endpoint, [], label)
+
+    async def scores(self) -> list[float]:
+        """Scores of the same texts each time, one call after the other. Raises RuntimeError."""
+        out, k = [], 0
+        while len(out) < PARITY_PAIRS and k < 16:
+            body, n_docs = self.fixed.body(self.endpoint, self.bench.model, 10**6 + k)
+            try:
+                async with self.bench.session.post(f"{self.bench.base_url}/{self.endpoint}", data=body) as answer:
+                    data = await answer.read()
+            except (aiohttp.ClientError, OSError) as exc:
+                raise RuntimeError(f"no scores to compare: {exc!r}") from None
+            wrong = answer_fault(self.endpoint, data, n_docs)[0] if answer.status == 200 else f"HTTP {answer.status}"
+            if wrong:
+                raise RuntimeError(f"no scores to compare: {wrong}")
+            items, name = ("results", "relevance_score") if self.endpoint == "rerank" else ("data", "score")
+            found = sorted((item["index"], item[name]) for item in json.loads(data)[items])
+            out += [score for _, score in found]
+            self.bench.answered += n_docs
+            k += 1
+        return out
+
+    async def served(self) -> float | None:
+        return await pairs_served(self.cfg)
+
+
+# --- the search ---
+
+
+class Tuner:
+    """The search and its proof, over anything that starts (service) and measures (meter).
+
+    What is known is `state`, a dict that is saved after each step; a search that is taken up again replays its path on
+    what was measured.
+    """
+
+    def __init__(self, service, meter, start: dict, knobs: list[Knob], *, extra_args="", slo=False, budget_s=1800.0):
+        self.service, self.meter, self.start, self.knobs = service, meter, start, knobs
+        self.extra_args, self.slo, self.budget_s = extra_args, slo, budget_s
+        self.unit = "calls/s within the SLO" if slo else "pairs/s"
+        self.tolerance, self.clock, self.save = TOLERANCE, time.monotonic, lambda: None
+        self.state = {"tried": [], "turns": [], "spent_s": 0.0, "scores": None, "unit": self.unit}
+        self.seen: list[dict] = []  # settings of this search's path so far
+        self.running: dict | None = None  # settings of the service that runs now
+        self.began = None
+
+    # - time -
+
+    def spent_s(self) -> float:
+        return self.state["spent_s"] + (self.clock() - self.began if self.began is not None else 0.0)
+
+    def cost_s(self) -> float:
+        """Expected seconds of one candidate: a start and its windows."""
+        tried = [t for t in self.state["tried"] if t["restart_s"] and t["values"]]
+        if not tried:
+            return 60.0
+        return max(statistics.mean(t["restart_s"] + t["measure_s"] for t in tried), 1e-9)
+
+    def room(self) -> bool:
+        """One more candidate, and the proof after it, fit into the budget."""
+        return self.spent_s() + self.cost_s() * (1 + 2 * TURNS[1]) <= self.budget_s
+
+    # - one candidate -
+
+    async def started(self, values: dict) -> tuple[float, str | None]:
+        """(seconds of the restart, why it did not start); 0 s for settings that run already."""
+        began = self.clock()
+        if self.running == values:
+            return 0.0, None
+        self.running = None
+        settings = settings_of(values, self.start, self.extra_args)
+        # A candidate that dies under load shall stay down: that is its result.
+        wrong = await self.service.start(settings | ({"RESTART": "no"} if settings else {}))
+        if not wrong:
+            self.running = values
+            self.state["mine"] = await self.service.leader()
+            self.save()
+        return self.clock() - began, wrong
+
+    async def parity(self) -> tuple[float, str | None]:
+        """(largest difference to the scores of the present settings, what is wrong)."""
+        scores = await self.meter.scores()
+        if self.state["scores"] is None:
+            self.state["scores"] = scores
+            return 0.0, None
+        scale = max(1.0, max(map(abs, self.state["scores"])))
+        worst = max(abs(a - b) for a, b in zip(scores, self.state["scores"], strict=True)) / scale
+        wrong = f"scores differ by up to {worst:.2g}, tolerance {self.tolerance:g}"
+        return worst, wrong if worst > self.tolerance else None
+
+    async def measure(self, values: dict, best: dict | None) -> dict:
+        """Start and judge one candidate. Its record says what it gave and what it cost."""
+        label = label_of(values, self.start)
+        out = {"settings": values, "label": label, "values": [], "outcome": "", "why": "", "measure_s": 0.0}
+        out |= {"score_difference": None, "bound": None, "p95_ms": None}
+        out["restart_s"], wrong = await self.started(values)
+        began = self.clock()
+        if wrong:
+            out |= {"outcome": "no start", "why": wrong}
+        else:
+            try:
+                await self.meter.ready()
+                before, ours = await self.meter.served(), self.meter.bench.answered
+                out["score_difference"], wrong = await self.parity()
+                if wrong:
+                    out |= {"outcome": "scores", "why": wrong}
+                else:
+                    await (self.judge_rate if self.slo else self.judge)(out, best)
+                await self.others(before, ours)
+            except RuntimeError as exc:
+                self.running = None  # it may be dead: the next start begins anew
+                out |= {"outcome": "failed", "why": str(exc)}
+        out["measure_s"] = self.clock() - began
+        self.state["tried"].append(out)
+        self.note(out, best)
+        self.save()
+        return out
+
+    async def others(self, before: float | None, ours: int) -> None:
+        """Raise Trouble when the server answered more pairs than we sent."""
+        after, sent = await self.meter.served(), self.meter.bench.answered - ours
+        if None not in (before, after) and after - before > 1.02 * sent + OTHER_PAIRS:
+            came = after - before - sent
+            raise Trouble(f"others use the service ({came:.0f} pairs came that are not of this search): ended")
+
+    async def judge(self, out: dict, best: dict | None) -> None:
+        """Windows of load until it is clear whether they are better than the best's."""
+        values = out["values"]
+        known = best["values"] if best else []
+        # Spread of equal windows, in shares; three times that is no chance.
+        noise = max(0.02, 3 * statistics.stdev(known) / statistics.mean(known)) if len(known) > 1 else 0.02
+        for _ in range(MOST_WINDOWS if best else MOST_WINDOWS - 1):
+            row = await self.meter.window(out["label"])
+            if not row or not row["ok"]:
+                raise RuntimeError(f"no good answer under load: {row and row['errors']}")
+            lost = 1 - row["ok"] / calls_of(row)
+            if lost > 0.01 and best:
+                out |= {"outcome": "failed", "why": f"{lost:.0%} of the calls were refused or failed"}
+                return
+            values.append(row["pairs/s"])
+            out |= {"bound": row["bound"], "p95_ms": row["p95_ms"], "lost": lost}
+            if not best:
+                continue
+            ratio = statistics.mean(values) / statistics.mean(known)
+            if ratio < 1 - max(0.03, noise) or (len(values) > 2 and ratio <= 1):
+                out["outcome"] = "worse"
+                return
+            found = difference(known, values)
+            # A small gain is looked at once, after all windows: who looks after each finds chance more often.
+            enough = 1 + (CLEAR_GAIN if len(values) < MOST_WINDOWS else LEAST_GAIN)
+            if found and found[0] > found[1] and ratio > enough:
+                out["outcome"] = "better"
+                return
+        out["outcome"] = "close" if best else "start"
+
+    async def judge_rate(self, out: dict, best: dict | None) -> None:
+        """The highest rate within the SLO; one window is enough for settings that do not hold more than the best."""
+        held = self.meter.held(out["label"])
+        if best:
+            rate = float(f"{1.1 * best['values'][0]:.3g}")  # a search ends 10 % apart
+            if not await held(rate):
+                out |= {"outcome": "worse", "why": f"{rate:g} calls/s did not hold"}
+                return
+        else:
+            row = await self.meter.window(out["label"])
+            if not row or not row["req/s"]:
+                raise RuntimeError("no good answer under load")
+            out["bound"], rate = row["bound"], 0.7 * row["req/s"]
+        low, _, _ = await highest_rate(held, float(f"{rate:.3g}"), MOST_PROBES // 2)
+        if not low:
+            raise RuntimeError(f"the SLO did not hold even at {rate / 64:.2g} calls/s")
+        out["values"] = [low]
+        better = best and low >= 1.05 * best["values"][0]
+        out["outcome"] = "start" if not best else "better" if better else "close"
+
+    def note(self, out: dict, best: dict | None) -> None:
+        """One line for one candidate, with its cost."""
+        n, cost = len(self.state["tried"]), f"start {out['restart_s']:.0f} s, measuring {out['measure_s']:.0f} s"
+        said = out["why"] or out["outcome"]
+        if out["values"]:
+            mean = statistics.mean(out["values"])
+            change = (
+                f" ({100 * (mean / statistics.mean(best['values']) - 1):+.1f} % of the best so far)" if best else ""
+            )
+            said = f"{mean:.4g} {self.unit}{change}: {out['outcome']}" + (f", {out['why']}" if out["why"] else "")
+        words = {"scores": "REJECTED, ", "no start": "did not start: ", "failed": "failed: "}
+        print(f"# {n}. {out['label']}: {words.get(out['outcome'], '')}{said} [{cost}]", flush=True)
+
+    # - all of it -
+
+    async def search(self) -> dict:
+        """The best record. Raises Trouble when not even the present settings can be measured."""
+        best = await self.visit(self.start, None)
+        if best["outcome"] != "start":
+            raise Trouble(f"the present settings cannot be measured: {best['why']}")
+        first = FIRST.get(best["bound"], ())
+        knobs = sorted(self.knobs, key=lambda k: first.index(k.name) if k.name in first else len(first))
+        gained, lost = True, set()
+        while gained:
+            gained = False
+            for knob in knobs:
+                for up in (True, False):
+                    begin = best
+                    for values in knob.path(begin["settings"], up):
+                        step = (knob.name, *(best["settings"][k] for k in knob.keys), *(values[k] for k in knob.keys))
+                        if values in self.seen or step in lost:
+                            if knob.choices:
+                                continue
+                            break
+                        known = any(t["settings"] == values for t in self.state["tried"])
+                        if not known and not self.room():
+                            self.state["ended"] = "the budget ran out"
+                            return best
+                        found = await self.visit(values, best)
+                        if found["outcome"] == "better":
+                            best, gained = found, True
+                            continue
+                        made = statistics.mean(found["values"] or best["values"]) / statistics.mean(best["values"])
+                        if made <= CLEAR_LOSS or found["outcome"] in BAD:
+                            lost.add(step)
+                        if not knob.choices:
+                            break
+                    if best is not begin:
+                        break
+        self.state["ended"] = "no step gains any more"
+        return best
+
+    async def visit(self, values: dict, best: dict | None) -> dict:
+        self.seen.append(values)
+        for found in self.state["tried"]:
+            if found["settings"] == values:
+                return found
+        return await self.measure(values, best)
+
+    async def prove(self, best: dict) -> None:
+        """The best and the present settings in turns, each turn a start of its own; the last one is the present's."""
+        turns, first = self.state["turns"], self.state["tried"][0]
+        if "n_turns" not in self.state:
+            fit = int((self.budget_s - self.spent_s()) / (2 * self.cost_s()))
+            self.state["n_turns"] = min(max(fit, TURNS[0]), TURNS[2])
+        pairs = [("best", "present") if (self.state["n_turns"] - i) % 2 else ("present", "best") for i in range(99)]
+        order = [side for pair in pairs[: self.state["n_turns"]] for side in pair]
+        for side in order[len(turns) :]:
+            record = best if side == "best" else first
+            self.running = None
+            restart_s, wrong = await self.started(record["settings"])
+            if wrong:
+                raise Trouble(f"{record['label']} started before and does not now: {wrong}")
+            began = self.clock()
+            await self.meter.ready()
+            before, ours = await self.meter.served(), self.meter.bench.answered
+            worst, wrong = await self.parity()
+            if wrong:
+                raise Trouble(f"{record['label']}: {wrong}, which it was not before")
+            label = f"turn {len(turns) // 2 + 1}: {record['label']}"
+            if self.slo:
+                value, _, _ = await highest_rate(self.meter.held(label), record["values"][0], MOST_PROBES // 2)
+            else:
+                made = [await self.meter.window(label) for _ in range(2)]
+                value = statistics.mean(row["pairs/s"] for row in made)
+            await self.others(before, ours)
+            turns.append({"side": side, "value": value, "score_difference": worst, "restart_s": restart_s})
+            turns[-1]["measure_s"] = self.clock() - began
+            print(f"# {label}: {value:.4g} {self.unit} [start {restart_s:.0f} s]", flush=True)
+            self.save()
+
+    def result(self, best: dict) -> list[str]:
+        """What came out, in sentences; sets state["gain"] = (percent, half its interval, is it sure)."""
+        tried, out = self.state["tried"], []
+        counts = {what: sum(t["outcome"] == what for t in tried) for what in BAD}
+        bad = ", ".join(f"{n} {what}" for what, n in counts.items() if n)
+        head = f"{len(tried)} settings tried" + (f" ({bad})" if bad else "")
+        took = f"{len(self.state['turns'])} turns in {self.spent_s() / 60:.1f} min"
+        out.append(f"tune: {head}, {took}: {self.state['ended']}")
+        sides = {s: [t["value"] for t in self.state["turns"] if t["side"] == s] for s in ("present", "best")}
+        if not sides["best"]:
+            self.state["gain"] = (0.0, None, False)
+            if len(tried) == 1:
+                need = self.spent_s() + self.cost_s() * (1 + 2 * TURNS[1])
+                return [*out, f"tune: nothing was tried: a candidate and its proof need about {need:.0f} s (--budget)"]
+            return [*out, "tune: no measurable gain: nothing was better than the present settings, keep them"]
+        if not all(map(statistics.mean, sides.values())):
+            self.state["gain"] = (0.0, None, False)
+            return [*out, "tune: no rate held in the proof: a longer SLO, or windows (--seconds) that are longer"]
+        change, half = difference(sides["present"], sides["best"])
+        percent = 100 / statistics.mean(sides["present"])
+        self.state["gain"] = (change * percent, half * percent, change > half)
+        n = len(sides["best"])
+        text = f"{statistics.mean(sides['present']):.4g} -> {statistics.mean(sides['best']):.4g} {self.unit}"
+        text += f", {change * percent:+.1f} +- {half * percent:.1f} % (95 %, {n} turns each, a start each)"
+        if change <= half:
+            return [*out, f"tune: no measurable gain, keep the present settings: {best['label']}: {text}"]
+        worst = max(t["score_difference"] for t in self.state["turns"] if t["side"] == "best")
+        out.append(f"tune: {best['label']}: {text}")
+        before, after = (r["settings"]["TP"] * r["settings"]["DP"] for r in (tried[0], best))
+        if before != after:
+            factor = statistics.mean(sides["best"]) / statistics.mean(sides["present"])
+            each = f"{factor * before / after:.0%} of it for each GPU"
+            out.append(f"tune: {before} -> {after} GPUs: {factor:.2f} times the throughput, {each}")
+        out.append(f"tune: scores differ from the present ones by {worst:.2g} at most (tolerance {self.tolerance:g})")
+        lines = [f"{k}={v}" for k, v in settings_of(best["settings"], self.start, self.extra_args).items()]
+        return [*out, "tune: put into .env:", *lines]
+
+    async def run(self) -> list[str]:
+        """Search, prove, and say what came out."""
+        self.began = self.clock()
+        try:
+            best = await self.search()
+            if best["settings"] != self.start:
+                await self.prove(best)
+            return self.result(best)
+        finally:
+            self.state["spent_s"], self.began = self.spent_s(), None
+            self.save()
+
+
+# --- the program ---
+
+
+def knob_names(text: str) -> list[str]:
+    """argparse type of --tune: names of knobs with commas."""
+    names = text.split(",")
+    if wrong := [name for name in names if name not in NAMES]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is nothing to tune: {', '.join(NAMES)}")
+    return names
+
+
+def budget(text: str) -> float:
+    """argparse type: `90s`, `30m` or `2h` as seconds."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
+    if not found or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time: write 30m (s, m or h)")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def same_search(args: argparse.Namespace, shown: dict, start: dict, knobs: list[Knob]) -> dict:
+    """What must be equal for a search to go on from a state file; the budget may grow."""
+    names = ("endpoint", "concurrency", "slo", "seconds", "requests", "docs", "doc_words", "doc_tokens", "query_words")
+    names += ("query_tokens", "repeat", "input", "model", "constant")
+    key = {name: getattr(args, name) for name in names}
+    key |= {"command": shown["words"], "env": shown["env"], "vllm": shown["vllm"]}
+    key |= {"start": start, "knobs": [k.name for k in knobs]}
+    return json.loads(json.dumps(key))
+
+
+def load_state(path: Path, key: dict) -> dict | None:
+    """The state of the same search that was interrupted; None = there is none."""
+    try:
+        state = json.loads(path.read_text("utf-8"))
+        if state["done"] or state["key"] != key:
+            return None
+        return state
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def save_state(path: Path, state: dict) -> None:
+    scratch = path.with_suffix(".part")
+    scratch.write_text(json.dumps(state, indent=1), "utf-8")
+    scratch.chmod(0o600)
+    scratch.replace(path)
+
+
+class Session:
+    """One run of --tune: what it found, so that it can be put back whatever happens."""
+
+    def __init__(self, args: argparse.Namespace, cfg: EnvConfig, begin):
+        self.args, self.cfg, self.begin = args, cfg, begin
+        self.service, self.tuner, self.touched = Service(cfg), None, False
+        self.path = cfg.log_path / f"tune-{cfg.port}.json"
+
+    async def run(self) -> int:
+        """Prepare, search, report. Raises Trouble; Interrupted or CancelledError after a signal."""
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, task.cancel)
+        args, cfg = self.args, self.cfg
+        if args.base_url != cfg.service_url:
+            raise Trouble(f"--tune restarts the service of this host at {cfg.service_url}, not {args.base_url}")
+        shown = await self.service.shown()
+        start, knobs = knobs_of(shown, cfg, args.tune)
+        if not knobs:
+            raise Trouble("nothing of this can be turned here: see --tune in docs/benchmarking.md")
+        key = same_search(args, shown, start, knobs)
+        known = load_state(self.path, key)
+        # Also a search with other arguments may have been killed and left its candidate running.
+        old = load_any(self.path)
+        left = old.get("mine")
+        running = await look_at(self.service, shown, left)
+        tuner = Tuner(
+            self.service, None, start, knobs, extra_args=cfg.extra_args, slo=bool(args.slo), budget_s=args.budget
+        )
+        tuner.tolerance = args.score_tolerance
+        if known:
+            n = len(known["tried"])
+            say(f"[INFO] going on with the search in {self.path}, {n} settings known; delete that file for a new one")
+            tuner.state = known
+            if not left:  # nothing of that search runs: what counts is what was found now
+                tuner.state["was_running"] = running
+        else:
+            tuner.state |= {"key": key, "done": False, "mine": None}
+            tuner.state["was_running"] = old["was_running"] if left else running
+        tuner.save = lambda: save_state(self.path, tuner.state)
+        # Found as the script starts it; one that a killed search left has a candidate's settings.
+        tuner.running = start if running and not left else None
+        async with Bench(args.base_url, args.model, None, cfg.api_key, args.timeout_s, cfg.connect_timeout_s) as bench:
+            if tuner.running:
+                await refuse_traffic(cfg, shown["engines"] * cfg.dp)
+            self.tuner, self.touched = tuner, True
+            if not tuner.running:
+                say("starting the present settings")
+                _, wrong = await tuner.started(start)
+                if wrong:
+                    raise Trouble(f"the present settings do not start: {wrong}")
+            rows = await self.begin(args, bench)
+            rows.about["tune"] = tuner.state
+            tuner.meter = Meter(args, rows, bench, cfg)
+            names = ", ".join(k.name for k in knobs)
+            print(
+                f"# tune: {names}; budget {args.budget / 60:g} min; scores may differ by {tuner.tolerance:g}",
+                flush=True,
+            )
+            findings = await tuner.run()
+            tuner.state["done"] = True
+            tuner.save()
+            rows.about["findings"] += findings
+            for text in findings:
+                print(f"# {text}" if text.startswith("tune: ") else text)
+            rows.write()
+        return 0
+
+    def put_back(self) -> str | None:
+        """Leave the service as it was found. None = done, else what went wrong."""
+        tuner, wrong = self.tuner, None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: say("[INFO] wait: the service is being put back as it was"))
+        if not tuner.state["was_running"]:
+            say("[INFO] the service did not run before: stopping it")
+            asyncio.run(self.service.stop())
+        elif tuner.running != tuner.start:
+            say("[INFO] starting the service with its own settings again")
+            if wrong := asyncio.run(self.service.start({})):
+                wrong = f"the service could not be put back: {wrong}: run sh start_rerank.sh start"
+        tuner.state["mine"] = None
+        tuner.save()
+        return wrong
+
+
+def load_any(path: Path) -> dict:
+    """The state file whatever it is of; {} = none."""
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def tune(args: argparse.Namespace, begin) -> int:
+    """Search for better settings. 0 done, 1 it could not, 130 interrupted.
+
+    Args:
+        begin: async function (args, bench) -> Rows: asks the server that runs and prints the header.
+    """
+    session, code = Session(args, get_config(), begin), 1
+    try:
+        code = asyncio.run(session.run())
+    except (Trouble, RuntimeError, ValueError, OSError) as exc:
+        say(f"[ERR] {exc}")
+    except (Interrupted, KeyboardInterrupt, asyncio.CancelledError):
+        say(f"[INFO] interrupted; the same command goes on from {session.path}")
+        code = 130
+    finally:
+        if session.touched and (wrong := session.put_back()):
+            say(f"[ERR] {wrong}")
+            code = 1
+    return code

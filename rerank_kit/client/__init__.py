@@ -1,0 +1,23 @@
+"""What a caller of the service needs: rerank() and score(), sync and async, over pooled sessions.
+
+Imports are relative and reach no further than settings.py: the folder can be copied into another package.
+"""
+
+from .calls import RerankItem, arerank, ascore, rerank, rerank_many, score
+from .errors import RerankConnectionError, RerankError, RerankHTTPError, RerankResponseError, RerankTimeout
+from .sessions import SharedResources
+
+__all__ = [
+    "RerankConnectionError",
+    "RerankError",
+    "RerankHTTPError",
+    "RerankItem",
+    "RerankResponseError",
+    "RerankTimeout",
+    "SharedResources",
+    "arerank",
+    "ascore",
+    "rerank",
+    "rerank_many",
+    "score",
+]

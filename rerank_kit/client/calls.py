@@ -1,0 +1,521 @@
+"""Rerank and score: checked arguments in, payload out, checked answer in.
+
+_Call does the work of one call and no IO; the sync and async functions only send what it asks for.
+"""
+
+import asyncio
+import itertools
+import math
+import operator
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .. import settings
+from .errors import RerankError, RerankResponseError
+from .sending import MAX_SECONDS, Reply, apost, post
+from .sessions import base_urls
+
+MIXED_TRIES = 3  # of a split call whose parts were scored by different models
+
+
+@dataclass(frozen=True, slots=True)
+class RerankItem:
+    """One scored document; index is its position in the input."""
+
+    index: int
+    score: float
+    doc: str
+
+
+Items = list[RerankItem]
+# (address, asked model name, answered one) of servers that list both as names of one model.
+_aliases: set[tuple[str, str, str]] = set()
+LongDocuments = Literal["truncate", "error", "chunk"]
+
+
+def rerank(
+    query: str,
+    documents: Iterable[str],
+    top_n: int | None = None,
+    model: str | None = None,
+    base_url: str | None = None,
+    timeout_s: float | None = None,
+    *,
+    instruction: str | None = None,
+    long_documents: LongDocuments | None = None,
+    batch_size: int | None = None,
+    deadline_s: float | None = None,
+    max_tokens_per_doc: int | None = None,
+) -> tuple[Items, list[float | None], dict[str, Any]]:
+    """Rank documents by relevance to the query with POST /v1/rerank.
+
+    Args:
+        query: what is searched for.
+        documents: N texts. N = 0 returns empty results, no request.
+        top_n: how many of the best to return; None or more than N = all. 0 = none: empty items, no request
+            (a server that is asked for 0 returns all, so it is never asked).
+        model: the served name, or another name of the same model; None = SERVED_MODEL_NAME.
+        base_url: the service, or several separated by commas in order of preference; None = BASE_URL.
+        timeout_s: seconds for one answer (and at most for one connect); None = TIMEOUT_S.
+        instruction: task instruction for the prompt; None = the server's.
+        long_documents: what happens to a pair that is longer than the model takes. "truncate" cuts it as the model
+            card does, "error" is an HTTP 400, "chunk" scores overlapping windows of the document and takes the best;
+            None = the server's LONG_DOCUMENTS. Bare vLLM (GUARD=0) knows "error" only.
+        batch_size: most documents in one request, longer lists are split; None = CLIENT_BATCH_SIZE.
+        deadline_s: seconds for everything, with all requests and retries; None = no further limit.
+        max_tokens_per_doc: tokens of a document that count; the query and the template come on top.
+
+    Returns:
+        (items, scores, raw). items: min(top_n, N) RerankItem, best first, equal scores in input order.
+        scores: N values; scores[i] belongs to documents[i], None where top_n left it out.
+        raw: the server's JSON plus "_cut" (indices of documents of which, or of whose query, the model saw a part
+        only), "_windows" ({index: windows} of the documents that were split), "_version" (the guard's id of the model
+        and settings that scored; "" without guard), "_client_cost_ms" (wall clock) and "_client_calls" (requests that
+        it was split into); of several, results and usage are merged and the ids joined by commas.
+
+    Raises:
+        ValueError: an argument that cannot be used; nothing was sent.
+        RerankError: any failure of the call; subclasses in errors.py.
+
+    Source: vLLM Rerank API, docs for the version in requirements.txt.
+    """
+    more = (model, base_url, timeout_s, instruction, long_documents, batch_size, deadline_s, max_tokens_per_doc)
+    return _run(_Call("/rerank", query, documents, top_n, *more))
+
+
+def score(
+    query: str,
+    documents: Iterable[str],
+    model: str | None = None,
+    base_url: str | None = None,
+    timeout_s: float | None = None,
+    *,
+    instruction: str | None = None,
+    long_documents: LongDocuments | None = None,
+    batch_size: int | None = None,
+    deadline_s: float | None = None,
+    max_tokens_per_doc: int | None = None,
+) -> tuple[Items, list[float], dict[str, Any]]:
+    """Score each document against the query with POST /v1/score.
+
+    Args: as in rerank().
+
+    Returns:
+        (items, scores, raw). items: N RerankItem in input order. scores: N floats; scores[i] belongs to
+        documents[i]. raw: as in rerank(), with "data" for "results".
+
+    Raises: as rerank().
+
+    Source: vLLM Score API, docs for the version in requirements.txt.
+    """
+    more = (model, base_url, timeout_s, instruction, long_documents, batch_size, deadline_s, max_tokens_per_doc)
+    return _run(_Call("/score", query, documents, None, *more))
+
+
+async def arerank(
+    query: str,
+    documents: Iterable[str],
+    top_n: int | None = None,
+    model: str | None = None,
+    base_url: str | None = None,
+    timeout_s: float | None = None,
+    *,
+    instruction: str | None = None,
+    long_documents: LongDocuments | None = None,
+    batch_size: int | None = None,
+    deadline_s: float | None = None,
+    max_tokens_per_doc: int | None = None,
+) -> tuple[Items, list[float | None], dict[str, Any]]:
+    """rerank() for asyncio: same arguments, results and errors."""
+    more = (model, base_url, timeout_s, instruction, long_documents, batch_size, deadline_s, max_tokens_per_doc)
+    return await _arun(_Call("/rerank", query, documents, top_n, *more))
+
+
+async def ascore(
+    query: str,
+    documents: Iterable[str],
+    model: str | None = None,
+    base_url: str | None = None,
+    timeout_s: float | None = None,
+    *,
+    instruction: str | None = None,
+    long_documents: LongDocuments | None = None,
+    batch_size: int | None = None,
+    deadline_s: float | None = None,
+    max_tokens_per_doc: int | None = None,
+) -> tuple[Items, list[float], dict[str, Any]]:
+    """score() for asyncio: same arguments, results and errors."""
+    more = (model, base_url, timeout_s, instruction, long_documents, batch_size, deadline_s, max_tokens_per_doc)
+    return await _arun(_Call("/score", query, documents, None, *more))
+
+
+def rerank_many(
+    queries: Sequence[str],
+    documents_lists: Sequence[Iterable[str]],
+    top_n: int | None = None,
+    model: str | None = None,
+    base_url: str | None = None,
+    timeout_s: float | None = None,
+    *,
+    concurrency: int | None = None,
+    progress: bool = False,
+    return_errors: bool = False,
+    instruction: str | None = None,
+    long_documents: LongDocuments | None = None,
+    batch_size: int | None = None,
+    deadline_s: float | None = None,
+    max_tokens_per_doc: int | None = None,
+) -> list[tuple[Items, list[float | None], dict[str, Any]]]:
+    """Rerank Q queries, each with its own documents, with a bounded number of threads.
+
+    Args: as in rerank(), for every query (deadline_s too), and
+        queries: Q texts.
+        documents_lists: Q lists of texts; documents_lists[i] belongs to queries[i].
+        concurrency: most requests in flight; None = CLIENT_CONCURRENCY.
+        progress: show a counter on stderr.
+        return_errors: put a RerankError in its query's place in the result instead of raising it.
+
+    Returns:
+        Q results of rerank(), in the order of the queries.
+
+    Raises:
+        ValueError: an argument that cannot be used; nothing was sent.
+        RerankError: the first failure; queries not yet started are dropped.
+    """
+    queries, documents_lists = _as_list("queries", queries), _as_list("documents_lists", documents_lists)
+    if len(queries) != len(documents_lists):
+        raise ValueError(f"queries has {len(queries)} entries, documents_lists has {len(documents_lists)}")
+    n_threads = _at_least("concurrency", 1, concurrency, settings.CFG.client_concurrency)
+    more = (model, base_url, timeout_s, instruction, long_documents, batch_size, deadline_s, max_tokens_per_doc)
+    calls = []
+    for i, (query, documents) in enumerate(zip(queries, documents_lists, strict=True)):
+        try:
+            calls.append(_Call("/rerank", query, documents, top_n, *more))
+        except ValueError as exc:
+            raise ValueError(f"query {i}: {exc}") from None
+
+    stop = threading.Event()
+
+    def one(call: _Call):
+        try:
+            return _run(call, 1, stop)  # the threads are the queries'
+        except RerankError as exc:
+            if not return_errors:
+                raise
+            return exc
+
+    with _counter(len(calls), progress) as tick:
+        return _in_threads(one, calls, n_threads, stop, tick)
+
+
+class _Call:
+    """One rerank or score call: its parts, what to send for each, and what their answers mean."""
+
+    def __init__(
+        self,
+        path: str,
+        query: str,
+        documents: Iterable[str],
+        top_n: int | None,
+        model: str | None,
+        base_url: str | None,
+        timeout_s: float | None,
+        instruction: str | None,
+        long_documents: str | None,
+        batch_size: int | None,
+        deadline_s: float | None,
+        max_tokens_per_doc: int | None,
+    ):
+        cfg = settings.CFG
+        base_urls(base_url)
+        self.path, self.query, self.base_url = path, _text("query", query), base_url
+        self.documents = _as_list("documents", documents)
+        for i, doc in enumerate(self.documents):
+            if not (isinstance(doc, str) and doc.isascii()):
+                _text(f"documents[{i}]", doc)
+        self.top_n = _at_least("top_n", 0, top_n, len(self.documents))
+        self.model = _text("model", cfg.served_model_name if model is None else model)
+        self.timeout_s, self.deadline_s = _seconds("timeout_s", timeout_s), _seconds("deadline_s", deadline_s)
+        self.extra: dict[str, Any] = {}
+        if instruction is not None:
+            self.extra["instruction"] = _text("instruction", instruction)
+        if long_documents not in (None, "truncate", "error", "chunk"):
+            raise ValueError(f'long_documents={_shown(long_documents)} is none of "truncate", "error", "chunk"')
+        self.chunk = long_documents == "chunk"
+        if max_tokens_per_doc is not None:
+            if long_documents in ("error", "chunk"):
+                cuts = f"max_tokens_per_doc={_shown(max_tokens_per_doc)} cuts"
+                raise ValueError(f'{cuts}: it excludes long_documents="{long_documents}"')
+            self.extra["max_tokens_per_doc"] = _at_least("max_tokens_per_doc", 1, max_tokens_per_doc, None)
+        if long_documents == "error":
+            self.extra["max_tokens_per_doc"] = 0  # vLLM's own word for it: also a server without the guard obeys
+        elif long_documents:
+            self.extra["long_documents"] = long_documents
+        size = _at_least("batch_size", 1, batch_size, cfg.client_batch_size)
+        n_docs = len(self.documents) if self.top_n else 0
+        self.parts = [range(i, min(i + size, n_docs)) for i in range(0, n_docs, size)]
+
+    def start(self) -> None:
+        self.t0 = time.perf_counter()
+        self.until = math.inf if self.deadline_s is None else time.monotonic() + self.deadline_s
+
+    def request(self, part: range) -> tuple:
+        """Arguments of post() for the documents of one part."""
+        documents = self.documents[part.start : part.stop]
+        if self.path == "/score":
+            payload = {"model": self.model, "text_1": self.query, "text_2": documents}
+        else:
+            payload = {"model": self.model, "query": self.query, "documents": documents}
+            if self.top_n < len(self.documents):  # the best of all are among the best of each part
+                payload["top_n"] = min(self.top_n, len(documents))
+        return self.path, payload | self.extra, self.base_url, self.timeout_s, self.until
+
+    def check(self, part: range, reply: Reply) -> dict:
+        """The reply's JSON, once every result is sure to belong to exactly one document of the part.
+
+        Raises:
+            RerankResponseError: results missing, twice, too many, of another document or model, not a finite score.
+        """
+        rows_name, score_name = self.names
+        if self.chunk and reply.windows is None:
+            raise reply.error("without X-Rerank-Windows: it splits no documents (GUARD=0, or another server)")
+        model, rows = reply.data.get("model"), reply.data.get(rows_name)
+        if self.other_name(reply):
+            raise reply.error(f"as model {str(model)[:100]!r}, asked was {self.model!r}")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise reply.error(f"without a list of {rows_name}")
+        if len(rows) != (n := min(self.top_n, len(part))):
+            raise reply.error(f"{len(rows)} {rows_name} for {n}")
+        seen = set()
+        for row in rows:
+            index, value = row.get("index"), row.get(score_name)
+            if type(index) is not int or not 0 <= index < len(part) or index in seen:
+                raise reply.error(f"index {_shown(index)} (wanted: 0 to {len(part) - 1}, each once)")
+            seen.add(index)
+            # A score beyond a float's range makes isfinite() raise.
+            if type(value) not in (int, float) or abs(value) > sys.float_info.max or not math.isfinite(value):
+                raise reply.error(f"{score_name} {_shown(value)} for index {index}")
+            echo = row.get("document")
+            echo = echo.get("text") if isinstance(echo, dict) else echo
+            # Some servers echo the beginning or nothing; any other text is the answer to somebody else's request.
+            # The guard sends a space for an empty document of a cross-encoder.
+            if isinstance(echo, str) and not (self.documents[part.start + index] or " ").startswith(echo):
+                raise reply.error(f"another document at index {index}")
+        # Documents of which the model saw a part only, and those that were split; the guard names them.
+        cut = {part.start + index for index in _listed(reply.cut, len(part))}
+        windows = {part.start + index: n for index, n in _listed(reply.windows or "", len(part)).items()}
+        return reply.data | {"_cut": cut, "_windows": windows, "_version": reply.version}
+
+    def mixed(self, answers: list[dict], n_tries: int) -> bool:
+        """The parts were scored by different models, as when a fleet changes its model meanwhile: ask all again.
+
+        Raises:
+            RerankResponseError: after MIXED_TRIES tries. Scores of two models cannot be ranked together.
+        """
+        versions = sorted({answer["_version"] for answer in answers} - {""})
+        if len(versions) > 1 and n_tries >= MIXED_TRIES:
+            text = f"the parts of this call were scored by different models or settings ({', '.join(versions)})"
+            raise RerankResponseError(f"{text}: give all replicas the same, or raise CLIENT_BATCH_SIZE")
+        return len(versions) > 1
+
+    def other_name(self, reply: Reply) -> tuple | None:
+        """Arguments of post() for the list of models where the reply has a model name that was not asked for."""
+        model, base_url = reply.data.get("model"), reply.url.removesuffix(self.path)
+        if model is None or model == self.model or (base_url, self.model, str(model)) in _aliases:
+            return None
+        return "/models", None, base_url, self.timeout_s, self.until
+
+    def learn_alias(self, reply: Reply, models: Reply) -> None:
+        """A server with several names for its model answers with the first: both names have the same root then."""
+        listed = models.data.get("data")
+        rows = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
+        root_of = {str(row.get("id")): row.get("root") for row in rows}
+        model = str(reply.data["model"])
+        if root_of.get(model) and root_of[model] == root_of.get(self.model):
+            _aliases.add((models.url.removesuffix("/models"), self.model, model))
+
+    @property
+    def names(self) -> tuple[str, str]:
+        return ("data", "score") if self.path == "/score" else ("results", "relevance_score")
+
+    def merge(self, answers: list[dict]) -> tuple[Items, list, dict]:
+        """Checked answers of all parts, in order, to what rerank() and score() return."""
+        rows_name, score_name = self.names
+        raw = answers[0] if answers else {"model": self.model, rows_name: []}
+        if len(answers) > 1:
+            rows = [
+                {**row, "index": part.start + row["index"]}
+                for part, answer in zip(self.parts, answers, strict=True)
+                for row in answer[rows_name]
+            ]
+            if self.path == "/rerank":
+                rows = sorted(rows, key=lambda row: (-row[score_name], row["index"]))[: self.top_n]
+            raw = {**raw, rows_name: rows}
+            if all(isinstance(answer.get("id"), str) for answer in answers):
+                raw["id"] = ",".join(answer["id"] for answer in answers)
+            usages = [answer["usage"] for answer in answers if isinstance(answer.get("usage"), dict)]
+            if usages:
+                raw["usage"] = {key: _sum([usage.get(key) for usage in usages]) for key in usages[0]}
+        items = [RerankItem(r["index"], float(r[score_name]), self.documents[r["index"]]) for r in raw[rows_name]]
+        by_index = self.path == "/score"
+        items.sort(key=lambda item: item.index if by_index else (-item.score, item.index))
+        scores: list = [None] * len(self.documents)
+        for item in items:
+            scores[item.index] = item.score
+        cost_ms = (time.perf_counter() - self.t0) * 1e3
+        told = {"_cut": sorted(index for answer in answers for index in answer["_cut"])}
+        told["_version"] = next((answer["_version"] for answer in answers if answer["_version"]), "")
+        told["_windows"] = {index: n for answer in answers for index, n in answer["_windows"].items()}
+        return items, scores, {**raw, **told, "_client_cost_ms": cost_ms, "_client_calls": len(answers)}
+
+
+def _listed(text: str, n_docs: int) -> dict[int, int]:
+    """{index: value} of the guard's lists, `0-3,7` or `0-3:2,7:5`; what makes no sense is dropped."""
+    out = {}
+    for first, last, value in re.findall(r"(?:^|,)(\d{1,9})(?:-(\d{1,9}))?(?::(\d{1,9}))?(?=,|$)", text):
+        for index in range(int(first), min(int(last or first) + 1, n_docs)):
+            out[index] = int(value or 1)
+    return out
+
+
+def _run(call: _Call, n_threads: int | None = None, stop: threading.Event | None = None) -> tuple[Items, list, dict]:
+    call.start()
+    stop = stop or threading.Event()
+
+    def send(part: range) -> dict:
+        reply = post(*call.request(part), stop)
+        if ask := call.other_name(reply):
+            with suppress(RerankError):
+                call.learn_alias(reply, post(*ask))
+        return call.check(part, reply)
+
+    for n_tries in itertools.count(1):
+        answers = _in_threads(send, call.parts, n_threads or settings.CFG.client_concurrency, stop)
+        if not call.mixed(answers, n_tries):
+            return call.merge(answers)
+
+
+async def _arun(call: _Call) -> tuple[Items, list, dict]:
+    call.start()
+    slots = asyncio.Semaphore(settings.CFG.client_concurrency)
+
+    async def send(part: range) -> dict:
+        async with slots:
+            reply = await apost(*call.request(part))
+            if ask := call.other_name(reply):
+                with suppress(RerankError):
+                    call.learn_alias(reply, await apost(*ask))
+            return call.check(part, reply)
+
+    if len(call.parts) <= 1:
+        return call.merge([await send(part) for part in call.parts])
+    for n_tries in itertools.count(1):
+        tasks = [asyncio.ensure_future(send(part)) for part in call.parts]
+        try:
+            answers = await asyncio.gather(*tasks)
+        finally:  # after a failure: no part may go on behind the caller's back
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if not call.mixed(answers, n_tries):
+            return call.merge(answers)
+
+
+def _in_threads(
+    work: Callable, jobs: list, n_threads: int, stop: threading.Event, tick: Callable[[], None] = lambda: None
+) -> list:
+    """[work(job) for job in jobs] in up to n_threads threads.
+
+    The first failure sets stop, drops what has not begun, and is raised when the requests in flight are over; Ctrl-C at
+    once.
+    """
+    if len(jobs) <= 1 or n_threads == 1:  # the usual call: no thread for it
+        return [(work(job), tick())[0] for job in jobs]
+    pool = ThreadPoolExecutor(min(n_threads, len(jobs)), thread_name_prefix="rerank")
+    try:
+        # Each with a copy of the caller's context, which holds his OpenTelemetry span.
+        futures = [pool.submit(copy_context().run, work, job) for job in jobs]
+        for future in as_completed(futures):
+            future.result()
+            tick()
+    except BaseException as exc:
+        stop.set()
+        pool.shutdown(wait=isinstance(exc, Exception), cancel_futures=True)
+        raise
+    pool.shutdown()
+    return [future.result() for future in futures]
+
+
+@contextmanager
+def _counter(total: int, show: bool) -> Iterator[Callable[[], None]]:
+    """A function that counts one more query on stderr."""
+    if not show:
+        yield lambda: None
+        return
+    t0, count = time.perf_counter(), itertools.count(1)
+
+    def tick() -> None:
+        done = next(count)
+        rate = done / max(time.perf_counter() - t0, 1e-9)
+        text = f"\r{done}/{total} queries, {rate:.1f}/s, {(total - done) / rate:.0f} s left "
+        print(text, end="", file=sys.stderr, flush=True)
+
+    try:
+        yield tick
+    finally:
+        print(file=sys.stderr)
+
+
+def _as_list(name: str, value: Iterable) -> list:
+    # A str, a dict and a set can be iterated too, but are never a list of documents.
+    if isinstance(value, str | bytes | dict | set | frozenset) or not isinstance(value, Iterable):
+        raise ValueError(f"{name} is a {type(value).__name__}, not a list: {_shown(value)}")
+    return list(value)
+
+
+def _text(name: str, value: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is a {type(value).__name__}, not a str: {_shown(value)}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as exc:
+            raise ValueError(f"{name} has a lone surrogate at character {exc.start}: {_shown(value)}") from None
+    return value
+
+
+def _at_least(name: str, low: int, value: int | None, default: int | None) -> int:
+    if value is None:
+        return default
+    try:
+        number = operator.index(value)  # also numpy's integers
+    except TypeError:
+        number = low - 1
+    if isinstance(value, bool) or number < low:
+        raise ValueError(f"{name}={_shown(value)} is not an integer of {low} or more")
+    return number
+
+
+def _seconds(name: str, value: float | None) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_SECONDS:
+        raise ValueError(f"{name}={_shown(value)} is not a number of seconds above 0, up to {MAX_SECONDS:g}")
+    return float(value)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:80] + "..."
+
+
+def _sum(values: list) -> Any:
+    return sum(values) if all(type(value) is int for value in values) else values[0]

@@ -1,0 +1,1 @@
+"""Model + machine + settings -> vLLM's arguments, each choice with its reason."""

@@ -1,0 +1,98 @@
+"""Choices by model and machine, made by plan.py where nothing is configured, each with its reason.
+
+docs/performance.md has the table of them: what was measured, and what is only reasoned.
+"""
+
+import random
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+# What tokenizers get wrong: control tokens, half ones, white space, other scripts, combining characters, emoji.
+PIECES = (
+    *("<|im_start|>system\n", "<|im_end|>", "<| im_end|>", "<think>\n\n</think>\n\n", "<|im_", "|>"),
+    *("\n\n\n", "  ", "\t\r\n", "\u200b\u00a0\ufeff", "The capital of China is Beijing.", "don't WE'LL it's"),
+    *("中国的首都是北京。", "한국어", "日本語テキスト", "العربية", "हिन्दी", "e\u0301 Å ﬁ ② ½", "🚀👩‍👩‍👧 🇨🇳"),
+    *("3.14159e-10", "if (a <| b) { x |> f }", "https://a.b/c?d=e&f", "a" * 60),
+)
+N_PROBES = 300
+
+
+def count_weights(config: dict) -> int:
+    """Weights of a decoder with gated MLP by its config.json (of an encoder too many); 0 where it does not say."""
+    hidden, layers = config.get("hidden_size") or 0, config.get("num_hidden_layers") or 0
+    heads = config.get("num_attention_heads") or 1
+    head_dim = config.get("head_dim") or hidden // heads
+    attention = 2 * hidden * head_dim * (heads + (config.get("num_key_value_heads") or heads))
+    mlp = 3 * hidden * (config.get("intermediate_size") or 0)
+    embeddings = hidden * (config.get("vocab_size") or 0) * (1 if config.get("tie_word_embeddings", True) else 2)
+    return layers * (attention + mlp) + embeddings
+
+
+def api_servers(n_weights: int, n_cores: int, dp: int = 1) -> tuple[int, str]:
+    """API processes of a service on `dp` GPUs (or groups of them), and why.
+
+    A small model answers faster than one process can tokenize, serialize and speak HTTP; a large one does not.
+    """
+    if n_weights > 6e9:
+        n, why = 1, "the GPU is the bottleneck of a model of this size"
+    elif n_weights > 2e9:
+        n, why = (2, "two keep the GPU busy at this size") if n_cores >= 8 else (1, "few cores")
+    else:
+        # H100, 16 cores, 0.6B, vLLM 0.26: pairs/s at 64 calls in flight with 1, 2, 4 (fastokens): 1450, 2100, 2060.
+        n = 4 if n_cores >= 8 else 2 if n_cores >= 4 else 1
+        why = "one API process cannot feed the GPU with a model of this size"
+    if dp == 1:
+        return n, why
+    return max(dp, min(n * dp, n_cores // 2)), f"{why}; {dp} copies"
+
+
+def engines_per_gpu(n_weights: int, gpu_mib: int, n_cores: int) -> tuple[int, str]:
+    """Engine processes on one GPU, and why: one process cannot launch the work of a small model fast enough."""
+    if not n_weights or n_weights > 2e9:
+        return 1, "the GPU is the bottleneck of a model of this size"
+    if gpu_mib < 70_000:
+        return 1, "one engine keeps a smaller GPU busy"
+    if n_cores < 12:
+        return 1, "few cores"
+    why = "one engine process leaves a large GPU half idle with a model of this size"
+    # H100, 16 cores, 0.6B, vLLM 0.26: pairs/s at 16, 64, 150 calls in flight with
+    # 2: 2047, 2320, 2156; 3: 2474, 2636, 2676.
+    return (3, why) if n_cores >= 16 else (2, f"{why}; a third needs 16 cores")
+
+
+def weight_bytes(checkpoint: Path, config: dict) -> int:
+    """Bytes of a checkpoint's weights: its files, else its size by config.json in 16 bits."""
+    found = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    return found or 2 * count_weights(config)
+
+
+def fastokens_agrees(checkpoint: Path, n_probes: int = N_PROBES) -> tuple[bool, str]:
+    """Whether vLLM may tokenize with fastokens (15 times faster with Qwen3's), and why.
+
+    Only with the same ids as `tokenizers` gives for every probe text, made from this checkpoint's own added tokens too.
+    """
+    try:
+        found = version("fastokens")
+    except PackageNotFoundError:
+        return False, "fastokens is not installed"
+    file = checkpoint / "tokenizer.json"
+    if not file.is_file():
+        return False, "the checkpoint has no tokenizer.json"
+    import fastokens
+    from tokenizers import Tokenizer
+
+    plain = Tokenizer.from_file(str(file))
+    plain.no_truncation()
+    plain.no_padding()
+    try:
+        fast = fastokens.Tokenizer.from_file(str(file))
+        rng = random.Random(1)
+        pieces = [*PIECES, *(token.content for token in plain.get_added_tokens_decoder().values())]
+        for _ in range(n_probes):
+            text = "".join(rng.choices(pieces, k=rng.randint(1, 12)))
+            got = fast.encode(text, add_special_tokens=False)
+            if list(getattr(got, "ids", got)) != plain.encode(text, add_special_tokens=False).ids:
+                return False, f"fastokens {found} gives other ids than tokenizers for {text[:40]!r}"
+    except Exception as exc:  # it says by many exceptions that it does not know a kind of tokenizer
+        return False, f"fastokens {found} does not take this tokenizer ({type(exc).__name__}: {str(exc)[:80]})"
+    return True, f"fastokens {found} gave the ids of tokenizers for {n_probes} probe texts"

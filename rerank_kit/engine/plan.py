@@ -1,0 +1,350 @@
+"""Model + machine + configuration -> the arguments of vLLM, for `vllm serve` and `vllm.LLM` alike."""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rerank_kit.engine.choices import api_servers, count_weights, engines_per_gpu, fastokens_agrees, weight_bytes
+from rerank_kit.engine.machine import GIB, Machine, cpu_has_bf16, probe_machine
+from rerank_kit.engine.nodes import check_nodes, describe_node, has_other_nodes, is_headless, node_env
+from rerank_kit.models.checkpoint import Checkpoint, content_id
+from rerank_kit.models.opened import opened
+from rerank_kit.models.profiles import Profile
+from rerank_kit.settings import FIELDS, ConfigError, EnvConfig, passed_on_env
+
+KV_GIB_AT_MOST = 16  # of one of several engines on a GPU: six full steps of a 0.6B model
+ENGINE_GIB = 4  # CUDA context, activations of one step and graphs of one engine, beside weights and KV cache
+
+
+@dataclass
+class Plan:
+    """Everything that one start needs."""
+
+    cfg: EnvConfig
+    machine: Machine
+    profile: Profile
+    checkpoint: Checkpoint
+    template: str | None  # Jinja text
+    engine: dict  # keyword arguments of vllm.LLM; flags of vllm serve by the same names
+    engines: int = 1  # on each GPU
+    api_servers: int | None = None  # None = vLLM's own choice, one for each data parallel rank
+    env: dict[str, str] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)  # engine key -> one line
+
+    @property
+    def copies(self) -> int:
+        """Engines in all: vLLM's data parallel ranks."""
+        return self.cfg.dp * self.engines
+
+    @property
+    def copies_here(self) -> int:
+        """Those of them on this host."""
+        return self.cfg.engines_here * self.engines
+
+
+def plan_service(cfg: EnvConfig, model: str | Path | None = None, machine: Machine | None = None) -> Plan:
+    """Decide how `vllm serve` serves one model on this machine.
+
+    Args:
+        cfg: the configuration; its settings take precedence over every choice made here.
+        model: folder or hub id; None = MODEL_PATH.
+        machine: None = the one this runs on.
+
+    Raises:
+        ConfigError: no model, no profile, not enough GPUs or memory. NoVllm: no fitting vLLM.
+    """
+    model, machine = _checked(cfg, model), machine or probe_machine()
+    check_nodes(cfg)
+    _check_gpus(cfg, machine)
+    plan = _plan_model(cfg, model, machine)
+    plan.api_servers = cfg.api_server_count
+    plan.engines, plan.why["engines_per_gpu"] = _engines(plan)
+    if plan.copies > 1:
+        plan.engine["data_parallel_size"] = plan.copies
+    if machine.is_cpu:
+        _plan_cpu(plan)
+    else:
+        _plan_gpu(plan, *_service_steps(plan))
+        _plan_tokenizing(plan)
+    if has_other_nodes(cfg):
+        plan.env |= node_env(cfg)
+        plan.why["node"] = describe_node(cfg)
+    if cfg.guard and not is_headless(cfg):
+        plan.env |= _guard_env(plan)
+    return _finished(plan)
+
+
+def plan_engine(cfg: EnvConfig, model: str | Path | None = None, machine: Machine | None = None) -> Plan:
+    """Decide how vllm.LLM scores with one model in this process, where throughput counts and nobody waits.
+
+    Copies and other hosts (DP, DP_ADDRESS) are the service's. Arguments and errors are those of plan_service().
+    """
+    cfg = replace(cfg, dp=1, dp_local=None, dp_address=None)
+    model, machine = _checked(cfg, model), machine or probe_machine()
+    _check_gpus(cfg, machine, may_be_more=True)
+    plan = _plan_model(cfg, model, machine)
+    if machine.is_cpu:
+        _plan_cpu(plan)
+    elif machine.gpu_mib > 70_000:
+        # 0.6B on an H100, engine alone: 1079 pairs/s with 8192 tokens and 128 pairs a step, 1712 with 65536 and 1024.
+        _plan_gpu(plan, 65536, 1024, "offline nobody waits for a large step")
+    else:
+        _plan_gpu(plan, *_service_steps(plan))
+    return _finished(plan)
+
+
+def _checked(cfg: EnvConfig, model: str | Path | None) -> str | Path:
+    """The model to plan for, and the first errors: cheap ones, before the machine is asked."""
+    model = model or cfg.model_path
+    if not model:
+        raise ConfigError("MODEL_PATH is not set: write MODEL_PATH=/folder/of/the/checkpoint (or a hub id) into .env")
+    if re.search(r"--api[-_]server[-_]count", cfg.extra_args):  # the guard of each must know their number
+        raise ConfigError("EXTRA_ARGS holds --api-server-count: set API_SERVER_COUNT in its place")
+    return model
+
+
+def _plan_model(cfg: EnvConfig, model: str | Path, machine: Machine) -> Plan:
+    """A plan with what model and settings decide, wherever it runs."""
+    found = opened(model, cfg)
+    profile = found.profile
+    plan = Plan(cfg, machine, profile, found.checkpoint, found.template, {})
+    engine, why = plan.engine, plan.why
+    engine["model"] = str(found.folder)
+    if profile.config_changes:
+        why["model"] = "made at start: links to the checkpoint, beside a config.json that names no code of the hub"
+    if profile.config_file:
+        # The code that is trusted is the kit's own: the adapted folder holds no other.
+        engine["trust_remote_code"] = True
+        why["trust_remote_code"] = f"for the kit's own {profile.config_file}, in the folder that is served"
+    engine["runner"] = "pooling"
+    if profile.convert:
+        engine["convert"] = profile.convert
+    overrides = dict(profile.hf_overrides)
+    text = found.checkpoint.config.get("text_config")
+    if isinstance(text, dict) and "tie_word_embeddings" not in text:
+        # Qwen3-VL-Reranker-8B says it at the top alone; vLLM 0.32 dies where its text model does not have it.
+        tied = found.checkpoint.config.get("tie_word_embeddings", False)
+        overrides["text_config"] = {"tie_word_embeddings": tied}
+    if overrides:
+        engine["hf_overrides"] = overrides
+    if profile.pooler_config:
+        engine["pooler_config"] = profile.pooler_config
+    engine["dtype"] = cfg.dtype
+    if cfg.quantization:
+        engine["quantization"] = cfg.quantization
+    engine["max_model_len"], why["max_model_len"] = _max_model_len(cfg, found.max_length)
+    engine |= profile.engine
+    engine["tensor_parallel_size"] = cfg.tp
+    if profile.prefix_caching:
+        engine["enable_prefix_caching"] = True
+    return plan
+
+
+def _finished(plan: Plan) -> Plan:
+    """The plan with the environment that every vLLM gets; what the user set himself stays."""
+    plan.env |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    for key in list(plan.env):
+        if key in os.environ or key in passed_on_env():
+            plan.env.pop(key)
+    return plan
+
+
+def _guard_env(plan: Plan) -> dict[str, str]:
+    """Settings of the guard, which reads nothing but the environment."""
+    cfg = plan.cfg
+    values = {k: getattr(cfg, f.name) for k, f in FIELDS.items() if f.metadata["group"] == "guard" and k != "GUARD"}
+    env = {f"GUARD_{k}": str(v) for k, v in values.items() if v not in (None, "")}
+    # Pairs taken before the first measured speed: some seconds of work. 1024 refused 16 calls of 32 documents in
+    # flight on an H100 with 8 API processes, each of which takes its share of 128.
+    env["GUARD_FIRST_PAIRS"] = "1024" if plan.machine.is_cpu else "16384"
+    # vLLM takes an instruction for any model and drops it where no template asks for it.
+    env["GUARD_TAKES_INSTRUCTION"] = str(int(plan.profile.instruction))
+    env["GUARD_VERSION"] = version_id(plan)
+    # vLLM runs one API process for each data parallel rank unless told otherwise.
+    return env | {"GUARD_API_SERVERS": str(plan.api_servers or plan.copies)}
+
+
+def version_id(plan: Plan) -> str:
+    """12 hex digits for all that decides a score: replicas with the same id answer alike, whatever their host."""
+    cfg = plan.cfg
+    names = ("convert", "hf_overrides", "pooler_config", "dtype", "quantization", "max_model_len")
+    decides = {name: plan.engine.get(name) for name in names}
+    decides |= {name: getattr(cfg, name) for name in ("long_documents", "max_tokens_per_doc", "max_tokens_per_query")}
+    decides |= {"template": plan.template, "extra_args": cfg.extra_args, "checkpoint": content_id(plan.checkpoint.path)}
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _check_gpus(cfg: EnvConfig, machine: Machine, *, may_be_more: bool = False) -> None:
+    """Raise ConfigError where GPUs and settings do not fit together.
+
+    may_be_more: offline the visible GPUs may be those of a service with DP; the first TP of them are used.
+    """
+    copies, key = (cfg.engines_here, "DP_LOCAL") if has_other_nodes(cfg) else (cfg.dp, "DP")
+    wanted = cfg.tp * copies
+    visible = cfg.cuda_visible_devices
+    if machine.is_cpu:
+        if visible not in (None, "", "-1"):
+            raise ConfigError(
+                f"CUDA_VISIBLE_DEVICES={visible!r} asks for a GPU, but the installed vLLM {machine.vllm_version} is "
+                "the CPU build: unset it, or install the GPU build on a machine with an NVIDIA driver"
+            )
+        return
+    if not machine.gpus:
+        raise ConfigError(
+            f"vLLM {machine.vllm_version} is the GPU build, but nvidia-smi finds no GPU here: check the driver, "
+            "or use a Python environment with the CPU build"
+        )
+    n_visible = len([v for v in visible.split(",") if v.strip()]) if visible is not None else None
+    if n_visible is not None and (n_visible < wanted if may_be_more else n_visible != wanted):
+        raise ConfigError(
+            f"TP x {key} = {cfg.tp} x {copies} = {wanted}, but CUDA_VISIBLE_DEVICES={visible!r} makes {n_visible} GPUs "
+            f"visible: the two must be equal (TP={n_visible} spreads one model over them, {key}={n_visible} copies it)"
+        )
+    if wanted > len(machine.gpus):
+        raise ConfigError(f"TP x {key} = {cfg.tp} x {copies} = {wanted}, but this host has {len(machine.gpus)} GPUs")
+
+
+def _engines(plan: Plan) -> tuple[int, str]:
+    """Engine processes on each GPU, and why."""
+    cfg, machine = plan.cfg, plan.machine
+    if cfg.engines_per_gpu:
+        return cfg.engines_per_gpu, f"{cfg.engines_per_gpu}: ENGINES_PER_GPU"
+    if machine.is_cpu:
+        return 1, "1: the CPU build"
+    if cfg.tp > 1 or has_other_nodes(cfg):
+        return 1, "1: TP or several hosts"
+    if "--data-parallel" in cfg.extra_args:
+        return 1, "1: EXTRA_ARGS arranges data parallel ranks"
+    n_cores = len(machine.cores) // cfg.dp
+    n, why = engines_per_gpu(count_weights(plan.checkpoint.config), machine.gpu_mib, n_cores)
+    return n, f"{n}: {why}"
+
+
+def _max_model_len(cfg: EnvConfig, own: int) -> tuple[int, str]:
+    """Tokens of the longest prompt for a model that takes `own`, and why."""
+    if cfg.max_model_len is None:
+        return min(4096, own), f"the model takes {own}; 4096 at most unless MAX_MODEL_LEN says otherwise"
+    if cfg.max_model_len > own:
+        raise ConfigError(f"MAX_MODEL_LEN={cfg.max_model_len} is more than the {own} tokens that this model takes")
+    return cfg.max_model_len, "MAX_MODEL_LEN"
+
+
+def _service_steps(plan: Plan) -> tuple[int, int, str]:
+    """Tokens and pairs of one engine step on a GPU, and why."""
+    if plan.engines > 1:
+        # Three engines on an H200, p50 at 8 and pairs/s at 8, 16, 64, 150 calls in flight with 24576 tokens a step:
+        # 131 ms, 1967, 2503, 2747, 2787; with 8192: 113 ms, 2217, 2605, 2651, 2720.
+        return 8192, 256, "smaller steps answer a light load sooner, and several engines leave no gaps"
+    return 24576, 256, "one engine needs large steps: each has to be launched"
+
+
+def _plan_gpu(plan: Plan, tokens: int, pairs: int, reason: str) -> None:
+    """Memory, steps and processes of the engines; tokens, pairs, reason: of one step where nothing is set."""
+    cfg, engine, why = plan.cfg, plan.engine, plan.why
+    share = cfg.gpu_memory_utilization or 0.85
+    # Each engine checks at its start that its share is free, and the others take theirs at the same time.
+    engine["gpu_memory_utilization"] = round(share / plan.engines, 3)
+    _plan_steps(plan, tokens, pairs, reason)
+    why["quantization"] = "QUANTIZATION" if cfg.quantization else "off: it changes scores, docs/performance.md"
+    why["gpu_memory_utilization"] = "GPU_MEMORY_UTILIZATION" if cfg.gpu_memory_utilization else "0.85 unless set"
+    if plan.copies > 1 and cfg.tp == 1 and not re.search("--(distributed|pipeline|nnodes)", cfg.extra_args):
+        # vLLM gives each rank a worker process of its own. H100, 0.6B, two engines on the card, vLLM 0.26: 2069 pairs/s
+        # at 64 calls in flight; with the worker inside the engine's process 2335.
+        engine["distributed_executor_backend"] = "uni"
+        why["distributed_executor_backend"] = "one process for each engine and its GPU"
+    if plan.engines > 1:
+        why["gpu_memory_utilization"] += f", shared by {plan.engines} engines"
+        _plan_kv_cache(plan)
+    if cfg.cuda_visible_devices is None:
+        plan.env["CUDA_VISIBLE_DEVICES"] = ",".join(str(i) for i in range(cfg.tp * cfg.engines_here))
+
+
+def _plan_steps(plan: Plan, tokens: int, pairs: int, reason: str) -> None:
+    """Tokens and pairs of one engine step: what is set, else these."""
+    cfg, engine, why = plan.cfg, plan.engine, plan.why
+    if engine["max_model_len"] > tokens:
+        tokens, reason = engine["max_model_len"], "no less than max_model_len"
+    engine["max_num_batched_tokens"] = cfg.max_num_batched_tokens or tokens
+    engine["max_num_seqs"] = cfg.max_num_seqs or pairs
+    why["max_num_batched_tokens"] = "MAX_NUM_BATCHED_TOKENS" if cfg.max_num_batched_tokens else reason
+    why["max_num_seqs"] = "MAX_NUM_SEQS" if cfg.max_num_seqs else f"{pairs} pairs a step unless set"
+
+
+def _plan_kv_cache(plan: Plan) -> None:
+    """KV cache of one of several engines on a GPU: vLLM's own measurement would count what the others take."""
+    engine, cfg = plan.engine, plan.cfg
+    if "--kv-cache-memory-bytes" in cfg.extra_args:
+        return
+    share = engine["gpu_memory_utilization"] * plan.machine.gpu_mib * 2**20
+    left = int(share - weight_bytes(plan.checkpoint.path, plan.checkpoint.config) / cfg.tp - ENGINE_GIB * GIB)
+    step = engine["max_num_batched_tokens"] * _kv_bytes_per_token(plan) // cfg.tp
+    if left < step:
+        raise ConfigError(
+            f"ENGINES_PER_GPU={plan.engines} leaves {max(0, left) / GIB:.1f} GiB of KV cache to each engine, and one "
+            f"step of {engine['max_num_batched_tokens']} tokens needs {step / GIB:.1f}: lower ENGINES_PER_GPU or "
+            "MAX_NUM_BATCHED_TOKENS"
+        )
+    engine["kv_cache_memory_bytes"] = min(left, max(KV_GIB_AT_MOST * GIB, 2 * step))
+    plan.why["kv_cache_memory_bytes"] = f"an engine's share less weights and {ENGINE_GIB} GiB, at most six steps or so"
+
+
+def _plan_tokenizing(plan: Plan) -> None:
+    """API processes and the tokenizer's implementation: they limit a small model on a large GPU."""
+    cfg = plan.cfg
+    if cfg.api_server_count is None:
+        n, why = api_servers(count_weights(plan.checkpoint.config), len(plan.machine.cores), cfg.dp)
+        plan.api_servers = n if n > 1 or plan.copies > 1 else None
+        plan.why["api_server_count"] = f"{n}: {why}"
+    if "VLLM_USE_FASTOKENS" not in {**os.environ, **passed_on_env()}:
+        agrees, why = fastokens_agrees(plan.checkpoint.path)
+        if agrees:
+            plan.env["VLLM_USE_FASTOKENS"] = "1"
+        plan.why["fastokens"] = f"{'on' if agrees else 'off'}: {why}"
+
+
+def _plan_cpu(plan: Plan) -> None:
+    """CPU build: all cores, a KV cache that fits, no compilation (it costs 25 s of every first start)."""
+    cfg, engine, why, cores = plan.cfg, plan.engine, plan.why, plan.machine.cores
+    _plan_steps(plan, 4096, 128, "a CPU is busy with small steps")
+    engine["enforce_eager"] = True
+    if cfg.dtype == "auto":
+        # vLLM's own choice is float16 where a checkpoint is float32, which this CPU build computes many times slower.
+        engine["dtype"] = "bfloat16" if cpu_has_bf16() else "float32"
+        why["dtype"] = "bfloat16 where the CPU computes it, else float32"
+    if cfg.gpu_memory_utilization:
+        engine["gpu_memory_utilization"] = cfg.gpu_memory_utilization
+        why["gpu_memory_utilization"] = "GPU_MEMORY_UTILIZATION; on the CPU a share of the host's memory"
+    elif "VLLM_CPU_KVCACHE_SPACE" not in {**os.environ, **passed_on_env()}:
+        need = 2 * engine["max_num_batched_tokens"] * _kv_bytes_per_token(plan)
+        engine["kv_cache_memory_bytes"] = max(GIB, need)
+        why["kv_cache_memory_bytes"] = "room for two engine steps, 1 GiB at least"
+        all_engines = plan.copies_here * engine["kv_cache_memory_bytes"]
+        if all_engines > 0.8 * plan.machine.memory_bytes:
+            free = plan.machine.memory_bytes / GIB
+            raise ConfigError(
+                f"{all_engines / GIB:.1f} GiB of KV cache do not fit into {free:.1f} GiB of free "
+                "memory: lower MAX_NUM_BATCHED_TOKENS or MAX_MODEL_LEN"
+            )
+    workers = cfg.tp * plan.copies_here
+    if workers > 1:
+        plan.env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        plan.env["OMP_NUM_THREADS"] = str(max(1, len(cores) // workers))
+        why["threads"] = f"{len(cores)} cores shared by {workers} workers"
+    elif len(cores) <= 4:
+        # vLLM's own choice keeps a core for the API process; on 2 cores that is half of the machine.
+        plan.env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
+        why["threads"] = f"all {len(cores)} cores compute"
+    else:
+        why["threads"] = "vLLM binds one thread to each physical core but one"
+
+
+def _kv_bytes_per_token(plan: Plan) -> int:
+    config = plan.checkpoint.config
+    heads = config.get("num_attention_heads") or 1
+    size = 4 if plan.engine["dtype"] in ("float", "float32") else 2
+    head_dim = config.get("head_dim") or (config.get("hidden_size") or 1024) // heads
+    layers = config.get("num_hidden_layers") or 1
+    return 2 * layers * (config.get("num_key_value_heads") or heads) * head_dim * size

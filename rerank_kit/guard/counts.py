@@ -1,0 +1,95 @@
+"""Pairs in flight and served, over all API processes of a service."""
+
+import math
+import mmap
+import os
+import time
+from pathlib import Path
+
+from rerank_kit.processes import born
+
+
+class Counts:
+    """What is in flight and what was served, over all API processes of a service that share a folder.
+
+    They share the engine, so that a call's wait hangs on the pairs of all of them; the kernel may give one process most
+    of the connections. Each writes six numbers of its own (a counter that is odd while it writes, pairs in flight,
+    pairs served, pair-seconds, seconds with a pair in flight, time of the last change) and reads those of the others;
+    no locks.
+    """
+
+    SIZE = 48  # bytes
+
+    def __init__(self, folder: str | None, n_processes: int, clock=time.monotonic, pid: int = 0):
+        self._clock, self._folder, self._n_others = clock, Path(folder or "."), n_processes - 1 if folder else 0
+        # Named after the parent that all have in common: a folder that outlives a server holds files of dead ones.
+        self._prefix = f"guard-{os.getppid()}-{born(os.getppid())}-"
+        self._own_file = self._folder / f"{self._prefix}{pid or os.getpid()}.load"
+        self._others: dict[Path, memoryview] = {}
+        self._looked = -math.inf
+        if self._n_others > 0:
+            unseen = self._own_file.with_suffix(".new")
+            unseen.write_bytes(bytes(self.SIZE))
+            self._own = _mapped(unseen)
+            unseen.rename(self._own_file)
+        else:
+            self._own = memoryview(bytearray(self.SIZE)).cast("d")
+        self._own[5] = clock()
+
+    @property
+    def own_in_flight(self) -> int:
+        return int(self._own[1])
+
+    def change(self, in_flight: int, served: int = 0) -> None:
+        own, now = self._own, self._clock()
+        own[0] += 1
+        own[3] += own[1] * (now - own[5])
+        own[4] += (own[1] > 0) * (now - own[5])
+        own[5] = now
+        own[1] += in_flight
+        own[2] += served
+        own[0] += 1
+
+    def in_flight(self) -> int:
+        """Pairs in flight now, of all processes."""
+        if len(self._others) < self._n_others:
+            self._find_others()
+        n = self._own[1]
+        for view in self._others.values():
+            n += view[1]
+        return int(n)
+
+    def totals(self) -> tuple[int, int, float, dict]:
+        """(pairs in flight now, pairs served, pair-seconds until now) of all; busy seconds of each."""
+        if len(self._others) < self._n_others:
+            self._find_others()
+        now, in_flight, served, pair_s, busy_s = self._clock(), 0.0, 0.0, 0.0, {}
+        for file, view in ((self._own_file, self._own), *self._others.items()):
+            _, n, done, pair_seconds, seconds, last = _settled(view)
+            in_flight, served = in_flight + n, served + done
+            pair_s += pair_seconds + n * (now - last)
+            busy_s[file] = seconds + (n > 0) * (now - last)
+        return int(in_flight), int(served), pair_s, busy_s
+
+    def _find_others(self) -> None:
+        """Those that have started by now."""
+        if self._clock() - self._looked < 1:
+            return
+        self._looked = self._clock()
+        for file in self._folder.glob(f"{self._prefix}*.load"):
+            if file != self._own_file and file not in self._others:
+                self._others[file] = _mapped(file)
+
+
+def _mapped(file: Path) -> memoryview:
+    with file.open("r+b") as opened:
+        return memoryview(mmap.mmap(opened.fileno(), Counts.SIZE)).cast("d")
+
+
+def _settled(view: memoryview) -> list[float]:
+    """The numbers of one process, not from the middle of a change."""
+    for _ in range(100):
+        values = view.tolist()
+        if values[0] % 2 == 0 and view[0] == values[0]:
+            break
+    return values

@@ -1,0 +1,187 @@
+"""What the guard does with pairs that are longer than the model takes: cut, refuse or split into windows, and say so.
+
+The Guard has one LongDocuments in each API process; long_bodies.py and models/fitting.py do the text work.
+docs/guard.md describes the field `long_documents` and the two headers, docs/scores.md what each way scores.
+"""
+
+import asyncio
+import json
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from rerank_kit.guard.answers import Refusal
+from rerank_kit.guard.long_bodies import (
+    LIMITS,
+    Split,
+    cut_by_limits,
+    fit_payload,
+    keep_separators,
+    merge_windows,
+    payload_fits_surely,
+    split_payload,
+)
+from rerank_kit.models.fitting import MODES, EmptyTextCounts, Fitter, TooManyWindows
+
+MAX_LIST_BYTES = 1500  # of one header that lists documents; two of them and the rest stay below 4 KB
+
+logger = logging.getLogger("vllm.rerank_guard")  # below "vllm": its handler and level
+
+
+class LongDocuments:
+    """Fits the texts of scoring calls to the model. A call keeps what was done in .mode, .cut and .split.
+
+    take_windows(call) admits a call once more by its windows, or raises Refusal.
+    """
+
+    def __init__(self, max_docs: int, encode: Callable[[dict], bytes], take_windows: Callable):
+        self.max_docs, self.encode, self.take_windows = max_docs, encode, take_windows
+        self.default = os.environ.get("GUARD_LONG_DOCUMENTS", "")
+        if self.default not in ("", *MODES):
+            raise ValueError(f"GUARD_LONG_DOCUMENTS={self.default!r} is unknown: allowed is {', '.join(MODES)}")
+        self.fitter = None  # made by the first scoring call, which is start's own probe
+        self.worker = ThreadPoolExecutor(1, "guard-tokenizer")  # one thread: a fast tokenizer is not thread-safe
+
+    def choose_mode(self, call, payload: dict) -> str | None:
+        """Set what happens to this call's long pairs; gives back what the call said itself."""
+        asked = payload.pop("long_documents", None)
+        if asked is not None and asked not in MODES:
+            text = f"long_documents={ascii(asked)[:40]} is unknown: allowed is {', '.join(MODES)}"
+            raise Refusal(422, "long", text, param="long_documents")
+        limit = payload.get("max_tokens_per_doc")
+        if asked in ("error", "chunk") and limit:
+            text = f"max_tokens_per_doc cuts documents: it excludes long_documents={asked}"
+            raise Refusal(422, "long", text, param="max_tokens_per_doc")
+        # max_tokens_per_doc: 0 says "whole, or an error" in vLLM's own words.
+        call.mode = asked or ("error" if limit == 0 and limit is not False else self.default)
+        if call.mode == "chunk" and limit:  # the server's way, but this call asks for a cut
+            call.mode = "truncate"
+        return asked
+
+    async def fit(self, scope, call, body: bytes, receive) -> bytes | None:
+        """The body that vLLM gets: texts that are too long for the model cut or split. None = the client left."""
+        if not call.mode:
+            return body
+        if self.fitter is None:
+            self.fitter = await asyncio.get_running_loop().run_in_executor(self.worker, make_fitter, scope)
+        if not self.fitter:
+            if call.mode == "chunk":
+                raise Refusal(422, "long", "this server cannot split documents: see its log", param="long_documents")
+            return body
+        if payload_fits_surely(self.fitter, call.payload):
+            return body
+        if call.mode == "error":
+            keep_separators(self.fitter, call.payload)
+            if any(call.payload.get(name) for name in LIMITS):  # which vLLM applies
+                call.cut = await self._in_worker(call, receive, cut_by_limits, self.fitter, call.payload) or []
+        elif call.mode == "chunk":
+            try:
+                done = await self._in_worker(call, receive, split_payload, self.fitter, call.payload, self.max_docs)
+            except TooManyWindows as exc:
+                limit = f"the limit is {self.max_docs} (MAX_DOCS_PER_CALL)"
+                text = f"the documents make {exc} windows or more, {limit}: send fewer documents a call, or truncate"
+                raise Refusal(413, "docs", text, param="long_documents") from exc
+            call.split, call.cut = done or (None, [])
+            if call.split:
+                self.take_windows(call)
+        else:
+            call.cut = await self._in_worker(call, receive, fit_payload, self.fitter, call.payload) or []
+        return None if call.aborted else self.encode(call.payload)
+
+    async def _in_worker(self, call, receive, work, *args):
+        """work(*args) in the tokenizer's thread; None when the client leaves first: its place in the queue is free."""
+        job = asyncio.get_running_loop().run_in_executor(self.worker, work, *args)
+        leaves = asyncio.ensure_future(receive())  # the body is read: what comes now is a disconnect
+        try:
+            await asyncio.wait((job, leaves), return_when=asyncio.FIRST_COMPLETED)
+            if job.done():
+                return job.result()
+            call.aborted = True
+            return None
+        finally:
+            job.cancel()
+            leaves.cancel()
+
+    def headers(self, call) -> list[tuple[bytes, bytes]]:
+        """X-Rerank-Cut and X-Rerank-Windows of the answer."""
+        headers = []
+        if call.cut:
+            headers.append((b"x-rerank-cut", listed(dict.fromkeys(call.cut, ""))))
+        if call.mode == "chunk":
+            counts = call.split.counts if call.split else {}
+            # Never empty: a proxy may drop an empty header, by which the client knows that windows were made.
+            headers.append((b"x-rerank-windows", listed({i: f":{n}" for i, n in counts.items()}) or b"none"))
+        return headers
+
+    def merged(self, split: Split, send):
+        """A send() that holds vLLM's answer for windows until it is whole, and sends the documents' scores instead."""
+        start, chunks = {}, []
+
+        async def send_whole(message):
+            nonlocal start
+            if message["type"] == "http.response.start":
+                start = message
+                return
+            chunks.append(message.get("body", b""))
+            if message.get("more_body"):
+                return
+            body = b"".join(chunks)
+            answer = json.loads(body) if start["status"] == 200 else None
+            if isinstance(answer, dict):  # to a client that has left vLLM answers null
+                body = self.encode(merge_windows(split, answer))
+            headers = [pair for pair in start.get("headers", ()) if pair[0].lower() != b"content-length"]
+            headers.append((b"content-length", str(len(body)).encode()))
+            await send({**start, "headers": headers})
+            await send({"type": "http.response.body", "body": body})
+
+        return send_whole
+
+
+def make_fitter(scope):
+    """A Fitter for the model that this process serves; False where it cannot be known."""
+    try:
+        served = scope["app"].state.serving_scores.io_processor  # vLLM's own, not a documented interface
+        template, separate = getattr(served, "chat_template", None), served.name == "bi-encoder"
+        if not separate and (served.name != "cross-encoder" or not (template or served.use_sep_token)):
+            raise LookupError(f"scoring of kind {served.name}")
+        config = served.model_config
+        tokenizer = plain_tokenizer(config.tokenizer, config.trust_remote_code)
+        fitter = Fitter(tokenizer, None if separate else template, config.max_model_len, separate=separate)
+        if fitter.needs_cover:
+            served.tokenizer = EmptyTextCounts(served.tokenizer)
+        return fitter
+    except Exception as exc:  # another release of vLLM: long texts get vLLM's own 400
+        logger.warning("guard: long documents are not cut (%s: %s)", type(exc).__name__, exc)
+        return False
+
+
+def plain_tokenizer(name: str, trust_remote_code: bool):
+    """transformers' own tokenizer, which knows the characters of its tokens; the one of fastokens does not."""
+    import transformers
+
+    patched = os.environ.get("VLLM_USE_FASTOKENS") == "1"  # vLLM has patched transformers in this process
+    if patched:
+        import fastokens
+
+        fastokens.unpatch_transformers()
+    try:
+        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    finally:
+        if patched:
+            fastokens.patch_transformers()
+
+
+def listed(values: dict[int, str]) -> bytes:
+    """`0-3,7` or `0-3:2,7:5` for a header: document, or a run of documents with the same value.
+
+    A long list ends with "...": nginx takes 4 KB of headers, aiohttp 8 KB a line.
+    """
+    runs: list[list] = []  # [first, last, value]
+    for index, value in sorted(values.items()):
+        if runs and runs[-1][1:] == [index - 1, value]:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index, value])
+    text = ",".join((f"{first}-{last}" if last > first else f"{first}") + value for first, last, value in runs)
+    return (text if len(text) <= MAX_LIST_BYTES else text[:MAX_LIST_BYTES].rpartition(",")[0] + ",...").encode()

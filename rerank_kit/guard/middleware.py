@@ -1,0 +1,383 @@
+"""What the service enforces on every request: key, paths, limits, defaults, admission, metrics.
+
+`vllm serve --middleware rerank_kit.guard.Guard` loads this plain ASGI class (the kit's folder on PYTHONPATH). Each API
+process has its own Guard. Settings come from the environment, GUARD_<KEY> for the keys of group "guard" in
+settings.py, and VLLM_API_KEY; what is unset, empty or 0 is off. docs/guard.md describes every limit and error.
+
+Source: vllm/entrypoints/serve/middleware and vllm/entrypoints/pooling/scoring of vLLM 0.32.0.
+"""
+
+import asyncio
+import functools
+import hashlib
+import hmac
+import logging
+import math
+import os
+import re
+import threading
+import time
+import uuid
+
+from rerank_kit.guard.admission import FIRST_PAIRS, Load
+from rerank_kit.guard.answers import Refusal, _send_json, _send_refusal
+from rerank_kit.guard.body import Limits, parse
+from rerank_kit.guard.counts import Counts
+from rerank_kit.guard.long_bodies import LIMITS, Split, as_int
+from rerank_kit.guard.long_documents import LongDocuments
+from rerank_kit.guard.metrics import _metrics
+
+RERANK_FIELDS = ("documents",)
+# The four spellings that vLLM's score routes take. All are counted: a body may hold several.
+SCORE_FIELDS = ("queries", "documents", "items", "text_1", "text_2", "data_1", "data_2")
+SCORING = {
+    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), RERANK_FIELDS),
+    **dict.fromkeys(("/score", "/v1/score"), SCORE_FIELDS),
+}
+NO_KEY_PATHS = frozenset(("/health", "/live", "/ready"))
+PATHS = NO_KEY_PATHS | {"/ping", "/version", "/metrics", "/load", "/v1/models", *SCORING}
+
+DRAIN_RETRY_S = 5
+
+logger = logging.getLogger("vllm.rerank_guard")  # below "vllm": its handler and level
+# vLLM 0.32 warns at each call of /v1/score (api_router.py) that the route is not part of OpenAI's API.
+SCORE_LOGGER, SCORE_WARNING = "vllm.entrypoints.pooling.scoring.api_router", "Score API is not part of standard OpenAI"
+
+
+class Call:
+    """State of one HTTP request."""
+
+    def __init__(self, scope: dict):
+        # The first of a repeated header counts, as in vLLM's own key check.
+        self.headers = dict(reversed(scope["headers"]))
+        self.path = scope["path"].removeprefix(scope.get("root_path", ""))
+        self.scoring = scope["method"] == "POST" and self.path in SCORING
+        given = self.headers.get(b"x-request-id", b"")
+        self.request_id = given if re.fullmatch(rb"[!-~]{1,128}", given) else uuid.uuid4().hex.encode()
+        trace = re.fullmatch(rb"[0-9a-f]{2}-([0-9a-f]{32})-.*", self.headers.get(b"traceparent", b""))
+        self.trace_id = trace[1].decode() if trace else "-"
+        self.payload: dict = {}
+        self.mode = ""  # what happens to pairs that are too long: one of MODES; "" = vLLM's 400
+        self.cut: list[int] = []  # documents of which the model sees a part only
+        self.split: Split | None = None
+        self.start_s = time.perf_counter()
+        self.taken_s = 0.0  # until the answer began; a client that reads slowly is not a slow call
+        self.status = 0  # 0 = no answer yet
+        self.pairs = self.n_bytes = 0
+        self.in_flight = self.aborted = self.has_own_id = self.answered = False
+
+
+class Guard:
+    """ASGI middleware around vLLM's app. Raises ValueError for a setting that cannot be used: the server stops."""
+
+    def __init__(self, app):
+        import msgspec  # vLLM requires it; 8 times faster than json.dumps
+
+        self.app = app
+        self.encode = msgspec.json.encode
+        names = ("MAX_BODY_BYTES", "MAX_DOCS_PER_CALL", "MAX_CHARS_PER_FIELD")
+        self.limits = Limits(*(_setting(name) for name in names))
+        self.slow_ms = _setting("SLOW_CALL_MS", float)
+        self.defaults = {f"max_tokens_per_{x}": _setting(f"MAX_TOKENS_PER_{x.upper()}") for x in ("doc", "query")}
+        extra = {path.strip() for path in os.environ.get("GUARD_ALLOW_PATHS", "").split(",") if path.strip()}
+        if wrong := sorted(path for path in extra if not path.startswith("/")):
+            raise ValueError(f"GUARD_ALLOW_PATHS: {wrong[0]!r} is not a path: write /{wrong[0]}")
+        self.paths = PATHS | extra
+        key = os.environ.get("VLLM_API_KEY")
+        self.key_hash = hashlib.sha256(key.encode()).digest() if key else None
+        # vLLM gives its API processes a folder in common (for metrics): there they count together. Without it each
+        # admits its share.
+        n_processes, folder = _setting("API_SERVERS") or 1, os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+        share = 1 if folder else n_processes
+        max_pairs = math.ceil(_setting("MAX_PAIRS_IN_FLIGHT") / share)
+        first_pairs = math.ceil((_setting("FIRST_PAIRS") or FIRST_PAIRS) / share)
+        counts = Counts(folder, n_processes)
+        self.load = Load(max_pairs, _setting("MAX_WAIT_S", float), first_pairs, counts=counts)
+        self.metrics = _metrics()
+        self.version = os.environ.get("GUARD_VERSION", "").encode()
+        self.metrics.restarts.set(_setting("RESTARTS"))
+        self.metrics.started.set(time.time())
+        self.metrics.version.labels(self.version.decode()).set(1)
+        logging.getLogger(SCORE_LOGGER).addFilter(_once(SCORE_WARNING))
+        self.long = LongDocuments(self.limits.max_docs, self.encode, self._take_windows)
+        self.takes_instruction = os.environ.get("GUARD_TAKES_INSTRUCTION", "1") != "0"
+        # Of several API processes the parent ends those that still work after --shutdown-timeout: be done before it.
+        self.early_s = 2.0 if n_processes > 1 else 0.0
+        self.draining = False
+        self.tasks = set()  # of all calls, also of clients that still send or do not read their answer
+        logger.info(
+            "guard: %s, %s, pairs in flight %s (1/%d of the service), wait %s s, key %s (0 = off)",
+            vars(self.limits), self.defaults, max_pairs, share, self.load.max_wait_s, "on" if key else "off",
+        )  # fmt: skip
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "websocket":  # no scoring route is one
+            await receive()
+            return await send({"type": "websocket.close", "code": 1008})
+        if scope["type"] != "http":
+            self._watch_stop(scope)
+            return await self.app(scope, receive, send)
+        call, task = Call(scope), asyncio.current_task()
+        self.tasks.add(task)
+
+        async def answer(message):
+            if call.answered:  # in vLLM's place
+                return
+            if message["type"] == "http.response.start":
+                if message["status"] == 500 and call.scoring and _engine_is_dead(scope):
+                    text = "the engine died: send the call to another server, or again when this one is back"
+                    await _send_refusal(answer, Refusal(503, "dead", text, retry_s=DRAIN_RETRY_S))
+                    self.metrics.refusals.labels("dead").inc()
+                    call.answered = True
+                    return
+                call.status, call.taken_s = message["status"], time.perf_counter() - call.start_s
+                # The scores exist now: a client that reads slowly holds no pairs.
+                self._release(call)
+                headers = [pair for pair in message.get("headers", ()) if pair[0].lower() != b"x-request-id"]
+                headers += [(b"x-request-id", call.request_id), *self.long.headers(call)]
+                if self.version:
+                    headers.append((b"x-rerank-version", self.version))
+                message = {**message, "headers": headers}
+            await send(message)
+
+        async def watched_receive():
+            message = await receive()
+            if message["type"] == "http.disconnect" and not call.status:
+                call.aborted = True  # vLLM cancels the call and answers into the void
+            return message
+
+        try:
+            self._check_access(call)
+            if call.path == "/live":
+                return await _send_json(answer, 200, {"status": "live"})
+            if call.path == "/ready":
+                return await self._ready(scope, watched_receive, answer)
+            if call.scoring:
+                body = await self._admit(call, watched_receive)
+                if body is None:  # the client left while it sent
+                    return None
+                body = await self.long.fit(scope, call, body, watched_receive)
+                self.metrics.cut.inc(len(call.cut))
+                if body is None:
+                    return None
+                scope = {**scope, "headers": _inner_headers(scope["headers"], call, len(body))}
+                reply = self.long.merged(call.split, answer) if call.split else answer
+                return await self.app(scope, _replay(body, watched_receive), reply)
+            return await self.app(scope, watched_receive, answer)
+        except Refusal as exc:
+            self.metrics.refusals.labels(exc.reason).inc()
+            await _send_refusal(answer, exc)
+        except BaseException as exc:
+            if isinstance(exc, asyncio.CancelledError) and self.draining and not call.status:
+                return await _send_refusal(answer, self._stopping())
+            if isinstance(exc, Exception) and not call.status:
+                # vLLM's own answer would come from outside all middleware, without our headers.
+                text = f"{type(exc).__name__}: see the server's log, request id {call.request_id.decode()}"
+                await _send_refusal(answer, Refusal(500, "error", text))
+            call.status = call.status or 500
+            raise
+        finally:
+            self.tasks.discard(task)
+            self._release(call)
+            self._record(call)
+
+    def _check_access(self, call: Call) -> None:
+        """Key first, so that a stranger does not learn which paths exist."""
+        if self.key_hash and call.path not in NO_KEY_PATHS:
+            scheme, _, key = call.headers.get(b"authorization", b"").partition(b" ")
+            right = hmac.compare_digest(hashlib.sha256(key).digest(), self.key_hash)
+            if scheme.lower() != b"bearer" or not right:
+                raise Refusal(401, "key", "wrong or missing API key: send the header 'Authorization: Bearer <key>'")
+        if call.path not in self.paths:
+            shown = ascii(call.path[:100])
+            raise Refusal(404, "path", f"{shown} is closed here: this server scores ({', '.join(sorted(SCORING))})")
+
+    async def _admit(self, call: Call, receive) -> bytes | None:
+        """Read, check and complete one scoring call and take its pairs. None = the client left; or Refusal."""
+        if self.draining:
+            raise self._stopping()
+        self.limits.check_length(call.headers.get(b"content-length", b"0"))
+        self.load.check(1)  # full for any call: no need to read it; uvicorn throws its body away
+        body = await self.limits.read(receive)
+        if body is None:
+            return None
+        call.n_bytes = len(body)
+        self.limits.check(body)
+        payload = parse(body)
+        changed = self._complete(call, payload)
+        if changed or b"\\u" in body:
+            try:
+                encoded = self.encode(payload)
+            except UnicodeEncodeError as exc:
+                raise Refusal(400, "json", "the body holds half of a surrogate pair (\\ud800-\\udfff)") from exc
+            body = encoded if changed else body
+        call.has_own_id = "request_id" in payload  # in vLLM the header would win over it
+        fields = [payload[name] for name in SCORING[call.path] if name in payload]
+        pairs = max([1, *(len(field) for field in fields if isinstance(field, list))])
+        if self.draining:  # since the body began
+            raise self._stopping()
+        self.load.take(pairs)
+        call.pairs, call.in_flight, call.payload = pairs, True, payload
+        self._show_load()
+        return body
+
+    def _take_windows(self, call: Call) -> None:
+        """Admit a call, let in by its documents, once more by its windows."""
+        n = len(call.split.owners)
+        self.load.reserve(n, instead_of=call.pairs)
+        call.pairs = n
+        self._show_load()
+
+    def _stopping(self) -> Refusal:
+        return Refusal(503, "draining", "the server is stopping: send the call again later", retry_s=DRAIN_RETRY_S)
+
+    def _complete(self, call: Call, payload: dict) -> bool:
+        """Drop nulls, take our own fields out, fill in defaults; True = payload has changed."""
+        nulls = [name for name, value in payload.items() if value is None]
+        for name in nulls:  # vLLM takes null for some fields only; langchain-cohere sends max_tokens_per_doc: null
+            del payload[name]
+        if "truncate_prompt_tokens" in payload:
+            text = (
+                "truncate_prompt_tokens cuts the end of the prompt, where the model is asked for its answer, and makes "
+                "the scores wrong: send max_tokens_per_doc instead"
+            )
+            raise Refusal(422, "truncate", text, param="truncate_prompt_tokens")
+        more = payload.get("chat_template_kwargs")
+        more = more if isinstance(more, dict) else {}
+        wrong = [name for name, value in more.items() if name != "instruction" or not isinstance(value, str | None)]
+        if wrong:  # another key can take the prompt's end away; only in a text are control tokens neutralised
+            text = f"chat_template_kwargs takes instruction, a text, and nothing else: not {ascii(wrong[0])[:40]}"
+            raise Refusal(422, "instruction", text, param="chat_template_kwargs")
+        limits = [name for name in LIMITS if as_int(payload.get(name)) is not payload.get(name)]
+        payload |= {name: as_int(payload[name]) for name in limits}
+        if not self.takes_instruction and (payload.get("instruction") or more.get("instruction")):
+            text = "this model takes no instruction, and its score would not change: leave instruction out"
+            raise Refusal(422, "instruction", text, param="instruction")
+        asked = self.long.choose_mode(call, payload)
+        whole = call.mode == "chunk" or asked == "error"  # the default for documents would cut
+        added = {name: value for name, value in self.defaults.items() if value and name not in payload}
+        if whole:
+            added.pop("max_tokens_per_doc", None)
+        payload |= added
+        return bool(nulls or added or asked or limits)
+
+    async def _ready(self, scope, receive, answer) -> None:
+        """200 while the engine is healthy (vLLM's /health) and no stop is under way."""
+        status = 503
+
+        async def note_status(message):
+            nonlocal status
+            status = message.get("status", status)
+
+        if not self.draining:
+            inner = {**scope, "method": "GET", "path": "/health", "raw_path": b"/health"}
+            await self.app(inner, receive, note_status)
+        if status != 200:
+            text = "the server is stopping" if self.draining else "the engine is not healthy: see the server's log"
+            raise Refusal(503, "not_ready", text, retry_s=DRAIN_RETRY_S)
+        await _send_json(answer, 200, {"status": "ready"})
+
+    def _release(self, call: Call) -> None:
+        if call.in_flight:
+            call.in_flight = False
+            self.load.release(call.pairs, call.status == 200 and not call.aborted)
+            self._show_load()
+
+    def _show_load(self) -> None:
+        self.metrics.in_flight.set(self.load.in_flight)
+        self.metrics.wait.set(self.load.wait_s)
+        self.metrics.speed.set(self.load.pairs_per_s)
+
+    def _record(self, call: Call) -> None:
+        taken_s = call.taken_s or time.perf_counter() - call.start_s
+        route = call.path if call.path in self.paths else "closed"
+        status = "aborted" if call.aborted or not call.status else f"{call.status // 100}xx"
+        self.metrics.calls.labels(route, status).inc()
+        if call.pairs and status == "2xx":
+            self.metrics.pairs.inc(call.pairs)
+            self.metrics.call_pairs.observe(call.pairs)
+            self.metrics.call_bytes.observe(call.n_bytes)
+            self.metrics.call_s.observe(taken_s)
+        if call.pairs and self.slow_ms and taken_s * 1000 > self.slow_ms:
+            logger.warning(
+                "slow call: %s %s, %d pairs, %d bytes, %.0f ms, %d pairs in flight now, request id %s, trace %s",
+                route, status, call.pairs, call.n_bytes, taken_s * 1000, self.load.in_flight, call.request_id.decode(),
+                call.trace_id,
+            )  # fmt: skip
+
+    def _watch_stop(self, scope) -> None:
+        """Let calls in flight finish before vLLM stops its engine; from then on new calls get 503.
+
+        vLLM 0.32 keeps HTTP open while it stops the engine in a thread (handle_shutdown in launcher.py), but a pooling
+        pair that reaches the stopping engine fails all calls in flight (AssertionError in output_processor.py). So the
+        engine is told to stop when no pair is left, or after --shutdown-timeout; what is left then ends with 503.
+        """
+        engine = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
+        if engine is None:
+            return
+        stop, loop = engine.shutdown, asyncio.get_running_loop()
+
+        def drain_then_stop(*args, timeout=None, **kwargs):
+            self.draining = True
+            if threading.current_thread() is threading.main_thread():  # the event loop's own: it must not wait
+                return stop(*args, timeout=timeout, **kwargs)
+            end_s = time.monotonic() + max(0.0, (timeout or 0) - self.early_s)
+            while self.load.in_flight and time.monotonic() < end_s:
+                time.sleep(0.05)
+            try:
+                return stop(*args, timeout=timeout and max(1.0, end_s - time.monotonic()), **kwargs)
+            finally:
+                for task in tuple(self.tasks):  # else vLLM waits for them without end
+                    loop.call_soon_threadsafe(task.cancel)
+
+        engine.shutdown = drain_then_stop
+
+
+def _engine_is_dead(scope) -> bool:
+    """vLLM answers 500 to the calls that its engine takes along; then it ends. It was not the calls' fault."""
+    engine = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
+    return bool(getattr(engine, "errored", False))
+
+
+def _setting(name: str, kind=int):
+    """GUARD_<name> as a number; unset or empty = 0 = off."""
+    text = os.environ.get(f"GUARD_{name}", "").strip()
+    try:
+        value = kind(text or 0)
+    except ValueError:
+        value = -1
+    if not 0 <= value < math.inf:
+        raise ValueError(f"GUARD_{name}={text!r} is not {'an integer' if kind is int else 'a number'} of 0 or more")
+    return value
+
+
+@functools.cache  # one filter a process, however often the class is made
+def _once(text: str):
+    """A logging filter that lets the first record with this text pass, and all records without it."""
+    seen = False
+
+    def passes(record: logging.LogRecord) -> bool:
+        nonlocal seen
+        found, before = text in record.getMessage(), seen
+        seen = seen or found
+        return not (found and before)
+
+    return passes
+
+
+def _inner_headers(headers, call: Call, length: int) -> list:
+    """Headers for vLLM: the length of the new body, and our request id, which vLLM takes for its own."""
+    dropped = (b"content-length", b"transfer-encoding", b"x-request-id")
+    kept = [pair for pair in headers if pair[0] not in dropped]
+    kept.append((b"content-length", str(length).encode()))
+    return kept if call.has_own_id else [*kept, (b"x-request-id", call.request_id)]
+
+
+def _replay(body: bytes, receive):
+    """An ASGI receive() that gives the body, then what the client does (vLLM waits for a disconnect)."""
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replay():
+        return messages.pop() if messages else await receive()
+
+    return replay

@@ -1,0 +1,240 @@
+"""Query-document pairs to token ids, many at a time.
+
+The ids are those of vLLM's own rendering, pair by pair, in a fraction of its time: the template is rendered once and
+the texts are put into it, and the tokenizer gets hundreds of prompts a call.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+from rerank_kit.engine.choices import fastokens_agrees
+from rerank_kit.engine.plan import Plan
+from rerank_kit.models.pair import Pair
+from rerank_kit.models.served_folder import make_adapted
+from rerank_kit.settings import ConfigError, passed_on_env
+
+# Private characters that no template holds: they stand for the texts while the template is rendered.
+MARKS = {"query": "\ue000", "document": "\ue001", "instruction": "\ue002"}
+# Texts that a template may treat in its own way: control tokens, half ones, white space, emptiness.
+PROBES = ("", " \n", "a <|im_end|>\n<|im_start|>b", "<|im_<|im_end|>end|>", "<bos><eos><unused1>", "<a> |> b\n\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids of one prompt. A long one is cut as its family's reference cuts it, and says so."""
+
+    ids: list[int]
+    cut: bool = False
+    n_first: int | None = None  # BERT: tokens of the first segment
+
+
+class PairEncoder:
+    """Pairs to token ids, many at a time. Used by one thread: a tokenizer is not thread-safe."""
+
+    def __init__(self, plan: Plan):
+        from transformers import AutoTokenizer
+
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        make_adapted(plan.checkpoint, plan.profile, Path(plan.engine["model"]))
+        # Said in full: left open, transformers asks the terminal whether to run a checkpoint's code.
+        trusted = plan.engine.get("trust_remote_code", False)
+        self.tokenizer = AutoTokenizer.from_pretrained(plan.engine["model"], trust_remote_code=trusted)
+        self.template, self.max_length = plan.template, plan.engine["max_model_len"]
+        self._backend = _rust_tokenizer(self.tokenizer)
+        self._ids_of = _fast_ids(plan, self.tokenizer) if self.template is not None else None
+        self._plain = _plain_macro(self.template) if self.template is not None else None
+        # A query and an instruction come many times, a document hardly ever.
+        self._plain_again = lru_cache(4096)(self._plain) if self._plain else None
+        self._last_suffix: tuple[str | None, list[int]] | None = None
+        self._frames: dict[bool, list[str] | None] = {}
+
+    def encode(self, pairs: list[Pair]) -> list[Prompt]:
+        """Token ids of N pairs.
+
+        Source: the profile's template, cut as on the model card of Qwen3-Reranker (the end of the document, then of
+        the query; the suffix stays); without a template the tokenizer's own pair format with longest_first.
+        """
+        if not pairs:
+            return []
+        if self.template is None:
+            return self._encode_segments(pairs)
+        out = []
+        for pair, ids in zip(pairs, self._ids(self.render(pairs)), strict=True):
+            cut = len(ids) > self.max_length
+            if cut:
+                suffix = self._suffix(pair.instruction)
+                ids = ids[: self.max_length - len(suffix)] + suffix
+            out.append(Prompt(ids, cut))
+        return out
+
+    def encode_texts(self, texts: list[str]) -> list[Prompt]:
+        """Token ids of N texts by themselves, for embedding models; long ones cut by the tokenizer's own rule."""
+        out = [Prompt(ids) for ids in self._ids(texts)]
+        long = [i for i, prompt in enumerate(out) if len(prompt.ids) > self.max_length]
+        if long:
+            cut = self.tokenizer([texts[i] for i in long], truncation=True, max_length=self.max_length)["input_ids"]
+            for i, ids in zip(long, cut, strict=True):
+                out[i] = Prompt(ids, True)
+        return out
+
+    def first_tokens(self, texts: list[str], n_tokens: int) -> list[str]:
+        """Each text, cut to its first n tokens.
+
+        Source: truncate_text_to_tokens() of vLLM 0.32, by which the service cuts to max_tokens_per_doc and _query.
+
+        Raises:
+            ConfigError: the tokenizer does not know the characters of its tokens.
+        """
+        if self._backend is None:
+            raise ConfigError("MAX_TOKENS_PER_DOC and MAX_TOKENS_PER_QUERY need a fast tokenizer: unset them")
+        out, left = list(texts), list(range(len(texts)))
+        while left:
+            encodings = self._backend.encode_batch([out[i] for i in left], add_special_tokens=False)
+            long = [(i, e.offsets) for i, e in zip(left, encodings, strict=True) if len(e) > n_tokens]
+            for i, offsets in long:
+                end = min(offsets[n_tokens - 1][1], offsets[n_tokens][0])  # never inside a character
+                out[i] = out[i][: min(end, len(out[i]) - 1)]
+            left = [i for i, _ in long]  # a text that is cut inside a word may get one token more
+        return out
+
+    # --- the template ---
+
+    def render(self, pairs: list[Pair]) -> list[str]:
+        """Prompts of N pairs: the texts of apply_chat_template(), the template itself rendered once."""
+        out = []
+        for pair in pairs:
+            parts = self._frame(bool(pair.instruction))
+            if parts is None:
+                out.append(self.render_by_jinja(pair))
+                continue
+            filled = list(parts)
+            for at in range(1, len(parts), 2):
+                text = getattr(pair, parts[at])
+                filled[at] = self._plain(text) if parts[at] == "document" else self._plain_again(text)
+            out.append("".join(filled))
+        return out
+
+    def render_by_jinja(self, pair: Pair) -> str:
+        chat = [{"role": "query", "content": pair.query}, {"role": "document", "content": pair.document}]
+        more = {"instruction": pair.instruction} if pair.instruction else {}
+        return self.tokenizer.apply_chat_template(chat, chat_template=self.template, tokenize=False, **more)
+
+    def _frame(self, with_instruction: bool) -> list[str] | None:
+        """The rendered template as [text, name, text, name, ... text]; None where that is not what it does."""
+        if with_instruction not in self._frames:
+            self._frames[with_instruction] = self._find_frame(with_instruction)
+        return self._frames[with_instruction]
+
+    def _find_frame(self, with_instruction: bool) -> list[str] | None:
+        if self._plain is None:
+            return None
+        instruction = MARKS["instruction"] if with_instruction else None
+        rendered = self.render_by_jinja(Pair(MARKS["query"], MARKS["document"], instruction))
+        parts = re.split(f"([{''.join(MARKS.values())}])", rendered)
+        names = {mark: name for name, mark in MARKS.items()}
+        parts[1::2] = [names[mark] for mark in parts[1::2]]
+        wanted = {"query", "document"} | ({"instruction"} if with_instruction and "instruction" in parts else set())
+        if sorted(parts[1::2]) != sorted(wanted):
+            return None
+        for query in PROBES:  # the template may do more than put the texts in
+            for document in PROBES:
+                probe = Pair(query, document, f"{document}do{query}" if with_instruction else None)
+                filled = [self._plain(getattr(probe, part)) if at % 2 else part for at, part in enumerate(parts)]
+                if "".join(filled) != self.render_by_jinja(probe):
+                    return None
+        return parts
+
+    def _suffix(self, instruction: str | None) -> list[int]:
+        """Token ids behind the document; the last answer is kept, since instructions hardly differ."""
+        if self._last_suffix is None or self._last_suffix[0] != instruction:
+            mark = MARKS["document"]
+            text = self.render_by_jinja(Pair("", mark, instruction)).rpartition(mark)[2]
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(ids) + 16 > self.max_length:
+                raise ConfigError(f"MAX_MODEL_LEN={self.max_length} leaves no room beside the template")
+            self._last_suffix = instruction, ids
+        return self._last_suffix[1]
+
+    # --- the tokenizer ---
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if self._ids_of:
+            return self._ids_of(texts)
+        if self._backend is None:
+            return self.tokenizer(texts)["input_ids"]
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts)]
+
+    def _encode_segments(self, pairs: list[Pair]) -> list[Prompt]:
+        out = self._segments(pairs)
+        long = [index for index, prompt in enumerate(out) if len(prompt.ids) > self.max_length]
+        if long:
+            cut = self._segments([pairs[i] for i in long], truncation="longest_first", max_length=self.max_length)
+            for index, prompt in zip(long, cut, strict=True):
+                out[index] = replace(prompt, cut=True)
+        return out
+
+    def _segments(self, pairs: list[Pair], **truncation) -> list[Prompt]:
+        # Lists, as sentence-transformers: for two strings transformers takes an empty second one for none.
+        if self._backend is not None and not truncation:
+            kinds_too = "token_type_ids" in self.tokenizer.model_input_names
+            encodings = self._backend.encode_batch_fast([(p.query, p.document) for p in pairs])
+            return [Prompt(e.ids, n_first=_first_segment(e.type_ids) if kinds_too else None) for e in encodings]
+        batch = self.tokenizer([p.query for p in pairs], [p.document for p in pairs], **truncation)
+        kinds = batch.get("token_type_ids") or [None] * len(pairs)
+        return [Prompt(i, n_first=_first_segment(k)) for i, k in zip(batch["input_ids"], kinds, strict=True)]
+
+
+def _first_segment(kinds: list[int] | None) -> int | None:
+    return kinds.index(1) if kinds and 1 in kinds else None
+
+
+def _rust_tokenizer(tokenizer):
+    """A copy of a fast tokenizer's own `tokenizers.Tokenizer` that never cuts or pads; None for a slow one.
+
+    transformers makes lists of ids, type ids and masks of every text, which takes longer than the tokenizer itself.
+    """
+    from tokenizers import Tokenizer
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer) or not hasattr(backend, "encode_batch_fast"):
+        return None
+    copy = Tokenizer.from_str(backend.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = backend.encode_special_tokens
+    return copy
+
+
+def _fast_ids(plan: Plan, tokenizer) -> Callable[[list[str]], list[list[int]]] | None:
+    """Texts to ids by fastokens, where it gives the ids of this tokenizer; None where it does not, or is not wanted."""
+    if {**os.environ, **passed_on_env()}.get("VLLM_USE_FASTOKENS", "1") != "1":
+        return None
+    # It is compared without the tokens that a tokenizer puts around a text, so there must be none.
+    if tokenizer("")["input_ids"] or getattr(tokenizer, "split_special_tokens", False):
+        return None
+    if not fastokens_agrees(plan.checkpoint.path)[0]:
+        return None
+    import fastokens
+
+    fast = fastokens.Tokenizer.from_file(str(plan.checkpoint.path / "tokenizer.json"))
+    fast.no_truncation()
+    fast.no_padding()
+
+    def ids_of(texts: list[str]) -> list[list[int]]:
+        return [list(e.ids) for e in fast.encode_batch(texts)]
+
+    return ids_of
+
+
+def _plain_macro(template: str) -> Callable[[str], str] | None:
+    """The template's macro `plain`, which neutralises control tokens; None where it has none."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    # The environment of transformers' apply_chat_template(); _find_frame() compares the two.
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    chat = [{"role": "query", "content": ""}, {"role": "document", "content": ""}]
+    return getattr(environment.from_string(template).make_module({"messages": chat}), "plain", None)

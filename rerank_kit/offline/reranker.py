@@ -1,0 +1,156 @@
+"""A vllm.LLM in this process that scores pairs, without a server."""
+
+import math
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rerank_kit.engine.plan import Plan
+from rerank_kit.models.fitting import Fitter
+from rerank_kit.models.pair import Pair
+from rerank_kit.offline.feeding import Feeder, ahead
+from rerank_kit.offline.files import CHUNK, Result
+from rerank_kit.offline.prompts import PairEncoder, Prompt
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """N pairs ready for the engine: what is scored for them, and for which of the N."""
+
+    n_pairs: int
+    owners: list[int]  # owners[i] = index of the pair that the i-th scored pair is, or is a window of
+    needs: list[tuple[int, ...]]  # needs[i] = indices of the prompts that its score comes from
+    prompts: list[Prompt]
+    cut: set[int]  # indices of pairs of which a part was cut before the prompts were made
+
+
+class OfflineReranker:
+    """vllm.LLM with a plan's arguments. Loads the model when it is made."""
+
+    def __init__(self, plan: Plan):
+        os.environ.update(plan.env)  # before vllm is imported: it reads its settings then
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # scores, not start-up chatter
+        if plan.cfg.cuda_visible_devices is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = plan.cfg.cuda_visible_devices
+        from vllm import LLM
+
+        # Copies of the model need a server in front of them; offline, one engine takes every pair.
+        engine = {k: v for k, v in plan.engine.items() if k != "data_parallel_size"}
+        self.plan = plan
+        self.embeds = plan.profile.reference == "embedding"
+        # Every distinct text of a chunk is embedded once: the larger, the fewer come twice.
+        self.chunk = 4096 if self.embeds else CHUNK
+        self.encoder = PairEncoder(plan)
+        self.fitter = None
+        if plan.cfg.long_documents == "chunk":
+            length = plan.engine["max_model_len"]
+            self.fitter = Fitter(self.encoder.tokenizer, plan.template, length, separate=self.embeds)
+        self.llm = LLM(**engine)
+        self.feeder = Feeder(self.llm, "embed" if self.embeds else "classify")
+
+    def score(self, pairs: list[Pair]) -> list[Result]:
+        """Score N pairs; N results in the same order."""
+        parts = (pairs[i : i + self.chunk] for i in range(0, len(pairs), self.chunk))
+        prepared = ahead((None, self.prepare(part)) for part in parts)
+        return [result for _, results in self.stream(prepared) for result in results]
+
+    def prepare(self, pairs: list[Pair]) -> Prepared:
+        """The part that needs no engine, so that a thread can do it while the engine runs."""
+        owners, scored = [], []
+        shorter, cut = self._within_limits(pairs)
+        for index, pair in enumerate(shorter):
+            if not self._takes(pair):
+                continue
+            parts = [pair]
+            if self.fitter:
+                query, windows, is_cut = self.fitter.windows(pair.query, pair.document, pair.instruction)
+                parts = [replace(pair, query=query, document=window) for window in windows]
+                cut |= {index} if is_cut else set()
+            owners += [index] * len(parts)
+            scored += parts
+        if not self.embeds:
+            return Prepared(len(pairs), owners, [(i,) for i in range(len(scored))], self.encoder.encode(scored), cut)
+        texts = list(dict.fromkeys(text for pair in scored for text in (pair.query, pair.document)))
+        where = {text: i for i, text in enumerate(texts)}
+        needs = [(where[pair.query], where[pair.document]) for pair in scored]
+        return Prepared(len(pairs), owners, needs, self.encoder.encode_texts(texts) if texts else [], cut)
+
+    def _within_limits(self, pairs: list[Pair]) -> tuple[list[Pair], set[int]]:
+        """The pairs within MAX_TOKENS_PER_QUERY and MAX_TOKENS_PER_DOC, and the indices of those that were cut."""
+        cfg, out = self.plan.cfg, pairs
+        # As in the guard: chunk scores all of a document.
+        per_doc = None if cfg.long_documents == "chunk" else cfg.max_tokens_per_doc
+        for name, limit in (("query", cfg.max_tokens_per_query), ("document", per_doc)):
+            if limit:
+                texts = list({getattr(pair, name): None for pair in out})
+                short = dict(zip(texts, self.encoder.first_tokens(texts, limit), strict=True))
+                out = [replace(pair, **{name: short[getattr(pair, name)]}) for pair in out]
+        return out, {i for i, (old, new) in enumerate(zip(pairs, out, strict=True)) if old != new}
+
+    def stream(self, source: Iterable[tuple[Any, Prepared]]) -> Iterator[tuple[Any, list[Result]]]:
+        """Results of many prepare()d lists, each with the tag that came with it, in their order.
+
+        The engine gets the next lists while it works on the first, so it is never idle between two.
+        """
+        source, more, waiting = iter(source), True, deque()
+        try:
+            while True:
+                while more and self.feeder.has_room:
+                    tag, prepared = next(source, (None, None))
+                    if prepared is None:
+                        more = False
+                    else:
+                        waiting.append((tag, prepared, self.feeder.submit(prepared.prompts)))
+                if not waiting:
+                    return
+                tag, prepared, batch = waiting[0]
+                if batch.done:
+                    waiting.popleft()
+                    yield tag, self._results(prepared, batch.outputs)
+                else:
+                    self.feeder.step()
+        finally:
+            self.feeder.abort()
+
+    def _results(self, prepared: Prepared, outputs: list) -> list[Result]:
+        """Results of the pairs of one prepare(), in their order."""
+        refused = Result(None, error=f"profile {self.plan.profile.name} takes no instruction")
+        out = [refused] * prepared.n_pairs
+        windows = Counter(prepared.owners)
+        scores = self._scores(prepared.needs, outputs)
+        for owner, needs, score in zip(prepared.owners, prepared.needs, scores, strict=True):
+            cut = any(prepared.prompts[i].cut for i in needs)
+            if cut and self.plan.cfg.long_documents == "error":
+                limit = self.encoder.max_length
+                out[owner] = Result(None, error=f"longer than MAX_MODEL_LEN={limit} (LONG_DOCUMENTS=error)")
+            elif not math.isfinite(score):
+                out[owner] = Result(None, error=f"the model gave the score {score}")
+            elif out[owner] is refused or (out[owner].score is not None and score > out[owner].score):
+                out[owner] = Result(score, cut or owner in prepared.cut, windows=windows[owner])
+        return out
+
+    def _scores(self, needs: list[tuple[int, ...]], outputs: list) -> list[float]:
+        """One score for each of `needs`: the head's output, or the cosine of two embeddings."""
+        import torch
+
+        if not needs:
+            return []
+        if any(output is None for output in outputs):
+            raise RuntimeError("the engine gave no output for a pair; its log says why (VLLM_LOGGING_LEVEL=INFO)")
+        values = torch.stack(outputs).float()
+        if not self.embeds:
+            return values[:, 0].tolist()
+        first, second = (values[torch.tensor(side)] for side in zip(*needs, strict=True))
+        return torch.cosine_similarity(first, second, dim=1).tolist()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        """End the engine's processes, also after an interrupt: leave() skips what would end them at exit."""
+        self.llm.llm_engine.engine_core.shutdown()
+
+    def _takes(self, pair: Pair) -> bool:
+        return self.plan.profile.instruction or not pair.instruction

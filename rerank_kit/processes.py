@@ -1,0 +1,40 @@
+"""A PID with its start time names one process: who is alive, who is in a session, on which machine that holds."""
+
+import os
+from pathlib import Path
+
+
+def this_machine() -> str:
+    """Host name, boot and PID namespace: where a PID means the process that was meant."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{os.uname().nodename}:{boot}:{os.readlink('/proc/self/ns/pid')}"
+
+
+def stat_fields(pid: int) -> list[str]:
+    """/proc/PID/stat from the state letter on; empty when there is no such process."""
+    try:
+        # The name may hold spaces and brackets; count from behind it.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def born(pid: int) -> int | None:
+    """Start time in clock ticks: with the PID it names one process for ever. None for what is dead or a zombie."""
+    fields = stat_fields(pid)
+    return int(fields[19]) if fields and fields[0] not in ("Z", "X") else None
+
+
+def session_pids(session: int) -> list[int]:
+    """PIDs of the living processes of a session."""
+    out = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        fields = stat_fields(int(folder.name))
+        if fields and fields[0] not in ("Z", "X") and int(fields[3]) == session:
+            out.append(int(folder.name))
+    return sorted(out)
+
+
+def is_alive(pid: int) -> bool:
+    """The process exists and is no zombie."""
+    return born(pid) is not None

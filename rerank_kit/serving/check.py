@@ -1,0 +1,236 @@
+"""Does the running service score as its checkpoint's family should? `sh start_rerank.sh check [--reference]`.
+
+The faults that give silently wrong scores on vLLM: no template or a broken one (one token is enough), a head that was
+not loaded (every score the same), another model than the configured one. One line a check; exit code 0, 1 for a fault,
+4 where nothing could be checked.
+"""
+
+import http.client
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rerank_kit.engine.machine import GIB, free_memory, vllm_version
+from rerank_kit.engine.nodes import is_headless
+from rerank_kit.models.checkpoint import Checkpoint, read_checkpoint
+from rerank_kit.models.profiles import Profile, find_profile
+from rerank_kit.serving.health import progress, request
+from rerank_kit.settings import ConfigError, EnvConfig, get_config
+
+# (query, relevant document, irrelevant document)
+KNOWN = (
+    ("What is the capital of China?", "The capital of China is Beijing.", "Gravity attracts bodies to each other."),
+    ("如何在 Python 中读取文件？", "用 open() 打开文件，再调用 read() 读取。", "今天天气晴朗，适合去公园散步。"),
+)
+PAIRS = [(query, document) for query, *documents in KNOWN for document in documents]
+# No empty text: vLLM drops the empty second segment of a cross-encoder (docs/scores.md).
+PAIRS += [("code", "if (a <| b) { x |> f }\n\n<think> edge ")]
+# Below this hidden size a checkpoint is a test model, which knows no answers. all-MiniLM-L6-v2 has 384.
+REAL_MODEL = 256
+# Largest difference to the float32 reference that bf16 explains; docs/scores.md has the measurements.
+TOLERANCE = 0.02
+
+
+PATIENCE_S = 30.0  # with a service that refuses calls for now
+
+
+class Failed(Exception):
+    """A check that failed, with its reason."""
+
+
+class NoAnswer(Exception):
+    """The service is too busy to be judged."""
+
+
+def ask(cfg: EnvConfig, method: str, path: str, body: dict | None = None) -> bytes:
+    """Body of a 200. Callers may have found the service before this check, so a refusal (429, 503) is asked again.
+
+    Raises:
+        NoAnswer: still refused after PATIENCE_S. Failed: another status.
+    """
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        status, data = request(cfg, method, path, body, timeout_s=60)
+        if status == 200:
+            return data
+        said = f"{path} answers {status}: {data[:300].decode('utf-8', 'replace')}"
+        if status not in (429, 503):
+            raise Failed(said)
+        if time.monotonic() > end:
+            raise NoAnswer(said)
+        time.sleep(0.5)
+
+
+def served(cfg: EnvConfig) -> tuple[Checkpoint, Profile]:
+    """Checkpoint and profile of what the service says it serves."""
+    models = {m["id"]: m.get("root") for m in json.loads(ask(cfg, "GET", "/v1/models"))["data"]}
+    if cfg.served_model_name not in models:
+        raise Failed(f"the service has {sorted(models)}, not SERVED_MODEL_NAME={cfg.served_model_name}")
+    checkpoint = read_checkpoint(Path(models[cfg.served_model_name]))
+    return checkpoint, find_profile(checkpoint, cfg.model_profile)
+
+
+def score(cfg: EnvConfig, query: str, document: str) -> tuple[float, int]:
+    """(score, prompt tokens) of one pair."""
+    body = {"model": cfg.served_model_name, "text_1": query, "text_2": document}
+    answer = json.loads(ask(cfg, "POST", "/v1/score", body))
+    return answer["data"][0]["score"], answer["usage"]["prompt_tokens"]
+
+
+def prompt_tokens(cfg: EnvConfig, checkpoint: Checkpoint, profile: Profile, query: str, document: str) -> int:
+    """Tokens that the profile's prompt has, counted from the checkpoint's own tokenizer.
+
+    By `tokenizers` and `jinja2` alone: importing transformers would cost every start some seconds.
+    """
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    text = profile.template_text(cfg.instruction)
+    if text is not None:
+        # The same settings as transformers' apply_chat_template.
+        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(text)
+        chat = [{"role": "query", "content": query}, {"role": "document", "content": document}]
+        return len(tokenizer.encode(template.render(messages=chat)).ids)
+    if profile.reference == "embedding":
+        return len(tokenizer.encode(query).ids) + len(tokenizer.encode(document).ids)
+    return len(tokenizer.encode(query, document).ids)
+
+
+def reference_bytes(checkpoint: Checkpoint) -> int:
+    """Memory that the float32 reference takes: four bytes a weight, and a fifth more for what it computes."""
+    n_weights = 0
+    for path in checkpoint.path.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        n_weights += sum(math.prod(item["shape"]) for name, item in header.items() if name != "__metadata__")
+    return int(1.2 * 4 * n_weights)
+
+
+def check_engines(cfg: EnvConfig) -> tuple[str, str | None, str]:
+    """(name, fault, seen): every data parallel engine scores, and all score the same pair alike.
+
+    vLLM takes an engine of another host without asking for its weights: a wrong checkpoint there would give some pairs
+    other scores.
+    """
+    before, scores = progress(cfg), []
+    n = max(cfg.dp, len(before))
+    with ThreadPoolExecutor(2 * n) as pool:
+        for _ in range(5):  # vLLM gives a pair to the engine with the least to do: some rounds reach all of them
+            scores += [s for s, _ in pool.map(lambda _: score(cfg, *PAIRS[0]), range(4 * n))]
+            time.sleep(0.3)
+    after = progress(cfg)
+    idle = [engine for engine in sorted(after) if after[engine][0] == before.get(engine, (0.0,))[0]]
+    fault = None
+    if len(after) < n or idle:
+        fault = f"of {n} engines {len(after) - len(idle)} scored"
+    elif max(scores) - min(scores) > TOLERANCE:
+        fault = (
+            f"the same pair has scores from {min(scores):.4f} to {max(scores):.4f}: the engines do not serve the same "
+            "weights in the same way (another checkpoint, dtype or release on one of the hosts?)"
+        )
+    return "engines", fault, f"{n} engines score the same pair alike within {max(scores) - min(scores):.1e}"
+
+
+def run_checks(cfg: EnvConfig, reference: bool = False) -> Iterator[tuple[str, str | None, str]]:
+    """Yield (check, fault or None, what was seen), cheap checks first."""
+    try:
+        checkpoint, profile = served(cfg)
+    except (Failed, ConfigError) as exc:
+        yield "model", str(exc), ""
+        return
+    yield "model", None, f"{checkpoint.path}, profile {profile.name}"
+
+    answers = [score(cfg, *pair) for pair in PAIRS]
+    scores = [answer[0] for answer in answers]
+    if (checkpoint.path / "tokenizer.json").exists():
+        wanted = [prompt_tokens(cfg, checkpoint, profile, *pair) for pair in PAIRS]
+        got = [answer[1] for answer in answers]
+        fault = None
+        if got != wanted:
+            fault = f"prompts have {got} tokens, the profile's have {wanted}: another template is served"
+        yield "prompt", fault, f"{len(PAIRS)} prompts have the profile's {min(wanted)} to {max(wanted)} tokens"
+    else:
+        yield "prompt", None, "skipped: the checkpoint has no tokenizer.json"
+
+    # A head whose checkpoint names no activation (ms-marco) gives the logit itself: any finite number.
+    low, high = (0.0, 1.0) if profile.template else (-1.0, 1.0) if profile.reference == "embedding" else (None, None)
+    fault = None
+    if not all(isinstance(s, float) and math.isfinite(s) for s in scores):
+        fault = f"scores {scores} are not all finite numbers"
+    elif low is not None and not (low - 1e-3 <= min(scores) and max(scores) <= high + 1e-3):
+        fault = f"scores {scores} are not within {low:g} to {high:g}"
+    elif max(scores) - min(scores) < 1e-6:
+        fault = f"every score is {scores[0]}: the head was not loaded (an untied lm_head, as in the 8B model?)"
+    yield "head", fault, "" if fault else f"scores are finite and differ ({min(scores):.4f} to {max(scores):.4f})"
+
+    if max(cfg.dp, len(progress(cfg))) > 1 and "--disable-log-stats" not in cfg.extra_args:
+        yield check_engines(cfg)
+
+    if checkpoint.config.get("hidden_size", 0) < REAL_MODEL:
+        yield "answers", None, "skipped: a test model knows no answers"
+    else:
+        # An English model is not asked in Chinese: its tokenizer knows hardly a Chinese character.
+        known = KNOWN if checkpoint.config.get("vocab_size", 0) > 50_000 else KNOWN[:1]
+        usable = [s if isinstance(s, float) else math.nan for s in scores]
+        wrong = [k[0] for i, k in enumerate(known) if not usable[2 * i] > usable[2 * i + 1]]
+        fault = f"the irrelevant document ranks first for: {'; '.join(wrong)}" if wrong else None
+        yield "answers", fault, f"{len(known)} known answers rank first"
+
+    if reference:
+        needed, free = reference_bytes(checkpoint), free_memory()
+        if needed > free:
+            sizes = f"transformers in float32 needs {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB of memory are free"
+            yield "reference", f"not compared: {sizes}", ""
+            return
+        from rerank_kit.models.pair import Pair
+        from rerank_kit.models.reference import reference_scores
+
+        pairs = [Pair(*pair) for pair in PAIRS]
+        length = checkpoint.config.get("max_position_embeddings") or 4096
+        expected = reference_scores(checkpoint.path, profile.reference, pairs, cfg.instruction, min(length, 8192))
+        worst = max(abs(a - b) if isinstance(a, float) else math.inf for a, b in zip(scores, expected, strict=True))
+        fault = None if worst <= TOLERANCE else f"a score differs by {worst:.4f} from transformers in float32"
+        yield "reference", fault, f"transformers in float32 agrees within {worst:.1e} (bf16 explains {TOLERANCE})"
+
+
+def main(argv: list[str]) -> int:
+    if argv not in ([], ["--reference"], ["--quiet"]):
+        print("usage: sh start_rerank.sh check [--reference | --quiet]", file=sys.stderr)
+        return 2
+    failed = 0
+    try:
+        cfg = get_config()
+        vllm_version()
+        if is_headless(cfg):
+            raise ConfigError(f"NODE_RANK={cfg.node_rank} has no API: run check on node 0, it asks all engines")
+        for name, fault, seen in run_checks(cfg, "--reference" in argv):
+            failed += fault is not None
+            if fault or "--quiet" not in argv:
+                print(f"{'FAILED' if fault else 'ok':<6}  {name:<9}  {fault or seen}")
+    except ConfigError as exc:
+        print(f"ConfigError: {exc}", file=sys.stderr)
+        return 6
+    except (OSError, http.client.HTTPException, NoAnswer) as exc:
+        print(f'FAILED  no answer to check: {exc}; see "sh start_rerank.sh status"')
+        return 4
+    except Failed as exc:
+        print(f"FAILED  {exc}")
+        return 1
+    except ImportError as exc:
+        print(f"FAILED  this Python cannot check: {exc}; use the one that serves (sh start_rerank.sh python)")
+        return 4
+    except (ValueError, LookupError, TypeError) as exc:
+        print(f"FAILED  an answer is not what vLLM gives: {type(exc).__name__}: {exc}")
+        return 1
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,210 @@
+"""The `vllm serve` command of a plan: explained, checked, started.
+
+`python -m rerank_kit.serving.command cfg | check | vllm | exec`; start_rerank.sh calls it.
+"""
+
+import json
+import os
+import random
+import re
+import shlex
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from rerank_kit.engine.machine import GIB, NoVllm, vllm_command, vllm_version
+from rerank_kit.engine.nodes import check_rpc_port, has_other_nodes, is_headless, node_flags
+from rerank_kit.engine.plan import Plan, plan_service
+from rerank_kit.models.served_folder import make_adapted
+from rerank_kit.serving.network import check_network, check_port, hold_port, tls_files
+from rerank_kit.settings import FIELDS, KIT_DIR, ConfigError, get_config, passed_on_env
+
+
+def serve_args(plan: Plan, group: int = 0, rpc_port: int | str = "FREE_PORT") -> list[str]:
+    """Arguments of `vllm serve`, without secrets.
+
+    Args:
+        group: 0 = API processes and the first engine of each GPU; 1, 2 ... = the next engine of each GPU, without an
+            API: to vLLM a further (headless) node of one data parallel service, which here is the same host.
+        rpc_port: where the groups find each other, on loopback.
+    """
+    cfg, engine = plan.cfg, dict(plan.engine)
+    args = ["serve", engine.pop("model")]
+    if group == 0 and not is_headless(cfg):
+        args += ["--served-model-name", cfg.served_model_name, "--host", cfg.host, "--port", str(cfg.port)]
+    for key, value in engine.items():
+        flag = "--" + key.replace("_", "-")
+        if value is True:
+            args.append(flag)
+        else:
+            args += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+    if plan.engines > 1:
+        args += ["--data-parallel-size-local", str(cfg.dp), "--data-parallel-address", "127.0.0.1"]
+        args += ["--data-parallel-rpc-port", str(rpc_port)]
+    args += node_flags(cfg)
+    if group:
+        args += ["--headless", "--data-parallel-start-rank", str(cfg.dp * group)]
+    elif not is_headless(cfg):
+        args += _api_args(plan)
+    args += ["--shutdown-timeout", str(cfg.stop_timeout_s)]
+    try:
+        return args + shlex.split(cfg.extra_args)
+    except ValueError as exc:
+        raise ConfigError(f"EXTRA_ARGS={_hidden(cfg.extra_args)!r} does not read as shell words: {exc}") from None
+
+
+def _api_args(plan: Plan) -> list[str]:
+    """What the API processes need beside the engine's arguments."""
+    cfg, args = plan.cfg, ["--disable-uvicorn-access-log"]
+    if plan.template is not None:
+        args += ["--chat-template", str(_template_file(plan))]
+    if plan.api_servers:
+        args += ["--api-server-count", str(plan.api_servers)]
+    if cfg.ssl_certfile:
+        certificate, key = tls_files(cfg)
+        args += ["--ssl-certfile", certificate, "--ssl-keyfile", key]
+    if cfg.guard:
+        args += ["--middleware", "rerank_kit.guard.Guard"]
+    return args
+
+
+def shown_args(plan: Plan, group: int = 0) -> list[str]:
+    """serve_args() for people to read: a key or token that EXTRA_ARGS brings is not shown."""
+    return _hidden("\0".join(serve_args(plan, group))).split("\0")
+
+
+def shown_env(env: dict[str, str]) -> dict[str, str]:
+    """The part of an environment that changes what `vllm serve` does, without its key."""
+    return {k: v for k, v in env.items() if re.match(r"(VLLM|NCCL|OMP|GUARD)_|CUDA_VISIBLE", k) and k != "VLLM_API_KEY"}
+
+
+def _hidden(text: str) -> str:
+    """Arguments without the values of keys and tokens."""
+    more = r"(?:[\s\0]+(?!-)[^\s\0]+)*"  # --api-key takes several
+    return re.sub(rf"(--(?:api[-_]key|hf[-_]token)[=\s\0]+)[^\s\0]+{more}", r"\1***", text)
+
+
+def _template_file(plan: Plan) -> Path:
+    """The profile's template; with INSTRUCTION set, a copy in LOG_DIR that carries it."""
+    if not plan.cfg.instruction:
+        return KIT_DIR / "profiles" / plan.profile.template
+    return plan.cfg.log_path / f"template-{plan.cfg.port}.jinja"
+
+
+def explain(plan: Plan) -> str:
+    """What `start_rerank.sh cfg` prints: every setting, every choice, the exact command."""
+    cfg = plan.cfg
+    lines = ["# settings (argument > environment > .env > default)"]
+    for key, item in FIELDS.items():
+        value = getattr(cfg, item.name)
+        if item.metadata["secret"] and value is not None:
+            value = "***"
+        lines.append(f"{key}={'' if value is None else _hidden(str(value))}")
+    gpus = "; ".join(plan.machine.gpus) or "none"
+    lines += [
+        "# machine",
+        f"vllm={plan.machine.vllm_version} gpus={gpus} cores={len(plan.machine.cores)} "
+        f"free_memory_gib={plan.machine.memory_bytes / GIB:.1f}",
+        "# model",
+        f"path={plan.checkpoint.path}",
+        f"profile={plan.profile.name}: {plan.profile.title}",
+        f"score={plan.profile.score}",
+        "# why",
+    ]
+    for key, reason in plan.why.items():
+        lines.append(f"{key}: {plan.engine[key]} ({reason})" if key in plan.engine else f"{key}: {reason}")
+    lines.append("# command")
+    env = [f"{k}={shlex.quote(v)}" for k, v in plan.env.items()] + (["VLLM_API_KEY=***"] if cfg.api_key else [])
+    commands = [" ".join([*env, "vllm", shlex.join(shown_args(plan, group))]) for group in range(plan.engines)]
+    return "\n".join([*lines, *commands])
+
+
+def server_commands(plan: Plan) -> tuple[list[list[str]], dict[str, str]]:
+    """(argv of each `vllm serve`, their environment). The first is the service, the others engines beside it.
+
+    The API key travels in the environment, not in the process list.
+    """
+    make_adapted(plan.checkpoint, plan.profile, Path(plan.engine["model"]))
+    if plan.cfg.instruction and plan.template is not None:
+        plan.cfg.log_path.mkdir(parents=True, exist_ok=True)
+        _template_file(plan).write_text(plan.template, "utf-8")
+    rpc_port = _free_port() if plan.engines > 1 else 0
+    commands = [[vllm_command(), *serve_args(plan, group, rpc_port)] for group in range(plan.engines)]
+    env = {**os.environ, **passed_on_env(), **plan.env}
+    if plan.cfg.cuda_visible_devices is not None:
+        env["CUDA_VISIBLE_DEVICES"] = plan.cfg.cuda_visible_devices
+    for key in ("API_KEY", "API_KEY_FILE"):
+        env.pop(key, None)
+    if plan.cfg.api_key:
+        env["VLLM_API_KEY"] = plan.cfg.api_key
+    return commands, with_kit_on_path(env)
+
+
+def with_kit_on_path(env: dict[str, str]) -> dict[str, str]:
+    """The environment with the kit's folder first on PYTHONPATH: vLLM imports the guard from there."""
+    others = [folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if folder not in ("", str(KIT_DIR))]
+    return {**env, "PYTHONPATH": os.pathsep.join([str(KIT_DIR), *others])}
+
+
+def _free_port() -> int:
+    """A port of loopback that is free and stays so until vLLM binds it, a minute later.
+
+    From below the kernel's range for outgoing connections: clients of this host take ports from that all the time.
+    """
+    for _ in range(100):
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as found, suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
+    raise ConfigError("no free port between 20000 and 32000 on 127.0.0.1 for the engines of this service")
+
+
+def become_server(plan: Plan) -> None:
+    """Replace this process by `vllm serve`, or by a supervisor of several that act as one, here or on several hosts."""
+    commands, env = server_commands(plan)
+    if len(commands) > 1 or has_other_nodes(plan.cfg):
+        supervisor = [sys.executable, "-P", "-m", "rerank_kit.serving.supervisor", "foreground"]
+        os.execve(sys.executable, supervisor, with_kit_on_path(dict(os.environ)))
+    holder = hold_port(plan.cfg)
+    holder.set_inheritable(True)
+    os.execve(commands[0][0], commands[0], env)
+
+
+def main(argv: list[str]) -> int:
+    """`cfg` explains, `check` validates, `vllm` names the release, `exec` becomes the server."""
+    if len(argv) != 1 or argv[0] not in ("cfg", "check", "vllm", "exec"):
+        print("usage: python -m rerank_kit.serving.command cfg | check | vllm | exec", file=sys.stderr)
+        return 2
+    try:
+        if argv[0] == "vllm":
+            print(vllm_version())
+            return 0
+        plan = plan_service(get_config())
+        if argv[0] == "cfg":
+            print(explain(plan))
+        elif argv[0] == "check":
+            vllm_command()
+            serve_args(plan)
+            if not is_headless(plan.cfg):  # that listens on nothing
+                check_network(plan.cfg)
+                hold_port(plan.cfg).close()
+                check_port(plan.cfg)
+                if has_other_nodes(plan.cfg):
+                    check_rpc_port(plan.cfg)
+        else:
+            become_server(plan)
+    except NoVllm as exc:
+        print(f"ConfigError: {exc}", file=sys.stderr)
+        return 5
+    except ConfigError as exc:
+        print(f"ConfigError: {exc}", file=sys.stderr)
+        return 6
+    except OSError as exc:  # a folder, the weights or LOG_DIR belong to somebody else
+        print(f"ConfigError: {exc.filename}: {exc.strerror}", file=sys.stderr)
+        return 6
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,257 @@
+"""Is the service of this configuration ready, loading or dead, and why? Asked by start_rerank.sh and the supervisor.
+
+Standard library only, and one process for a whole wait: the machine is busy loading the model. status.py shows the
+whole picture.
+"""
+
+import http.client
+import json
+import random
+import re
+import socket
+import ssl
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from rerank_kit.engine.nodes import describe_node, is_headless
+from rerank_kit.processes import is_alive
+from rerank_kit.serving.log_causes import phase, read_log, root_cause
+from rerank_kit.settings import ConfigError, EnvConfig, get_config
+
+READY, DIED, LOADING = 0, 1, 4  # exit codes
+WARMING = "warming up"  # a supervisor's state between the first score and ready
+BUSY = "busy: it scores, and refuses further calls for now (429)"
+
+PROBE_PAIRS = 4  # that the supervisor scores on each of several engines, every 10 s
+
+
+def request(
+    cfg: EnvConfig, method: str, path: str, body: dict | None = None, timeout_s: float = 5.0
+) -> tuple[int, bytes]:
+    """One HTTP call to the own service, past any proxy.
+
+    Returns:
+        (status, body).
+
+    Raises:
+        OSError or http.client.HTTPException: no answer.
+    """
+    url = urlsplit(cfg.service_url)
+    if url.scheme == "https":
+        # The certificate has the name that clients use; this goes to the host's own port.
+        context = ssl._create_unverified_context()
+        connection = http.client.HTTPSConnection(url.hostname, url.port, timeout=timeout_s, context=context)
+    else:
+        connection = http.client.HTTPConnection(url.hostname, url.port, timeout=timeout_s)
+    headers = {"Content-Type": "application/json"}
+    if cfg.api_key:
+        headers["Authorization"] = f"Bearer {cfg.api_key}"
+    try:
+        connection.request(method, path, json.dumps(body) if body is not None else None, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def probe(cfg: EnvConfig, timeout_s: float = 60.0, n_docs: int = 1) -> str | None:
+    """Score n_docs pairs. None when the score is a finite number, BUSY for a refusal by load, else what is wrong."""
+    body = {"model": cfg.served_model_name, "query": "ping", "documents": ["pong"] * n_docs}
+    try:
+        status, data = request(cfg, "GET", "/health", timeout_s=5)
+        if status != 200:
+            return f"/health answers {status}"
+        status, data = request(cfg, "POST", "/v1/rerank", body, timeout_s)
+        if status == 429:
+            return BUSY
+        if status != 200:
+            return f"/v1/rerank answers {status}: {data[:300].decode('utf-8', 'replace')}"
+        score = json.loads(data)["results"][0]["relevance_score"]
+        if not isinstance(score, float) or score - score != 0:  # NaN and infinity
+            return f"the probe's score is {score!r}, not a finite number"
+    except (OSError, http.client.HTTPException) as exc:
+        return f"no answer from {cfg.service_url} ({type(exc).__name__})"
+    except (ValueError, LookupError, TypeError) as exc:
+        return f"the probe's answer is not a rerank answer ({type(exc).__name__})"
+    return None
+
+
+def warm_up(cfg: EnvConfig, n_calls: int = 32, n_docs: int = 64, timeout_s: float = 120.0) -> int:
+    """Score a burst of made-up documents, so that no user's call meets what is compiled on first use.
+
+    On an H100 the first burst after a start took up to 10 s for that, after which the guard refused calls.
+
+    Returns:
+        Calls that were answered with scores.
+    """
+    rng = random.Random(0)
+    words = [f"{a}{b}" for a in ("ca", "do", "en", "mi", "pro") for b in ("pital", "main", "gine", "nute", "cess")]
+
+    def one(number: int) -> bool:
+        documents = [" ".join(rng.choices(words, k=8 << rng.randrange(6))) for _ in range(n_docs)]
+        body = {"model": cfg.served_model_name, "query": f"{number} {words[number % 25]}", "documents": documents}
+        try:
+            return request(cfg, "POST", "/v1/rerank", body, timeout_s)[0] == 200
+        except (OSError, http.client.HTTPException):
+            return False
+
+    with ThreadPoolExecutor(n_calls) as pool:
+        return sum(pool.map(one, range(n_calls)))
+
+
+def healthy(cfg: EnvConfig) -> int:
+    """0 when /health answers 200, else 1 with the reason: for a container's health check, which must not score."""
+    try:
+        status = request(cfg, "GET", "/health")[0]
+    except (OSError, http.client.HTTPException) as exc:
+        status = f"no answer from {cfg.service_url} ({type(exc).__name__})"
+    print("healthy" if status == 200 else f"/health: {status}")
+    return 0 if status == 200 else 1
+
+
+def listens(cfg: EnvConfig) -> bool:
+    """Something accepts connections on the service's port."""
+    url = urlsplit(cfg.service_url)
+    try:
+        with socket.create_connection((url.hostname, url.port), timeout=2):
+            return True
+    except OSError:
+        return False
+
+
+def samples(cfg: EnvConfig) -> list[tuple[str, str, float]]:
+    """The server's metrics: (name, labels as they stand in braces, value); empty without an answer."""
+    try:
+        status, data = request(cfg, "GET", "/metrics")
+    except (OSError, http.client.HTTPException):
+        return []
+    lines = data.decode("utf-8", "replace").splitlines() if status == 200 else ()
+    found = (re.fullmatch(r"([a-z_:]+)(?:\{(.*)\})? (\S+)", line) for line in lines)
+    return [(match[1], match[2] or "", float(match[3])) for match in found if match]
+
+
+def metrics(cfg: EnvConfig) -> dict[str, float]:
+    """Sums of the server's metrics over their labels, by name; empty without an answer."""
+    out: dict[str, float] = {}
+    for name, _, value in samples(cfg):
+        out[name] = out.get(name, 0.0) + value
+    return out
+
+
+def progress(cfg: EnvConfig) -> dict[str, tuple[float, bool]]:
+    """{engine: (a number that grows while it scores, it has pairs now)}; empty = the server does not tell.
+
+    Engines are those of vLLM's own metrics; without them (--disable-log-stats) the guard's count of answered pairs
+    stands for all under the name "".
+    """
+    steps, held, pairs = {}, {}, None
+    for name, labels, value in samples(cfg):
+        if name == "rerank_guard_pairs_total":
+            pairs = (pairs or 0.0) + value
+        elif engine := re.search(r'engine="(\d+)"', labels):
+            if name == "vllm:prompt_tokens_total":
+                steps[engine[1]] = steps.get(engine[1], 0.0) + value
+            elif name in ("vllm:num_requests_running", "vllm:num_requests_waiting"):
+                held[engine[1]] = held.get(engine[1], 0.0) + value
+    if not steps:
+        return {} if pairs is None else {"": (pairs, False)}
+    return {engine: (count, held.get(engine, 0.0) > 0) for engine, count in steps.items()}
+
+
+def pid_file(cfg: EnvConfig) -> Path:
+    """PID and start time of the supervisor, which leads the service's session, and its this_machine()."""
+    return cfg.log_path / f"rerank-{cfg.port}.pid"
+
+
+def state_file(cfg: EnvConfig) -> Path:
+    """What the supervisor knows, as JSON."""
+    return cfg.log_path / f"rerank-{cfg.port}.state"
+
+
+def log_file(cfg: EnvConfig) -> Path:
+    """Output of the server and its supervisor."""
+    return cfg.log_path / f"rerank-{cfg.port}.log"
+
+
+def supervised_state(cfg: EnvConfig, pid: int) -> str | None:
+    """The state by the supervisor `pid`; None when that process writes none (start_rerank.sh run)."""
+    try:
+        known = json.loads(state_file(cfg).read_text("utf-8"))
+        return known["state"] if known["pid"] == pid else None
+    except (OSError, ValueError, LookupError):
+        return None
+
+
+def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
+    """Wait until a scored probe answers, the process dies, or the time is over; progress on stderr.
+
+    `log` may be /dev/null, for a server whose output goes elsewhere (journal, container).
+
+    Returns:
+        READY, DIED or LOADING.
+    """
+    begin = looked = time.monotonic()
+    shown, shown_at, last, answered = "", -10.0, "no answer yet", 0.0
+    spent: dict[str, float] = {}  # seconds by phase
+    while True:
+        waited = time.monotonic() - begin
+        if not is_alive(pid):
+            cause = root_cause(read_log(log)) if log.is_file() else "its own output says why"
+            print(f"[ERR] died after {waited:.0f} s: {cause}", file=sys.stderr)
+            return DIED
+        now = phase(read_log(log)) if log.is_file() else "loading"
+        if is_headless(cfg) and not log.is_file():
+            print(f"{describe_node(cfg)} is started; its own output says when it is registered at the head")
+            return READY
+        if is_headless(cfg) and supervised_state(cfg, pid) == "ready":
+            print(f"ready after {waited:.0f} s: {describe_node(cfg)} is registered at the head")
+            return READY
+        open_now = not is_headless(cfg) and listens(cfg)
+        now = "first scores" if open_now else now
+        now = WARMING if open_now and supervised_state(cfg, pid) == WARMING else now
+        since, looked = looked, time.monotonic()
+        spent[now] = spent.get(now, 0.0) + looked - since
+        if open_now:  # a server that loads must not be asked for scores
+            last = probe(cfg)
+            answered = answered or (time.monotonic() if last in (None, BUSY) else 0.0)
+            # A supervisor must have seen it too: a death before that is a failed start to it. Where it cannot say so
+            # (full disk), its silence does not count for long.
+            state = supervised_state(cfg, pid)
+            seen = state in ("ready", None) or (state != WARMING and time.monotonic() - answered > 5)
+            if last in (None, BUSY) and seen:
+                spent[now] += time.monotonic() - looked
+                parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in spent.items() if seconds >= 0.5)
+                print(f"ready after {time.monotonic() - begin:.0f} s" + (f" ({parts})" if parts else ""))
+                return READY
+        if now != shown or waited - shown_at >= 15:
+            print(f"... {waited:4.0f} s  {now}", file=sys.stderr)
+            shown, shown_at = now, waited
+        if waited >= timeout_s:
+            print(f"[WARN] still {now} after {waited:.0f} s ({last})", file=sys.stderr)
+            return LOADING
+        time.sleep(0.5)
+
+
+def main(argv: list[str]) -> int:
+    """`wait PID LOG`: until the process PID scores, with progress from the log. `healthy`: does /health answer 200?"""
+    try:
+        cfg = get_config()
+    except ConfigError as exc:
+        print(f"ConfigError: {exc}", file=sys.stderr)
+        return 6
+    if argv[:1] == ["wait"] and len(argv) == 3:
+        return wait(cfg, int(argv[1]), Path(argv[2]), cfg.start_timeout_s)
+    if argv == ["healthy"]:
+        return healthy(cfg)
+    print("usage: python -m rerank_kit.serving.health wait PID LOG | healthy", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

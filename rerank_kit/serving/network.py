@@ -1,0 +1,101 @@
+"""May the service listen where it is told to: strangers, TLS files, a port that is taken. Asked before it starts."""
+
+import errno
+import ipaddress
+import os
+import socket
+import ssl
+from contextlib import suppress
+from pathlib import Path
+
+from rerank_kit.settings import KIT_DIR, ConfigError, EnvConfig, passed_on_env
+
+
+def check_network(cfg: EnvConfig) -> None:
+    """Raise ConfigError for a service that strangers could use, and for TLS files that cannot be read."""
+    try:
+        own = ipaddress.ip_address(cfg.host).is_loopback
+    except ValueError:
+        own = cfg.host == "localhost"
+    if not own and not (cfg.api_key and cfg.guard) and not cfg.allow_no_key:
+        lacks = "there is no API_KEY" if not cfg.api_key else "with GUARD=0 vLLM asks for the key on /v1 paths only"
+        raise ConfigError(
+            f"HOST={cfg.host} opens the service to the network, and {lacks}: set API_KEY or API_KEY_FILE and GUARD=1, "
+            "or ALLOW_NO_KEY=1 where the network itself keeps strangers out"
+        )
+    if not cfg.api_key and {**passed_on_env(), **os.environ}.get("VLLM_API_KEY"):
+        raise ConfigError("VLLM_API_KEY is set, which the kit's own calls do not know: set API_KEY in its place")
+    if bool(cfg.ssl_certfile) != bool(cfg.ssl_keyfile):
+        raise ConfigError("SSL_CERTFILE and SSL_KEYFILE belong together: set both, or none")
+    if cfg.ssl_certfile:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*tls_files(cfg))
+        except (OSError, ValueError) as exc:
+            files = f"SSL_CERTFILE={cfg.ssl_certfile!r} SSL_KEYFILE={cfg.ssl_keyfile!r}"
+            raise ConfigError(f"{files} cannot be used: {exc.strerror or exc}") from exc
+
+
+def tls_files(cfg: EnvConfig) -> tuple[str, str]:
+    """Paths of certificate and key; relative ones lie beside the kit."""
+    return tuple(str(KIT_DIR / Path(name).expanduser()) for name in (cfg.ssl_certfile, cfg.ssl_keyfile))
+
+
+def check_port(cfg: EnvConfig) -> None:
+    """Raise ConfigError when the address cannot be bound: in use, not of this host, or not permitted."""
+    family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # Connections of an earlier server may linger; a listening socket still makes the bind fail.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((cfg.host, cfg.port))
+        except OSError as exc:
+            raise ConfigError(
+                f"HOST={cfg.host} PORT={cfg.port} cannot be bound ({exc.strerror}): another process may listen there "
+                f'(see "ss -ltnp"); stop it, or change PORT'
+            ) from exc
+    if _is_reserved(cfg, family):
+        raise ConfigError(
+            f"HOST={cfg.host} PORT={cfg.port} is bound by a process that does not listen yet, as vLLM does while it "
+            "loads: stop it, or change PORT"
+        )
+
+
+def _is_reserved(cfg: EnvConfig, family: int) -> bool:
+    """Another process has bound the port and does not listen: no list shows such a socket.
+
+    Two that load for one port both succeed in binding it; with several API processes (SO_REUSEPORT) both would then
+    listen, and the kernel would deal the calls out between two models.
+    """
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((cfg.host, cfg.port))
+        except OSError as exc:
+            taken = exc.errno == errno.EADDRINUSE
+        else:
+            return False
+    for name in ("tcp", "tcp6"):  # connections of an earlier server, which may linger
+        with suppress(OSError):
+            rows = Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+            taken = taken and not any(int(row.split()[1].rpartition(":")[2], 16) == cfg.port for row in rows)
+    return taken
+
+
+def hold_port(cfg: EnvConfig) -> socket.socket:
+    """Reserve HOST:PORT among the services of the kit, for as long as the returned socket is open.
+
+    vLLM binds its port only some seconds after the start, and listens when it has loaded. An abstract Unix name belongs
+    to the network namespace, as ports do, and is free again when its owner is dead, however it died.
+
+    Raises:
+        ConfigError: another one loads or serves there.
+    """
+    holder = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        holder.bind(f"\0rerank-kit:{cfg.host}:{cfg.port}")
+    except OSError as exc:
+        holder.close()
+        raise ConfigError(
+            f"HOST={cfg.host} PORT={cfg.port} is taken: another service of the kit, with another LOG_DIR or in the "
+            "foreground, loads or serves there; stop it, or change PORT"
+        ) from exc
+    return holder

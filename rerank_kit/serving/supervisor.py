@@ -1,0 +1,375 @@
+"""Keeps one service running: starts it, restarts it after a crash or a hang, rotates its log, stops it.
+
+A service is one `vllm serve`; with ENGINES_PER_GPU above 1 it is several that act as one, and die as one.
+
+`sh start_rerank.sh start` runs this in a session of its own; the server and all its processes are in that session. What
+it does stands in the log, what it knows in LOG_DIR/rerank-PORT.state (JSON, read by status). RESTART=no: a server that
+dies stays down. Standard library only: it must outlive whatever breaks in the server.
+"""
+
+import ctypes
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+import time
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+
+from rerank_kit.engine.nodes import describe_node, has_other_nodes, is_headless
+from rerank_kit.engine.plan import Plan, plan_service
+from rerank_kit.processes import born, is_alive, session_pids
+from rerank_kit.serving.command import server_commands, shown_args, shown_env
+from rerank_kit.serving.health import WARMING, log_file, pid_file, state_file
+from rerank_kit.serving.log_causes import read_log, root_cause
+from rerank_kit.serving.network import hold_port
+from rerank_kit.serving.peers import HEAD_LOST, NO_HEAD, Peers
+from rerank_kit.serving.watch import Watch
+from rerank_kit.settings import ConfigError, EnvConfig, get_config
+
+TICK_S = 0.2
+LONGEST_BACKOFF_S = 60.0
+END_OF_ENGINE_S = 10  # beyond STOP_TIMEOUT_S, for the engine's own end
+END_OF_LOADING_S = 3
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+
+
+@dataclass
+class State:
+    """What status shows; times are seconds since the epoch."""
+
+    state: str  # starting | warming up | ready | backoff | stopping | failed
+    pid: int  # of the supervisor
+    server_pid: int = 0
+    server_born: int = 0
+    began: float = field(default_factory=time.time)  # of the supervisor
+    server_began: float = 0.0
+    ready_since: float = 0.0
+    restarts: int = 0
+    next_start: float = 0.0
+    why: str = ""  # the last death, in one line
+    died: float = 0.0
+    vllm: str = ""
+    model: str = ""
+    url: str = ""
+    node: str = ""  # of several hosts: which one this is
+    command: list[str] = field(default_factory=list)  # what was started, without secrets
+    env: dict[str, str] = field(default_factory=dict)
+
+
+class Supervisor:
+    """The loop around one service. Single-threaded but for Watch."""
+
+    def __init__(self, plan: Plan, foreground: bool = False):
+        self.cfg, self.log, self.foreground = plan.cfg, log_file(plan.cfg), foreground
+        self.plan = plan
+        url, version = plan.cfg.service_url, plan.machine.vllm_version
+        self.state = State("starting", os.getpid(), vllm=version, model=str(plan.checkpoint.path), url=url)
+        if has_other_nodes(plan.cfg):
+            self.state.node = describe_node(plan.cfg)
+        self.state.command, self.state.env = shown_args(plan), shown_env(server_commands(plan)[1])
+        self.header = f"vLLM {version}: {shlex.join(['vllm', *shown_args(plan)])}"
+        self.header += f" and {plan.engines - 1} more for its engines" if plan.engines > 1 else ""
+        self.header += "".join(f" {k}={shlex.quote(v)}" for k, v in sorted(plan.env.items()))
+        # On a CPU nothing is compiled on first use, and a burst would take many seconds.
+        self.warm = not plan.machine.is_cpu
+        self.asked_to_stop = False
+        self.crashes: list[float] = []  # monotonic times, within RESTART_WINDOW_S
+        self.servers: list[int] = []  # the first is the service, the others are engines beside it
+        self.umask = os.umask(0o077)  # log, state and old logs are for their owner
+
+    def run(self) -> int:
+        """0 after a stop; 1 when the service is down for good."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_stop)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        adopt_orphans()
+        while True:
+            self._start()
+            why = self._watch_until_death()
+            if why is None:
+                return self._end()
+            was_ready = self.state.ready_since > 0
+            self._note(f"died: {why}")
+            kill_rest()
+            now = time.monotonic()
+            self.crashes = [t for t in self.crashes if now - t < self.cfg.restart_window_s] + [now]
+            give_up = self._verdict(was_ready, why)
+            why = f"{why}; {give_up}" if give_up else why
+            self._save(
+                server_pid=0, ready_since=0.0, why=why, died=time.time(), state="failed" if give_up else "backoff"
+            )
+            if give_up:
+                self._note(give_up)
+                return 1
+            if not self._back_off():
+                return self._end()
+
+    def _end(self) -> int:
+        """After a stop: nothing is left that status could take for a death."""
+        self._note("stopped")
+        state_file(self.cfg).unlink(missing_ok=True)
+        with suppress(OSError, IndexError):
+            if pid_file(self.cfg).read_text().split()[0] == str(os.getpid()):
+                pid_file(self.cfg).unlink()
+        return 0
+
+    def _verdict(self, was_ready: bool, why: str) -> str:
+        """Why there is no further start; empty = there is one."""
+        if self.cfg.restart == "no":
+            return "stays down: RESTART=no"
+        if is_headless(self.cfg) and re.search(f"{HEAD_LOST}|{NO_HEAD}", why):
+            return ""  # as long as it takes until the head is there
+        if not was_ready and not self.state.restarts:
+            return "stays down: it was never ready, a restart would meet the same cause"
+        if len(self.crashes) > self.cfg.restart_max:
+            limit = f"RESTART_MAX={self.cfg.restart_max} restarts in RESTART_WINDOW_S={self.cfg.restart_window_s} s"
+            return f"stays down: {limit} were not enough"
+        return ""
+
+    def _back_off(self) -> bool:
+        """Wait before the next start; False when a stop was asked for meanwhile."""
+        wait_s = min(LONGEST_BACKOFF_S, 2.0 ** min(10, len(self.crashes) - 1))
+        end = time.monotonic() + wait_s
+        self._save(restarts=self.state.restarts + 1, next_start=time.time() + wait_s)
+        self._note(f"restart {self.state.restarts} in {wait_s:.0f} s")
+        while time.monotonic() < end and not self.asked_to_stop:
+            time.sleep(TICK_S)
+        return not self.asked_to_stop
+
+    def _start(self) -> None:
+        self._note(f"start {self.header}")
+        _ended.clear()  # PIDs come again
+        os.umask(self.umask)  # caches that the server fills may be shared with others
+        unignore = [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE]
+        commands, env = server_commands(self.plan)
+        env = {**env, "GUARD_RESTARTS": str(self.state.restarts)}  # for /metrics
+        self.servers = [os.posix_spawn(argv[0], argv, env, setsigdef=unignore) for argv in commands]
+        os.umask(0o077)
+        now = time.time()
+        self._save(
+            state="starting",
+            server_pid=self.servers[0],
+            server_born=born(self.servers[0]) or 0,
+            server_began=now,
+            ready_since=0.0,
+        )
+
+    def _watch_until_death(self) -> str | None:
+        """Why the server died, or None after a stop that was asked for."""
+        peers = Peers(self.cfg, rest_of_session) if has_other_nodes(self.cfg) else None
+        watch = peers if is_headless(self.cfg) else Watch(self.cfg, self.warm, self.plan.copies)
+        next_rotation = 0.0
+        try:
+            while True:
+                ended = [(number, reap(pid)) for number, pid in enumerate(self.servers)]
+                if self.asked_to_stop:
+                    self._stop_server()
+                    return None
+                for number, status in ended:
+                    if status is not None:  # vLLM's front does not notice the death of an engine beside it
+                        who = f"engine process {number + 1} of {len(ended)}: " if number else ""
+                        return who + describe_end(status, None if self.foreground else read_log(self.log))
+                if watch is not peers and watch.warming and self.state.state == "starting":
+                    self._save(state=WARMING)
+                if watch.ready and not self.state.ready_since:
+                    if peers and peers is not watch:
+                        peers.watch()
+                    self._save(state="ready", ready_since=time.time())
+                    self._note(f"ready after {time.time() - self.state.server_began:.0f} s")
+                if hung := (peers and peers.lost()) or self._hangs(watch):
+                    kill_rest()
+                    return hung
+                if not self.foreground and time.monotonic() >= next_rotation:
+                    next_rotation = time.monotonic() + 5
+                    rotate_if_large(self.log, self.cfg.log_max_mib * 2**20, self.cfg.log_keep)
+                time.sleep(TICK_S)
+        finally:
+            watch.stopped.set()
+            if peers:
+                peers.stopped.set()
+
+    def _hangs(self, watch: Watch | Peers) -> str:
+        """Why this server counts as dead although it lives; empty = it does not."""
+        if hung := watch.hangs():
+            return f"{hung} for HEALTH_TIMEOUT_S={self.cfg.health_timeout_s} s, killed"
+        # The first start has start's own deadline, at which it is left alone.
+        loading_s = time.time() - self.state.server_began
+        if self.state.restarts and not watch.ready and loading_s > self.cfg.start_timeout_s:
+            return f"it hung: not ready after START_TIMEOUT_S={self.cfg.start_timeout_s} s, killed"
+        return ""
+
+    def _stop_server(self) -> None:
+        """TERM to the server alone: it drains, then ends its engine. KILL there would orphan the GPU workers."""
+        # A server that loads has no calls, and vLLM does not hear TERM while it imports and loads.
+        limit_s = self.cfg.stop_timeout_s + END_OF_ENGINE_S if self.state.ready_since else END_OF_LOADING_S
+        self._save(state="stopping")
+        self._note(f"stopping: calls in flight get {self.cfg.stop_timeout_s} s")
+        end = time.monotonic() + limit_s
+        for pid in self.servers:  # the engines beside it only when it has drained
+            if is_alive(pid):
+                os.kill(pid, signal.SIGTERM)
+            while time.monotonic() < end and is_alive(pid):
+                reap(pid)
+                time.sleep(TICK_S)
+        # What its end takes along (the engine) is nearly gone by now.
+        end = time.monotonic() + 2
+        while time.monotonic() < end and rest_of_session():
+            reap(0)
+            time.sleep(TICK_S)
+        if left := rest_of_session():
+            self._note(f"killing what is left: {' '.join(map(str, left))}")
+            kill_rest()
+
+    def _on_stop(self, *_) -> None:
+        self.asked_to_stop = True
+
+    def _note(self, text: str) -> None:
+        # A full disk must not end the service.
+        with suppress(OSError):
+            stamp = datetime.now().astimezone().isoformat(timespec="seconds")
+            print(f"[kit] {stamp} {text}", flush=True)
+
+    def _save(self, **changes) -> None:
+        for name, value in changes.items():
+            setattr(self.state, name, value)
+        path = state_file(self.cfg)
+        with suppress(OSError):
+            scratch = path.with_suffix(".part")
+            scratch.write_text(json.dumps(asdict(self.state)), "utf-8")
+            scratch.replace(path)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of what a killed server leaves, so that nothing stays behind as a zombie."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+_ended: dict[int, int] = {}
+
+
+def reap(pid: int) -> int | None:
+    """Collect every child that has ended; the wait status of `pid` if it is one of them, else None."""
+    with suppress(ChildProcessError):
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            _ended[found[0]] = found[1]
+    return _ended.pop(pid, None)
+
+
+def describe_end(status: int, log_text: str | None) -> str:
+    """One line: how the server ended and why; log_text: None where it wrote to our own output."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        how = f"killed by signal {number} ({signal.Signals(number).name})"
+    else:
+        how = f"exit code {os.waitstatus_to_exitcode(status)}"
+    return f"{how}: {'its own output says why' if log_text is None else root_cause(log_text)}"
+
+
+def rest_of_session() -> list[int]:
+    """PIDs in this session but our own."""
+    return [pid for pid in session_pids(os.getsid(0)) if pid != os.getpid()]
+
+
+def kill_rest() -> None:
+    """KILL what is left of the server and wait until it is gone: the next start needs the memory."""
+    end = time.monotonic() + 30
+    while (left := rest_of_session()) and time.monotonic() < end:
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(TICK_S)
+        reap(0)
+
+
+def rotate(log: Path, keep: int) -> None:
+    """log.1 becomes log.2 and so on; `keep` old ones stay, the log's own place is free for a copy or a new file."""
+    with suppress(FileNotFoundError):
+        log.with_name(f"{log.name}.{keep}").unlink()
+    for number in range(keep - 1, 0, -1):
+        with suppress(FileNotFoundError):
+            log.with_name(f"{log.name}.{number}").rename(log.with_name(f"{log.name}.{number + 1}"))
+
+
+def rotate_if_large(log: Path, limit: int, keep: int) -> bool:
+    """Copy a log above `limit` bytes to log.1 and empty it; True if it was.
+
+    The server keeps the file open (append mode), so it cannot be renamed. Lines written between the copy and the
+    truncation, milliseconds, are lost. Without room for the copy the log is emptied all the same: a full disk is worse.
+    """
+    try:
+        if not limit or log.stat().st_size <= limit:
+            return False
+        rotate(log, keep)
+        if keep:
+            with suppress(OSError):
+                shutil.copyfile(log, log.with_name(f"{log.name}.1"))
+        os.truncate(log, 0)
+    except OSError:
+        return False
+    return True
+
+
+def _held_port(cfg: EnvConfig):
+    """The port of a service is its own while this is open; a headless node has none."""
+    return nullcontext() if is_headless(cfg) else hold_port(cfg)
+
+
+def run_in_foreground(cfg: EnvConfig) -> int:
+    """For `start_rerank.sh run` with several servers: supervise them in a session of its own, without restarts.
+
+    This process waits and hands TERM and INT on; systemd or a container runtime restarts it.
+    """
+    plan = plan_service(replace(cfg, restart="no"))
+    with _held_port(cfg):
+        child = os.fork()
+        if child == 0:
+            os.setsid()
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+            os._exit(Supervisor(plan, foreground=True).run())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os.kill(child, signal.SIGTERM))
+    while True:  # as PID 1 of a container it gets other processes' children too
+        pid, status = os.wait()
+        if pid == child:
+            return os.waitstatus_to_exitcode(status)
+
+
+def main(argv: list[str]) -> int:
+    """Without arguments: become a session of its own and run until stopped.
+
+    `rotate`: make place for a new log. `foreground`: stay in the caller's session.
+    """
+    try:
+        cfg = get_config()
+        if argv == ["rotate"]:
+            log = log_file(cfg)
+            if log.exists() and cfg.log_keep:
+                rotate(log, cfg.log_keep)
+                log.rename(log.with_name(f"{log.name}.1"))
+            return 0
+        if argv == ["foreground"]:
+            return run_in_foreground(cfg)
+        if argv:
+            print("usage: python -m rerank_kit.serving.supervisor [rotate | foreground]", file=sys.stderr)
+            return 2
+        os.setsid()  # a closing terminal does not reach it, and stop finds all that is in it
+        plan = plan_service(cfg)
+        with _held_port(cfg):
+            return Supervisor(plan).run()
+    except ConfigError as exc:
+        print(f"ConfigError: {exc}", file=sys.stderr)
+        return 6
+    except OSError as exc:
+        print(f"[ERR] {exc.filename}: {exc.strerror}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,337 @@
+"""Configuration of the kit: argument > environment > .env > default.
+
+Every key is defined once, as a field of EnvConfig, with its type, default and one line of help.
+`.env.example`, `start_rerank.sh cfg` and the README table are printed from these fields.
+
+Standard library only: the script asks this file for values before anything is installed.
+"""
+
+import dataclasses
+import os
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+KIT_DIR = Path(__file__).resolve().parents[1]  # of start_rerank.sh, .env, profiles/ and log/
+# Settings of the libraries below us may stand in .env too; the script exports them to the server.
+PASSED_ON = re.compile(
+    r"^(HF_|HUGGINGFACE_|MODELSCOPE_|VLLM_|NCCL_|GLOO_|TORCH|OMP_|MKL_|PIP_|UV_|OTEL_|PYTORCH_|TRITON_|CUDA_)"
+    r"|^(PYTHON|DO_NOT_TRACK|LD_PRELOAD|TMPDIR|XDG_CACHE_HOME|HTTPS?_PROXY|NO_PROXY|https?_proxy|no_proxy)$"
+)
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used. The message names the key, its source and what is allowed."""
+
+
+def _key(default, help, group, *, choices=None, low=None, high=None, secret=False):
+    meta = {"help": help, "group": group, "choices": choices, "low": low, "high": high, "secret": secret}
+    return dataclasses.field(default=default, repr=not secret, metadata=meta)
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """All settings, checked. None means "not set"; rerank_kit.engine then chooses by model and machine."""
+
+    # fmt: off
+    model_path: str | None = _key(None, "checkpoint to serve: a local folder, or a Hugging Face / ModelScope id", "model")
+    model_path_tiny: str | None = _key(None, "checkpoint of vllm_usage_tiny.py; unset: MODEL_PATH, else Qwen/Qwen3-Reranker-0.6B", "model")
+    model_profile: str | None = _key(None, "profile in profiles/ (without .json); unset: chosen from the checkpoint", "model")
+    served_model_name: str = _key("qwen3-reranker", "model name that clients send", "model")
+    instruction: str | None = _key(None, "default task instruction; unset: the profile's own", "model")
+    host: str = _key("127.0.0.1", "address to listen on; 0.0.0.0 opens the service to the network", "service")
+    port: int = _key(11438, "port of server, client, benchmark", "service", low=1, high=65535)
+    api_key: str | None = _key(None, "key that clients must send (Authorization: Bearer ...)", "service", secret=True)
+    api_key_file: str | None = _key(None, "file that holds the key; used when API_KEY is unset", "service")
+    log_dir: str = _key("log", "folder of logs and PID files; relative to the kit", "service")
+    start_timeout_s: int = _key(900, "seconds that start waits for a scored probe", "service", low=1)
+    stop_timeout_s: int = _key(30, "seconds that calls in flight get to finish on stop", "service", low=0)
+    restart: str = _key("yes", "yes: a server that died or hangs is started again; no: it stays down (systemd and Kubernetes restart by themselves)", "service", choices=("yes", "no"))
+    restart_max: int = _key(5, "most restarts in RESTART_WINDOW_S; then the service stays down", "service", low=0)
+    restart_window_s: int = _key(600, "seconds within which restarts are counted", "service", low=1)
+    health_timeout_s: int = _key(120, "seconds without any score after which a server counts as hung; 0 = never", "service", low=0)
+    log_max_mib: int = _key(100, "MiB above which the log is rotated while the server runs; 0 = never", "service", low=0)
+    log_keep: int = _key(5, "old logs that are kept", "service", low=0, high=1000)
+    allow_no_key: int = _key(0, "1: a HOST that others reach is served without a key", "service", low=0, high=1)
+    ssl_certfile: str | None = _key(None, "TLS certificate (PEM, with its chain); needs SSL_KEYFILE", "service")
+    ssl_keyfile: str | None = _key(None, "private key of SSL_CERTFILE (PEM)", "service")
+    startup_check: int = _key(1, "1: start checks prompt, head and known answers before it says ready; 0: a scored probe only", "service", low=0, high=1)
+    cuda_visible_devices: str | None = _key(None, "GPUs to use, e.g. 0,1; unset: the first TP x DP", "gpu")
+    tp: int = _key(1, "tensor parallel size: one model over several GPUs", "gpu", low=1)
+    dp: int = _key(1, "data parallel size: copies of the model", "gpu", low=1)
+    engines_per_gpu: int | None = _key(None, "engine processes that share each GPU; more than 1 pays for small models on large GPUs", "gpu", low=1, high=8)
+    dp_address: str | None = _key(None, "address of node 0, where the DP copies are on several hosts; unset: one host", "nodes")
+    dp_local: int | None = _key(None, "copies on each host; DP is the sum of all hosts", "nodes", low=1)
+    node_rank: int = _key(0, "0: the head (API and its own copies); 1, 2 ...: a host with copies only", "nodes", low=0)
+    dp_rpc_port: int = _key(29550, "port of node 0 on which the others register; more ports are open between the nodes", "nodes", low=1, high=65535)
+    gpu_memory_utilization: float | None = _key(None, "share of the memory that vLLM may take (0-1)", "engine", low=0.01, high=1)
+    max_model_len: int | None = _key(None, "longest prompt in tokens (query + document + template)", "engine", low=16)
+    max_num_batched_tokens: int | None = _key(None, "most tokens in one engine step", "engine", low=16)
+    max_num_seqs: int | None = _key(None, "most pairs in one engine step", "engine", low=1)
+    dtype: str = _key("auto", "precision of weights and activations", "engine", choices=("auto", "bfloat16", "float16", "half", "float32", "float"))
+    quantization: str | None = _key(None, "vLLM quantization method, e.g. fp8", "engine")
+    api_server_count: int | None = _key(None, "API processes (tokenizing, HTTP) of one service", "engine", low=1)
+    extra_args: str = _key("", "more arguments for vllm serve, as in a shell", "engine")
+    base_url: str | None = _key(None, "where clients find the service; unset: http://HOST:PORT/v1", "client")
+    timeout_s: float = _key(120.0, "seconds a client waits for an answer", "client", low=0.001)
+    connect_timeout_s: float = _key(5.0, "seconds a client waits for a connection", "client", low=0.001)
+    pool_size: int = _key(150, "connections a client keeps open; as many as its threads", "client", low=1)
+    retries: int = _key(2, "retries of failed connects and of 429, 502, 503, 504", "client", low=0, high=20)
+    client_batch_size: int = _key(64, "most documents a client puts into one request; longer lists are split", "client", low=1)
+    client_concurrency: int = _key(8, "most requests in flight of one split list or of rerank_many", "client", low=1)
+    guard: int = _key(1, "1: load the guard into the server (limits, defaults, key on every path); 0: bare vLLM", "guard", low=0, high=1)
+    max_docs_per_call: int = _key(1000, "most documents in one call; 0 = off", "guard", low=0)
+    max_body_bytes: int = _key(33554432, "most bytes of one call's body; 0 = off", "guard", low=0)
+    max_chars_per_field: int = _key(500000, "most characters of one query, document or instruction; 0 = off", "guard", low=0)
+    max_pairs_in_flight: int | None = _key(None, "most pairs taken at a time (429 beyond); unset: what is served in MAX_WAIT_S", "guard", low=1)
+    max_wait_s: float = _key(10.0, "longest estimated seconds before a call's first pair starts (429 beyond); 0 = off", "guard", low=0)
+    max_tokens_per_doc: int | None = _key(None, "cuts documents of calls that say nothing themselves; unset: vLLM does not cut", "guard", low=1)
+    max_tokens_per_query: int | None = _key(None, "cuts queries of calls that say nothing themselves; unset: vLLM does not cut", "guard", low=1)
+    long_documents: str = _key("truncate", "pairs longer than MAX_MODEL_LEN: truncate as the model card does, error, or chunk (best of overlapping windows)", "guard", choices=("truncate", "error", "chunk"))
+    allow_paths: str = _key("", "further paths to open, e.g. /tokenize,/docs; the key guards them too", "guard")
+    slow_call_ms: float = _key(30000.0, "log one line for a scoring call that takes longer; 0 = off", "guard", low=0)
+    # fmt: on
+
+    @property
+    def engines_here(self) -> int:
+        """DP copies on this host."""
+        return self.dp_local or self.dp
+
+    @property
+    def service_url(self) -> str:
+        """Base URL of the service that this configuration starts, without a trailing slash."""
+        # An address to listen on everywhere is not one to connect to.
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        scheme = "https" if self.ssl_certfile else "http"
+        return f"{scheme}://[{host}]:{self.port}/v1" if ":" in host else f"{scheme}://{host}:{self.port}/v1"
+
+    @property
+    def local_base_url(self) -> str:
+        """Base URL that clients use, without a trailing slash; BASE_URL may point to another host."""
+        return self.base_url.rstrip("/") if self.base_url else self.service_url
+
+    @property
+    def log_path(self) -> Path:
+        """LOG_DIR as an absolute path."""
+        return KIT_DIR / Path(self.log_dir).expanduser()
+
+
+FIELDS = {f.name.upper(): f for f in dataclasses.fields(EnvConfig)}
+
+
+def load_env(path: Path | str | None = None) -> dict[str, str]:
+    """Read a .env file without touching os.environ.
+
+    Args:
+        path: the file; None = KIT_ENV_FILE, else .env in the kit's folder. A missing file is empty.
+
+    Returns:
+        {key: text}. Accepts `export `, quotes, comments, CRLF and a byte order mark.
+
+    Raises:
+        ConfigError: a line that is no KEY=VALUE, with its number.
+    """
+    path = Path(path or os.environ.get("KIT_ENV_FILE") or KIT_DIR / ".env")
+    values = {}
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path} cannot be read as UTF-8 text: {exc}") from exc
+    for number, line in enumerate(lines, 1):
+        line = line.strip().removeprefix("export ").strip()
+        if not line or line.startswith("#"):
+            continue
+        key, sep, value = line.partition("=")
+        key, value = key.strip(), value.strip()
+        if not sep or not re.fullmatch(r"[A-Za-z_]\w*", key):
+            # The line may hold a key without its name: show no more than its number.
+            raise ConfigError(f"{path.name} line {number} is not KEY=VALUE")
+        if value[:1] in ("'", '"'):
+            end = value.find(value[0], 1)
+            if end < 0 or value[end + 1 :].strip()[:1] not in ("", "#"):
+                raise ConfigError(f"{path.name} line {number}: the quote of {key} is not closed")
+            value = value[1:end]
+        else:
+            value = re.split(r"\s#|^#", value, maxsplit=1)[0].strip()
+        values[key] = value
+    return values
+
+
+def _parse(key: str, text: str, source: str):
+    """Text of one key to its type; ConfigError names key, source and what is allowed."""
+    field = FIELDS[key]
+    meta = field.metadata
+    kind = int if "int" in str(field.type) else float if "float" in str(field.type) else str
+    shown = "***" if meta["secret"] else repr(text)
+    try:
+        value = kind(text)
+    except ValueError:
+        name = {int: "an integer", float: "a number"}[kind]
+        raise ConfigError(f"{key}={shown} ({source}) is not {name}: {meta['help']}") from None
+    low, high = meta["low"], meta["high"]
+    if kind is not str and (value != value or (low is not None and value < low) or (high is not None and value > high)):
+        allowed = f"{low} to {high}" if high is not None else f"{low} or more"
+        raise ConfigError(f"{key}={shown} ({source}) is out of range: allowed is {allowed}")
+    if meta["choices"] and value not in meta["choices"]:
+        raise ConfigError(f"{key}={shown} ({source}) is unknown: allowed is {', '.join(meta['choices'])}")
+    return value
+
+
+def get_config(env_file: Path | str | None = None, **overrides) -> EnvConfig:
+    """Build the configuration: argument > environment > .env > default.
+
+    Args:
+        env_file: see load_env().
+        overrides: values by field name (max_model_len=2048); None = not given.
+
+    Raises:
+        ConfigError: one line for every setting that cannot be used.
+    """
+    file_values = load_env(env_file)
+    values, errors = {}, []
+    for key, field in FIELDS.items():
+        for source, text in (
+            ("argument", overrides.get(field.name)),
+            ("environment", os.environ.get(key)),
+            (".env", file_values.get(key)),
+        ):
+            # An empty value means "not set"; CUDA_VISIBLE_DEVICES= in the environment hides all GPUs.
+            if text is None or (text == "" and (key, source) != ("CUDA_VISIBLE_DEVICES", "environment")):
+                continue
+            try:
+                values[field.name] = _parse(key, str(text), source)
+            except ConfigError as exc:
+                errors.append(str(exc))
+            break
+    unknown = set(overrides) - set(values) - {f.name for f in FIELDS.values()}
+    errors += [f"{name} is not a setting" for name in sorted(unknown)]
+    if not values.get("api_key") and values.get("api_key_file"):
+        try:
+            values["api_key"] = _read_key(values["api_key_file"])
+        except ConfigError as exc:
+            errors.append(str(exc))
+    if not re.fullmatch(r"[!-~]*", values.get("api_key") or ""):
+        errors.append("API_KEY=*** holds white space or other than ASCII characters: no HTTP header can carry it")
+    if errors:
+        raise ConfigError("\n".join(errors))
+    return EnvConfig(**values)
+
+
+def _read_key(name: str) -> str:
+    path = KIT_DIR / Path(name).expanduser()
+    try:
+        key = path.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"API_KEY_FILE={name!r} cannot be read: {exc}") from exc
+    if not key:
+        raise ConfigError(f"API_KEY_FILE={name!r} is empty: write the key into it")
+    return key
+
+
+def warnings_of(env_file: Path | str | None = None) -> list[str]:
+    """Keys in .env that nothing reads, each with the nearest known one."""
+    out = []
+    for key in load_env(env_file):
+        if key not in FIELDS and not PASSED_ON.search(key):
+            near = get_close_matches(key, FIELDS, 1)
+            out.append(f"{key} in .env is not a setting" + (f": did you mean {near[0]}?" if near else ""))
+    return out
+
+
+def passed_on_env(env_file: Path | str | None = None) -> dict[str, str]:
+    """Variables of other libraries in .env (HF_*, VLLM_*, ...) that the environment does not set."""
+    return {k: v for k, v in load_env(env_file).items() if PASSED_ON.search(k) and k not in {*os.environ, *FIELDS}}
+
+
+def env_example() -> str:
+    """Text of .env.example: every key with its default, commented out."""
+    lines = ["# Copy to .env and uncomment what you change. Argument > environment > .env > default."]
+    for group, fields in _groups().items():
+        lines.append(f"\n# --- {group} ---")
+        for key, field in fields:
+            default = "" if field.default is None else field.default
+            lines += [f"# {field.metadata['help']}", f"#{key}={default}"]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table() -> str:
+    """The README's table of settings."""
+    lines = ["| key | default | meaning |", "|---|---|---|"]
+    for fields in _groups().values():
+        for key, field in fields:
+            default = "" if field.default in (None, "") else f"`{field.default}`"
+            lines.append(f"| `{key}` | {default} | {field.metadata['help']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _groups() -> dict[str, list]:
+    out = {}
+    for key, field in FIELDS.items():
+        out.setdefault(field.metadata["group"], []).append((key, field))
+    return out
+
+
+def _shell_values() -> str:
+    """Lines that start_rerank.sh evaluates: `KEY='value'` without secrets, and `warn 'text'`."""
+    cfg = get_config()
+    lines = []
+    for key, field in FIELDS.items():
+        if not field.metadata["secret"]:
+            value = getattr(cfg, field.name)
+            lines.append(f"{key}={shlex.quote('' if value is None else str(value))}")
+    lines.append(f"LOG_DIR={shlex.quote(str(cfg.log_path))}")
+    lines.append(f"SERVICE_URL={shlex.quote(cfg.service_url)}")
+    lines += [f"export {k}={shlex.quote(v)}" for k, v in passed_on_env().items()]
+    lines += [f"warn {shlex.quote(text)}" for text in warnings_of()]
+    return "\n".join(lines)
+
+
+_cache: dict[str, EnvConfig] = {}
+
+
+def __getattr__(name: str):
+    """CFG, MODEL_PATH and MODEL_PATH_TINY are read on first use: importing this module does nothing."""
+    if name not in ("CFG", "MODEL_PATH", "MODEL_PATH_TINY"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if "CFG" not in _cache:
+        _cache["CFG"] = get_config()
+    cfg = _cache["CFG"]
+    if name == "CFG":
+        return cfg
+    if name == "MODEL_PATH_TINY":
+        return cfg.model_path_tiny or cfg.model_path or "Qwen/Qwen3-Reranker-0.6B"
+    if not cfg.model_path:
+        raise ConfigError("MODEL_PATH is not set: write MODEL_PATH=/folder/of/the/checkpoint (or a hub id) into .env")
+    return cfg.model_path
+
+
+def main(argv: list[str]) -> int:
+    """What start_rerank.sh and the documentation ask: shell | warnings | example | table | get KEY."""
+    asked = argv[0] if argv else "table"
+    try:
+        if asked == "shell":
+            print(_shell_values())
+        elif asked == "warnings":
+            print("\n".join(warnings_of()))
+        elif asked == "example":
+            print(env_example(), end="")
+        elif asked == "table":
+            print(markdown_table(), end="")
+        elif asked == "get" and len(argv) == 2 and argv[1] in FIELDS:
+            print(getattr(get_config(), argv[1].lower()))
+        else:
+            print(f"usage: env_utils.py shell | warnings | example | table | get KEY (not {argv})", file=sys.stderr)
+            return 2
+    except ConfigError as exc:
+        print(f"ConfigError: {exc}", file=sys.stderr)
+        return 6
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,124 @@
+"""Other projects' clients, unmodified, against a real service with the guard, TLS and a key.
+
+Each program of docs/integrations.md is run as it stands by sdk_driver.py, in the environment that run.sh makes for the
+SDKs: their requirements do not go together with vLLM's.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rerank_kit import settings
+from rerank_kit.client.calls import rerank
+from rerank_kit.client.sessions import SharedResources
+
+KIT = Path(__file__).resolve().parents[2]
+PAGE = (KIT / "docs" / "integrations.md").read_text()
+SDK_PYTHON = Path(os.environ.get("SDK_VENV", KIT / ".venv-sdk"), "bin", "python")
+NEWER_COHERE = SDK_PYTHON.parents[1] / "cohere-7"
+
+# Title in the page -> the error of a wrong key
+CLIENTS = {
+    "Cohere SDK, v2": "cohere.UnauthorizedError",
+    "Cohere SDK, v1": "cohere.UnauthorizedError",
+    "LangChain, CohereRerank": "cohere.UnauthorizedError",
+    "LangChain, JinaRerank": "builtins.RuntimeError",
+    "LlamaIndex, CohereRerank": "cohere.UnauthorizedError",
+    "LlamaIndex, JinaRerank": "builtins.RuntimeError",
+    "Haystack, VLLMRanker": "builtins.RuntimeError",
+    "LiteLLM, hosted_vllm": "litellm.AuthenticationError",
+    "OpenAI SDK": "openai.AuthenticationError",
+}
+QUERY = "What is the capital of China?"
+DOCUMENTS = ["Gravity attracts bodies.", "The capital of China is Beijing.", "首都是北京。", "a "]
+LONG = [*DOCUMENTS, "word " * 8000]  # 40,000 characters, far more than MAX_MODEL_LEN
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
+
+
+def program(title: str) -> tuple[str, str]:
+    """(text, code) of a section."""
+    section = PAGE.partition(f"### {title}\n")[2].partition("\n##")[0]
+    text, _, rest = section.partition("```python\n")
+    return text, rest.partition("```")[0]
+
+
+@pytest.fixture(scope="module")
+def expected(keyed_service):
+    """{name: [(score, document)]} by the kit's own client, best first."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings, "_cache", {})
+        patch.setenv("KIT_ENV_FILE", "/nonexistent")
+        patch.setenv("API_KEY", keyed_service["API_KEY"])
+        patch.setenv("REQUESTS_CA_BUNDLE", keyed_service["SSL_CERTFILE"])
+        url, found = f"https://localhost:{keyed_service['PORT']}/v1", {}
+        for name, documents in {"short": DOCUMENTS, "long": LONG}.items():
+            items, _, raw = rerank(QUERY, documents, 3 if name == "short" else None, base_url=url)
+            found[name] = [(item.score, item.doc) for item in items]
+            assert raw["_cut"] == ([] if name == "short" else [4])
+        SharedResources.close_local_rerank_client()  # its sessions know this test's CA
+    return found
+
+
+def run(title: str, settings: dict, **more) -> dict:
+    """What the program printed for short documents, long ones, and with a wrong key."""
+    assert SDK_PYTHON.exists(), "run tests/run.sh: it makes .venv-sdk"
+    code = program(title)[1]
+    good = {"url": f"https://localhost:{settings['PORT']}", "key": settings["API_KEY"]}
+    calls = {
+        "short": {"documents": DOCUMENTS, **good},
+        "long": {"documents": LONG, **good},
+        "wrong": {"documents": DOCUMENTS, **good, "key": "wrong-key"},
+    }
+    env = {
+        **{
+            key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "COHERE_API_KEY", "CO_API_KEY")
+        },
+        "SSL_CERT_FILE": settings["SSL_CERTFILE"],
+        "REQUESTS_CA_BUNDLE": settings["SSL_CERTFILE"],
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else it asks GitHub for prices when it is imported
+        "HAYSTACK_TELEMETRY_ENABLED": "False",
+        **more,
+    }
+    given = json.dumps({"code": code, "query": QUERY, "calls": calls})
+    command = [str(SDK_PYTHON), "-W", "ignore", str(KIT / "tests" / "stand_ins" / "sdk_driver.py")]
+    done = subprocess.run(command, input=given, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    print(title, done.stdout[:300], file=sys.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(seen: dict, expected: dict, error: str) -> None:
+    for name in ("short", "long"):
+        assert "lines" in seen[name], seen[name]
+        ranked = [(score, text) for score, text in seen[name]["lines"]]
+        assert [text for _, text in ranked] == [text for _, text in expected[name][:3]]
+        assert [score for score, _ in ranked] == pytest.approx([score for score, _ in expected[name][:3]], abs=1e-6)
+    assert seen["wrong"].get("error") == error, seen["wrong"]
+    assert "wrong or missing API key" in seen["wrong"]["text"]
+
+
+@pytest.mark.parametrize("title", CLIENTS)
+def test_client_ranks_as_the_kits_own(title, keyed_service, expected):
+    check(run(title, keyed_service), expected, CLIENTS[title])
+
+
+@pytest.mark.parametrize("title", ["Cohere SDK, v2", "Cohere SDK, v1"])
+def test_the_newest_cohere_sdk_too(title, keyed_service, expected):
+    """langchain-cohere keeps the other tests at version 5."""
+    assert NEWER_COHERE.exists(), "run tests/run.sh: it installs it"
+    seen = run(title, keyed_service, PYTHONPATH=str(NEWER_COHERE))
+    assert seen["cohere"].startswith("7.")
+    check(seen, expected, CLIENTS[title])
+
+
+def test_the_page_names_every_error_and_version():
+    titles = re.findall(r"(?m)^### (.+)$", PAGE.partition("## Run by the tests")[2].partition("## Read, not run")[0])
+    assert titles == [*CLIENTS, "TLS"]
+    for title, error in CLIENTS.items():
+        assert f"`{error.removeprefix('builtins.')}`" in program(title)[0]

@@ -1,0 +1,118 @@
+"""Choices by model and machine: API processes, fastokens; what the plan makes of them."""
+
+import json
+
+import pytest
+
+from rerank_kit.engine import choices
+from rerank_kit.engine.choices import api_servers, count_weights, engines_per_gpu, fastokens_agrees
+from rerank_kit.engine.machine import Machine
+from rerank_kit.engine.plan import plan_engine, plan_service
+from rerank_kit.serving.command import explain, serve_args
+from rerank_kit.settings import get_config
+
+fastokens = pytest.importorskip("fastokens")  # x86-64 only
+H100 = Machine("0.32.0", ("NVIDIA H100, 81559",), tuple(range(16)), 2**37)
+QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151669, "tie_word_embeddings": True}
+SIZES = {
+    0.596e9: {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16, "num_hidden_layers": 28},
+    4.02e9: {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "num_hidden_layers": 36},
+    8.19e9: {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 36,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+@pytest.mark.parametrize("n_weights", SIZES)
+def test_weights_are_counted_from_the_config(n_weights):
+    assert count_weights({**QWEN3, **SIZES[n_weights]}) == pytest.approx(n_weights, rel=0.005)
+    assert count_weights({}) == 0
+
+
+@pytest.mark.parametrize(
+    ("n_weights", "n_cores", "dp", "n"),
+    [
+        *((0.6e9, 16, 1, 4), (0.6e9, 4, 1, 2), (0.6e9, 2, 1, 1), (4e9, 16, 1, 2), (4e9, 4, 1, 1), (8e9, 64, 1, 1)),
+        *((0.6e9, 32, 2, 8), (0.6e9, 16, 8, 8), (8e9, 64, 4, 4)),
+    ],
+)
+def test_small_models_get_more_api_processes(n_weights, n_cores, dp, n):
+    assert api_servers(n_weights, n_cores, dp)[0] == n
+
+
+@pytest.mark.parametrize(
+    ("n_weights", "gpu_mib", "n_cores", "n"),
+    [
+        (0.6e9, 81559, 16, 3),
+        (0.6e9, 81559, 12, 2),
+        (0.6e9, 81559, 8, 1),
+        (0.6e9, 24564, 16, 1),
+        (4e9, 81559, 64, 1),
+        (0, 81559, 16, 1),
+    ],
+)
+def test_small_models_share_a_large_gpu(n_weights, gpu_mib, n_cores, n):
+    assert engines_per_gpu(n_weights, gpu_mib, n_cores)[0] == n
+
+
+def test_fastokens_is_used_only_with_the_same_ids(checkpoints, monkeypatch, tmp_path):
+    assert fastokens_agrees(checkpoints["qwen3"])[0]
+    agrees, why = fastokens_agrees(checkpoints["bert"])
+    assert not agrees and "BertNormalizer" in why
+    assert fastokens_agrees(tmp_path) == (False, "the checkpoint has no tokenizer.json")
+
+    # One added token is known to fastokens alone: only a text that spells it shows the difference.
+    data = json.loads((checkpoints["qwen3"] / "tokenizer.json").read_text())
+    real = fastokens.Tokenizer.from_file
+
+    class Other:
+        @staticmethod
+        def from_file(path):
+            data["added_tokens"] = [t for t in data["added_tokens"] if t["content"] != "<|box_end|>"]
+            (tmp_path / "other.json").write_text(json.dumps(data))
+            return real(str(tmp_path / "other.json"))
+
+    monkeypatch.setattr(fastokens, "Tokenizer", Other)
+    agrees, why = fastokens_agrees(checkpoints["qwen3"])
+    assert not agrees and "other ids" in why
+
+    def missing(_):
+        raise choices.PackageNotFoundError
+
+    monkeypatch.setattr(choices, "version", missing)
+    assert fastokens_agrees(checkpoints["qwen3"]) == (False, "fastokens is not installed")
+
+
+def test_the_plan_of_a_gpu_service_feeds_the_gpu(checkpoints, monkeypatch):
+    monkeypatch.delenv("VLLM_USE_FASTOKENS", raising=False)
+    plan = plan_service(get_config(), checkpoints["qwen3"], H100)
+    args = serve_args(plan)
+    assert args[args.index("--api-server-count") + 1] == "4" and plan.env["GUARD_API_SERVERS"] == "4"
+    assert plan.env["VLLM_USE_FASTOKENS"] == "1"
+    shown = explain(plan)
+    assert "api_server_count: 4: one API process" in shown and "fastokens: on: fastokens 0.3.5 gave the ids" in shown
+
+    plan = plan_service(get_config(api_server_count=1), checkpoints["bert"], H100)
+    args = serve_args(plan)
+    assert args[args.index("--api-server-count") + 1] == "1"
+    assert "VLLM_USE_FASTOKENS" not in plan.env and "fastokens: off: " in explain(plan)
+
+    monkeypatch.setenv("VLLM_USE_FASTOKENS", "0")
+    assert "VLLM_USE_FASTOKENS" not in plan_service(get_config(), checkpoints["qwen3"], H100).env
+
+
+@pytest.mark.parametrize("other", [{"offline": True}, {"dp": 2}, {"cpu": True}])
+def test_other_services(checkpoints, monkeypatch, other):
+    monkeypatch.delenv("VLLM_USE_FASTOKENS", raising=False)
+    machine = Machine("0.32.0+cpu", (), tuple(range(16)), 2**37) if "cpu" in other else H100
+    if "dp" in other:
+        machine = Machine("0.32.0", H100.gpus * 2, H100.cores, 2**37)
+    make = plan_engine if "offline" in other else plan_service
+    plan = make(get_config(dp=other.get("dp", 1)), checkpoints["qwen3"], machine)
+    # Two copies need twice the API processes of one.
+    assert ("--api-server-count" in serve_args(plan)) == ("dp" in other)
+    assert ("VLLM_USE_FASTOKENS" in plan.env) == ("dp" in other)

@@ -1,0 +1,458 @@
+"""Every family that a profile serves: `vllm serve` and vllm.LLM against the recipe of its model card.
+
+Within 1e-4 in float32. The checkpoints are tiny, seeded and of the family's architecture. One server and one engine
+start a family, at the same time, all texts in them.
+"""
+
+import json
+import subprocess
+import sys
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import tiny_hub_models
+import tiny_models
+from conftest import KIT, free_port, http, kit_environment, run_kit
+from rerank_kit.models.checkpoint import Checkpoint, read_checkpoint
+from rerank_kit.models.profiles import PROFILE_DIR, all_profiles, find_profile, load_profiles
+
+from rerank_kit.settings import ConfigError
+from rerank_kit.models.pair import Pair
+from rerank_kit.models.reference import CAUSAL, reference_scores
+
+TEXTS = [
+    ("What is the capital of China?", "The capital of China is Beijing."),
+    ("中国的首都是哪里？", "中国的首都是北京。"),
+    ("emoji 🚀👩‍👩‍👧", "flags 🇨🇳 and 👍🏽 and ☃️"),
+    ("", ""),
+    ("empty document", ""),
+    ("", "empty query"),
+    ("  edges  ", "  spaces at both edges  "),
+    ("lines", "line one\nline two\r\nline three"),
+    ("code", "if (a <| b) { x |> f } <think> </think> <|not_a_token|> &lt;b&gt; {{ jinja }} {% raw %}"),
+    ("e\u0301 decomposed", "Å ﬁ ② ½ \u200b\u00a0\ufeff"),
+    ("yes", "no"),
+    ("long document", "Gravity attracts bodies. 引力 " * 150),
+]
+# vllm_usage.py cuts ids, the server text: a cut inside a character of several tokens is not the reference's there.
+ASCII_LONG = ("long document", "Gravity attracts bodies. " * 200)
+LONG_QUERY = ("Gravity attracts bodies. " * 150, "short")
+QWEN_CONTROL = (
+    ("a <|im_end|>\n<|im_start|>assistant", "b <|im_end|><|endoftext|><|fim_prefix|>"),
+    ("a <| im_end|>\n<| im_start|>assistant", "b <| im_end|><| endoftext|><| fim_prefix|>"),
+)
+GEMMA_CONTROL = (
+    ("a <eos> <start_of_turn>user", "b<bos> <unused98><end_of_turn> <mask>"),
+    ("a < eos> < start_of_turn>user", "b< bos> < unused98>< end_of_turn> < mask>"),
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny checkpoint (maker and folder name), the profile that must be found, and what its texts need."""
+
+    make: callable
+    folder: str
+    profile: str
+    max_length: int
+    texts: tuple = tuple(TEXTS)
+    # Control tokens spelled in a pair, and the same pair as the template breaks their spelling.
+    control: tuple | None = None
+    # Values written into config.json.
+    config: tuple = ()
+    # Also by a real server; off where only the checkpoint's settings differ from a family that is served.
+    online: bool = True
+
+
+ENCODER_TEXTS = (*TEXTS, LONG_QUERY, ("a [SEP] </s> <s> b", "[CLS] <mask> [MASK] d"))
+MINILM = (("sbert_ce_default_activation_function", "torch.nn.modules.linear.Identity"),)
+
+
+def seq_cls(folder: Path) -> Path:
+    return tiny_models.qwen3_seq_cls(folder, tiny_models.qwen3_reranker(folder.parent / "Qwen3-Reranker-0.6B"))
+
+
+def untied(folder: Path) -> Path:
+    return tiny_models.qwen3_reranker(folder, tied=False)
+
+
+def qwen3_vl_untied(folder: Path) -> Path:
+    return tiny_hub_models.qwen3_vl_reranker(folder, tied=False)
+
+
+FAMILIES = {
+    # Tied, as the 0.6B and 4B models: tests/serving/test_parity.py.
+    # The 8B model has an own lm_head; vLLM 0.11.1 lost it and scored 0.5 for everything.
+    "qwen3_untied": Family(untied, "Qwen3-Reranker-8B", "qwen3_reranker", 512, control=QWEN_CONTROL),
+    "qwen3_seq_cls": Family(
+        seq_cls, "Qwen3-Reranker-0.6B-seq-cls", "qwen3_reranker_seq_cls", 512, control=QWEN_CONTROL
+    ),
+    "bert": Family(tiny_models.bert_cross_encoder, "bert-reranker", "cross_encoder", 256, ENCODER_TEXTS),
+    "xlm_roberta": Family(
+        tiny_models.xlm_roberta_cross_encoder, "bge-reranker-v2-m3", "cross_encoder", 256, ENCODER_TEXTS
+    ),
+    "modernbert": Family(
+        tiny_models.modernbert_cross_encoder,
+        "gte-reranker-modernbert-base",
+        "cross_encoder",
+        256,
+        ENCODER_TEXTS,
+    ),
+    # Trained by transformers' Trainer, which writes problem_type; a sigmoid all the same.
+    "bert_regression": Family(
+        tiny_models.bert_cross_encoder,
+        "bert-reranker",
+        "cross_encoder",
+        256,
+        ENCODER_TEXTS,
+        config=(("problem_type", "regression"),),
+        online=False,
+    ),
+    "bert_identity": Family(
+        tiny_models.bert_cross_encoder,
+        "ms-marco-MiniLM",
+        "cross_encoder",
+        256,
+        ENCODER_TEXTS,
+        config=MINILM,
+        online=False,
+    ),
+    "mxbai": Family(tiny_models.mxbai_rerank_v2, "mxbai-rerank-base-v2", "mxbai_rerank_v2", 640, control=QWEN_CONTROL),
+    "bge_gemma": Family(
+        tiny_models.bge_reranker_v2_gemma, "bge-reranker-v2-gemma", "bge_reranker_v2_gemma", 512, control=GEMMA_CONTROL
+    ),
+    "bert_embedding": Family(tiny_models.bert_embedding, "bge-small-en", "embedding", 256, ENCODER_TEXTS, online=False),
+    "xlm_roberta_embedding": Family(
+        tiny_models.xlm_roberta_embedding, "multilingual-e5-small", "embedding", 256, ENCODER_TEXTS
+    ),
+    "qwen3_embedding": Family(
+        tiny_models.qwen3_embedding, "Qwen3-Embedding-0.6B", "embedding", 256, (*TEXTS, LONG_QUERY)
+    ),
+    "zerank2": Family(tiny_models.zerank2, "zerank-2", "zerank2", 512, control=QWEN_CONTROL),
+    "jina": Family(
+        tiny_hub_models.jina_reranker_v2, "jina-reranker-v2-base-multilingual", "jina_reranker_v2", 256, ENCODER_TEXTS
+    ),
+    "gte": Family(
+        tiny_hub_models.gte_multilingual_reranker,
+        "gte-multilingual-reranker-base",
+        "gte_multilingual_reranker",
+        256,
+        ENCODER_TEXTS,
+    ),
+    # vLLM's module of Qwen3-VL imports torchvision, which the CPU build leaves out.
+    "qwen3_vl": Family(
+        tiny_hub_models.qwen3_vl_reranker, "Qwen3-VL-Reranker-2B", "qwen3_vl_reranker", 512, control=QWEN_CONTROL
+    ),
+    "qwen3_vl_untied": Family(
+        qwen3_vl_untied, "Qwen3-VL-Reranker-8B", "qwen3_vl_reranker", 512, control=QWEN_CONTROL, online=False
+    ),
+}
+INSTRUCTION = "Find the paragraph 判断\nthat answers"
+OFFLINE = """
+import json, sys
+from rerank_kit.engine.plan import plan_engine
+from rerank_kit.models.pair import Pair
+from rerank_kit.offline.program import leave
+from rerank_kit.offline.reranker import OfflineReranker
+from rerank_kit.settings import get_config
+if __name__ == "__main__":
+    texts, out = json.load(sys.stdin)
+    plan = plan_engine(get_config())
+    pairs = [Pair(*text) for text in texts]
+    with OfflineReranker(plan) as reranker, open(out, "w") as file:
+        results = [vars(r) for r in reranker.score(pairs)]
+        ids = [p.ids for p in reranker.encoder.encode(pairs)]
+        json.dump([results, ids], file)
+    leave(0)
+"""
+
+
+def make(family: Family, root: Path) -> Path:
+    folder = family.make(root / family.folder)
+    return tiny_models.set_config(folder, **dict(family.config)) if family.config else folder
+
+
+def offline_scores(model: Path, family: Family, pairs: list[Pair], work: Path) -> tuple[list[dict], list[list[int]]]:
+    """(results, token ids) of the pairs by OfflineReranker in a process of its own."""
+    script, out = work / "offline.py", work / "out.json"
+    script.write_text(OFFLINE)
+    settings = {"MODEL_PATH": model, "DTYPE": "float32", "MAX_MODEL_LEN": family.max_length, "PYTHONPATH": KIT}
+    # The engine in the same process: it starts twice as fast.
+    env = kit_environment(**settings, VLLM_ENABLE_V1_MULTIPROCESSING=0)
+    asked = json.dumps([[(p.query, p.document, p.instruction) for p in pairs], str(out)])
+    done = subprocess.run(
+        [sys.executable, str(script)], input=asked, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@contextmanager
+def serving(model: Path, family: Family, logs: Path):
+    """A real service that starts while other work goes on; yields a function that waits for it and gives its URL."""
+    settings = {"MODEL_PATH": model, "PORT": free_port(), "LOG_DIR": logs, "DTYPE": "float32", "STOP_TIMEOUT_S": 0}
+    settings |= {"MAX_MODEL_LEN": family.max_length}
+    # The engine computes in its own process: one import of vLLM less.
+    settings |= {"EXTRA_ARGS": "--distributed-executor-backend uni", "VLLM_ENABLE_V1_MULTIPROCESSING": 0}
+    command = ["sh", str(KIT / "start_rerank.sh"), "start"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    start = subprocess.Popen(command, env=kit_environment(**settings), **pipes)
+
+    def ready() -> str:
+        said = start.communicate(timeout=300)[0]
+        assert start.returncode == 0, said
+        return f"http://127.0.0.1:{settings['PORT']}/v1"
+
+    try:
+        yield ready
+    finally:
+        start.wait(timeout=300)
+        stopped = run_kit("stop", **settings)
+        assert stopped.returncode == 0, stopped.stderr
+
+
+def server_scores(url: str, pairs: list[Pair]) -> tuple[list[float], list[int]]:
+    """(scores, prompt tokens) of the pairs by /v1/score, one pair a call; the same scores in one call."""
+    scores, lengths = [], []
+    for pair in pairs:
+        body = {"model": "qwen3-reranker", "text_1": pair.query, "text_2": pair.document}
+        if pair.instruction:
+            body["instruction"] = pair.instruction
+        status, answer = http("POST", f"{url}/score", body)
+        assert status == 200, answer
+        scores.append(answer["data"][0]["score"])
+        lengths.append(answer["usage"]["prompt_tokens"])
+    plain = [pair for pair in pairs if not pair.instruction]
+    body = {"model": "qwen3-reranker", "text_1": [p.query for p in plain], "text_2": [p.document for p in plain]}
+    status, answer = http("POST", f"{url}/score", body)
+    assert status == 200, answer
+    assert [row["score"] for row in answer["data"]] == pytest.approx(scores[: len(plain)], abs=1e-4)
+    return scores, lengths
+
+
+def rerank_scores(url: str, pairs: list[Pair]) -> list[float]:
+    """Scores of the pairs by /v1/rerank, one pair a call."""
+    scores = []
+    for pair in pairs:
+        body = {"model": "qwen3-reranker", "query": pair.query, "documents": [pair.document]}
+        status, answer = http("POST", f"{url}/rerank", body)
+        assert status == 200, answer
+        scores.append(answer["results"][0]["relevance_score"])
+    return scores
+
+
+# CI has 25 minutes: these differ from their neighbours in one setting each.
+SOAK = ("xlm_roberta_embedding", "bert_identity", "bert_regression")
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.soak] * (n in SOAK)) for n in FAMILIES])
+def test_scores_are_those_of_the_model_card(name, tmp_path):
+    family = FAMILIES[name]
+    profile = all_profiles()[family.profile]
+    if profile.needs and find_spec(profile.needs) is None:
+        pytest.skip(f"vLLM imports {profile.needs} for this family")
+    model = make(family, tmp_path)
+    pairs = [Pair(*text) for text in (*family.texts, ASCII_LONG)]
+    wanted = list(pairs)
+    if family.control:
+        spelled, broken = family.control
+        pairs.append(Pair(*spelled))
+        wanted.append(Pair(*broken))
+    instructed = replace(pairs[0], instruction=INSTRUCTION)
+    with serving(model, family, tmp_path / "log") if family.online else nullcontext() as ready:
+        results, ids = offline_scores(model, family, [*pairs, instructed], tmp_path)
+        asked = results.pop()
+        expected = reference_scores(model, profile.reference, [*wanted, instructed], None, family.max_length)
+        wanted_asked = expected.pop()
+        if profile.instruction:
+            assert asked["score"] == pytest.approx(wanted_asked, abs=1e-4)
+            assert abs(asked["score"] - results[0]["score"]) > 1e-3, "the instruction changes nothing"
+        else:
+            assert asked["score"] is None and "takes no instruction" in asked["error"]
+        assert [r["score"] for r in results] == pytest.approx(expected, abs=1e-4)
+        assert max(expected) - min(expected) > 0.1, "scores that do not differ prove nothing"
+        assert [r["cut"] for r in results] == [len(p.query) + len(p.document) > 1000 for p in pairs]
+        if profile.reference in CAUSAL:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(model)
+            prompt_ids = CAUSAL[profile.reference][0]
+            assert ids[: len(wanted)] == [prompt_ids(tokenizer, p, None, family.max_length) for p in wanted]
+
+        if not family.online:
+            return
+        url = ready()
+        online = [i for i, p in enumerate(pairs) if len(p.document) < 1000 or p.document.isascii()]
+        scores, lengths = server_scores(url, [pairs[i] for i in online] + [instructed] * profile.instruction)
+        wanted_scores = [expected[i] for i in online] + [wanted_asked] * profile.instruction
+        assert scores == pytest.approx(wanted_scores, abs=1e-4)
+        some = [i for i in online if pairs[i].query == "" or pairs[i].query == "empty document"]
+        assert rerank_scores(url, [pairs[i] for i in some]) == pytest.approx([expected[i] for i in some], abs=1e-4)
+        if profile.reference != "embedding":
+            assert lengths[: len(online)] == [len(ids[i]) for i in online]
+        if not profile.instruction:
+            body = {"model": "qwen3-reranker", "query": "q", "documents": ["d"], "instruction": INSTRUCTION}
+            status, answer = http("POST", f"{url}/rerank", body)
+            assert status == 422 and "takes no instruction" in answer["error"]["message"]
+        if profile.config_changes:  # what is served is a folder of links: check looks at the checkpoint behind it
+            checked = run_kit("check", "--reference", MODEL_PATH=model, PORT=urlsplit(url).port)
+            assert checked.returncode == 0 and f"{model}, profile {profile.name}" in checked.stdout, checked.stdout
+            assert "float32 agrees within" in checked.stdout
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_profile_is_found_from_the_files(name, tmp_path):
+    family = FAMILIES[name]
+    found = read_checkpoint(make(family, tmp_path))
+    if all_profiles()[family.profile].unsupported:
+        with pytest.raises(ConfigError, match=all_profiles()[family.profile].title):
+            find_profile(found)
+    else:
+        assert find_profile(found).name == family.profile
+
+
+def logit_score(folder: Path, true: str, false: str | None) -> Path:
+    """The files of sentence-transformers 5.4 that name the tokens of the score."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = {"true_token_id": tokenizer.convert_tokens_to_ids(true)}
+    ids["false_token_id"] = None if false is None else tokenizer.convert_tokens_to_ids(false)
+    kind = "sentence_transformers.cross_encoder.modules.logit_score.LogitScore"
+    (folder / "modules.json").write_text(json.dumps([{"path": "1_LogitScore", "type": kind}]))
+    (folder / "1_LogitScore").mkdir()
+    (folder / "1_LogitScore" / "config.json").write_text(json.dumps(ids))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "true", "false", "profile"),
+    [
+        (tiny_models.mxbai_rerank_v2, "1", "0", "mxbai_rerank_v2"),
+        (tiny_models.bge_reranker_v2_gemma, "Yes", None, "bge_reranker_v2_gemma"),
+    ],
+)
+def test_the_tokens_of_the_score_name_the_family_in_a_folder_of_any_name(make, true, false, profile, tmp_path):
+    folder = make(tmp_path / "my-model")
+    with pytest.raises(ConfigError, match="fits no profile"):
+        find_profile(read_checkpoint(folder))
+    assert find_profile(read_checkpoint(logit_score(folder, true, false))).name == profile
+    other = logit_score(make(tmp_path / "other"), "yes", false)
+    with pytest.raises(ConfigError, match="fits no profile"):
+        find_profile(read_checkpoint(other))
+
+
+def checkpoint(name, architectures, modules=(), pooling=None, **config):
+    return Checkpoint(Path("/m") / name, {"architectures": architectures, **config}, modules, None, pooling)
+
+
+ONE_LABEL = {"id2label": {"0": "LABEL_0"}}
+OWN_CODE = {"auto_map": {"AutoModelForSequenceClassification": "org/code--modeling.Model"}}
+ST = ("Transformer", "Pooling")
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        (checkpoint("nli", ["BertForSequenceClassification"], id2label={"0": "a", "1": "b", "2": "c"}), "nli_head"),
+        (checkpoint("two", ["XLMRobertaForSequenceClassification"]), "nli_head"),
+        (
+            checkpoint("jina-reranker-v2", ["XLMRobertaForSequenceClassification"], **ONE_LABEL, **OWN_CODE),
+            "own_code",
+        ),
+        (
+            checkpoint("gte-multilingual-reranker", ["NewForSequenceClassification"], **ONE_LABEL, **OWN_CODE),
+            "own_code",
+        ),
+        (checkpoint("jina-embeddings-v3", ["XLMRobertaModel"], ST, ("mean",), **OWN_CODE), "own_code"),
+        (checkpoint("jina-reranker-v3", ["JinaForRanking"]), "listwise"),
+        (checkpoint("jina-reranker-m0", ["JinaVLForRanking"]), "multimodal"),
+        (checkpoint("mxbai-rerank-base-v1", ["DebertaV2ForSequenceClassification"], **ONE_LABEL), "deberta"),
+        (checkpoint("bge-reranker-v2-minicpm-layerwise", ["LayerWiseMiniCPMForCausalLM"]), "layerwise"),
+        (checkpoint("ettin-reranker", ["ModernBertModel"], (*ST, "Dense", "LayerNorm"), ("cls",)), "head_in_modules"),
+        (checkpoint("max", ["BertModel"], ST, ("max",)), "pooling"),
+        (checkpoint("two modes", ["BertModel"], ST, ("mean", "cls")), "pooling"),
+    ],
+)
+def test_a_family_that_cannot_be_served_is_refused_with_its_reason(found, reason):
+    with pytest.raises(ConfigError) as caught:
+        find_profile(found)
+    refused = all_profiles()[reason]
+    assert refused.title in str(caught.value) and refused.unsupported in str(caught.value)
+    assert reason not in load_profiles()
+    with pytest.raises(ConfigError, match="cannot be served"):
+        find_profile(found, reason)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        checkpoint("Qwen2.5-0.5B", ["Qwen2ForCausalLM"]),
+        checkpoint("gemma-2b", ["GemmaForCausalLM"]),
+        checkpoint("mxbai-rerank-base-v2-seq", ["Qwen2ForSequenceClassification"], **ONE_LABEL),
+        checkpoint("Qwen3-VL-2B", ["Qwen3VLForConditionalGeneration"]),
+    ],
+)
+def test_what_is_not_known_is_not_guessed(found):
+    with pytest.raises(ConfigError, match="fits no profile"):
+        find_profile(found)
+
+
+def test_the_own_choice_of_a_profile_still_counts():
+    found = checkpoint("jina-reranker-v2", ["XLMRobertaForSequenceClassification"], **ONE_LABEL, **OWN_CODE)
+    assert find_profile(found, "cross_encoder").name == "cross_encoder"
+
+
+@pytest.mark.parametrize(
+    ("data", "modes"),
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, ("cls",)),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, ("cls", "mean")),
+        ({"pooling_mode_max_tokens": True}, ("pooling_mode_max_tokens",)),
+        ({"pooling_mode": "lasttoken", "include_prompt": True}, ("lasttoken",)),
+        ({"pooling_mode": ["mean", "max"]}, ("mean", "max")),
+        ({}, ()),
+    ],
+)
+def test_read_checkpoint_knows_the_pooling(tmp_path, data, modes):
+    (tmp_path / "config.json").write_text("{}")
+    modules = [{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(data))
+    assert read_checkpoint(tmp_path).pooling == modes
+
+
+def test_every_profile_says_what_its_score_means():
+    for profile in load_profiles().values():
+        assert profile.title and profile.match and profile.score and profile.reference
+        assert profile.template is None or (PROFILE_DIR / profile.template).is_file()
+        assert profile.instruction == (profile.template is not None and "instruction" in profile.template_text())
+
+
+QWEN_TEMPLATES = ("qwen3_reranker", "mxbai_rerank_v2", "zerank2", "qwen3_vl_reranker")
+
+
+def test_templates_of_qwen_neutralise_the_same_tokens():
+    macro = "{%- macro plain"
+    texts = [(PROFILE_DIR / f"{n}.jinja").read_text() for n in QWEN_TEMPLATES]
+    blocks = {text[text.index(macro) : text.index("{%- endmacro")] for text in texts}
+    assert len(blocks) == 1
+
+
+@pytest.mark.parametrize("name", ["mxbai_rerank_v2", "zerank2", "qwen3_vl_reranker"])
+def test_the_prompt_keeps_its_last_newline(name, tmp_path):
+    from transformers import AutoTokenizer
+
+    tiny_models.qwen3_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    text = all_profiles()[name].template_text()
+    messages = [{"role": "query", "content": "q"}, {"role": "document", "content": "d"}]
+    for ending in ("", "\n"):  # an editor may add or strip the file's last newline
+        rendered = tokenizer.apply_chat_template(messages, chat_template=text.rstrip("\n") + ending, tokenize=False)
+        assert rendered.endswith("<|im_end|>\n<|im_start|>assistant\n")

@@ -1,0 +1,123 @@
+"""Families whose hub repositories do not load as they are: recognised, adapted without their code, compared."""
+
+import json
+import os
+
+import plain_encoders
+import pytest
+import tiny_hub_models
+import tiny_models
+import torch
+from rerank_kit.engine.plan import plan_service
+from rerank_kit.serving.command import server_commands
+from rerank_kit.engine.machine import Machine
+from rerank_kit.models.checkpoint import read_checkpoint
+from rerank_kit.models.profiles import all_profiles, find_profile
+from transformers import AutoTokenizer
+
+from rerank_kit.settings import ConfigError, get_config
+from rerank_kit.models.pair import Pair
+from rerank_kit.models.reference import qwen3_vl_prompt_ids, reference_scores
+
+CPU = Machine("0.32.0+cpu", (), (0, 1), 64 * 2**30)
+MODELS = {
+    "jina_reranker_v2": tiny_hub_models.jina_reranker_v2,
+    "gte_multilingual_reranker": tiny_hub_models.gte_multilingual_reranker,
+}
+PAIRS = [Pair("What is the capital of China?", "Beijing."), Pair("中国", "引力 " * 200), Pair("a", ""), Pair("", "b")]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hub")
+    return {name: make(root / f"model-{name}") for name, make in MODELS.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_reference_computes_what_the_published_code_computes(folders, name):
+    folder, plain = folders[name], getattr(plain_encoders, name)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    both = [p.query for p in PAIRS], [p.document for p in PAIRS]
+    ids = tokenizer(*both, truncation="longest_first", max_length=256)["input_ids"]
+    expected = [torch.tensor(plain(folder, row)).sigmoid().item() for row in ids]
+    assert reference_scores(folder, name, PAIRS, None, 256) == pytest.approx(expected, abs=1e-5)
+    assert max(expected) - min(expected) > 0.05, "scores that do not differ prove nothing"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_folder_that_is_served_holds_no_code_but_our_own(folders, name, tmp_path):
+    folder, trusted = folders[name], name == "gte_multilingual_reranker"
+    (folder / "modeling.py").write_text("raise SystemExit('code of the checkpoint ran')\n")
+    plan = plan_service(get_config(log_dir=str(tmp_path)), folder, CPU)
+    assert plan.profile.name == name and plan.checkpoint.path == folder
+    assert not list(tmp_path.iterdir()), "a plan alone writes nothing"
+    server_commands(plan)
+    server_commands(plan)  # a restart takes the folder that is there
+    served = tmp_path / os.path.basename(plan.engine["model"])
+    assert [served] == list(tmp_path.iterdir())
+    code = [file.name for file in served.glob("*.py")]
+    assert code == (["gte_config.py"] if trusted else [])
+    assert plan.engine.get("trust_remote_code", False) == trusted
+    # What is running says this folder; check and reference look at the checkpoint behind it.
+    assert read_checkpoint(served) == read_checkpoint(folder)
+    config = json.loads((served / "config.json").read_text())
+    assert "--" not in str(config.get("auto_map", "")), "nothing of the hub is named"
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused(tmp_path):
+    folder = tiny_hub_models.gte_multilingual_reranker(tmp_path / "gte")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "auto_map": {"AutoTokenizer": ["x.Y", None]}}))
+    plan = plan_service(get_config(log_dir=str(tmp_path / "log")), folder, CPU)
+    with pytest.raises(ConfigError, match="tokenizer with code of its own"):
+        server_commands(plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        # vLLM's class of XLM-RoBERTa with a head knows learnt positions only.
+        ("jina_reranker_v2", {"position_embedding_type": "rotary"}),
+        ("jina_reranker_v2", {"auto_map": {"AutoConfig": "someone/else--configuration.Config"}}),
+        # What vLLM's class leaves out.
+        ("gte_multilingual_reranker", {"logn_attention_scale": True}),
+        ("gte_multilingual_reranker", {"layer_norm_type": "rms_norm"}),
+        ("gte_multilingual_reranker", {"pack_qkv": False}),
+    ],
+)
+def test_a_variant_that_vllm_computes_otherwise_is_refused(name, changes, tmp_path):
+    folder = tiny_models.set_config(MODELS[name](tmp_path / "model"), **changes)
+    with pytest.raises(ConfigError, match=all_profiles()["own_code"].title.split("(")[0]):
+        find_profile(read_checkpoint(folder))
+
+
+def test_qwen3_vl_is_refused_where_vllm_cannot_import_it(tmp_path, monkeypatch):
+    folder = tiny_hub_models.qwen3_vl_reranker(tmp_path / "Qwen3-VL-Reranker-2B")
+    monkeypatch.setattr("rerank_kit.models.opened.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="imports torchvision"):
+        plan_service(get_config(), folder, CPU)
+    monkeypatch.setattr("rerank_kit.models.opened.find_spec", lambda name: object())
+    plan = plan_service(get_config(), folder, CPU)
+    assert plan.engine["limit_mm_per_prompt"] == {"image": 0, "video": 0}
+    assert plan.engine["max_model_len"] == 2048, "the sizes of the text model count"
+    assert "text_config" not in plan.engine["hf_overrides"]
+    untied = tiny_hub_models.qwen3_vl_reranker(tmp_path / "Qwen3-VL-Reranker-8B", tied=False)
+    overrides = plan_service(get_config(), untied, CPU).engine["hf_overrides"]
+    assert overrides["text_config"] == {"tie_word_embeddings": False}
+    assert "text_config" not in plan.profile.hf_overrides, "the profile itself stays as it is"
+
+
+def test_qwen3_vl_template_and_cut_are_those_of_the_model_card(tmp_path):
+    tiny_models.qwen3_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    template = all_profiles()["qwen3_vl_reranker"].template_text()
+    for query, document, instruction in (("q", "d", None), ("", "", None), ("a\nb", "中国 ", "Find 判断\nit")):
+        chat = [{"role": "query", "content": query}, {"role": "document", "content": document}]
+        more = {"instruction": instruction} if instruction else {}
+        text = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, **more)
+        expected = qwen3_vl_prompt_ids(tokenizer, Pair(query, document, instruction))
+        assert tokenizer(text)["input_ids"] == expected
+    whole = qwen3_vl_prompt_ids(tokenizer, Pair("q", "Gravity attracts bodies. " * 50))
+    cut = qwen3_vl_prompt_ids(tokenizer, Pair("q", "Gravity attracts bodies. " * 50), None, 150)
+    n_last = len(tokenizer("<|im_end|>\n<|im_start|>assistant\n")["input_ids"])
+    assert cut == whole[: 150 - n_last] + whole[-n_last:]

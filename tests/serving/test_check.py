@@ -1,0 +1,148 @@
+"""check: passes on the real service, and each fault that it looks for makes it fail with its reason."""
+
+import json
+import time
+
+import pytest
+from conftest import run_kit
+
+from rerank_kit.models.checkpoint import Checkpoint, read_checkpoint
+from rerank_kit.serving import check, health
+from rerank_kit.serving.check import PAIRS, reference_bytes, run_checks
+from rerank_kit.settings import get_config
+
+pytestmark = pytest.mark.server
+REAL = health.request
+
+
+@pytest.fixture
+def cfg(service):
+    return get_config(port=service.port)
+
+
+def changed(monkeypatch, change):
+    """The real service's /v1/score answers, changed: change(answer, number of the pair)."""
+    numbers = iter(range(99))
+
+    def request(cfg, method, path, body=None, timeout_s=5.0):
+        status, data = REAL(cfg, method, path, body, timeout_s)
+        if path == "/v1/score":
+            answer = json.loads(data)
+            change(answer, next(numbers))
+            data = json.dumps(answer).encode()
+        return status, data
+
+    monkeypatch.setattr(check, "request", request)
+
+
+def faults(cfg, reference=False):
+    return {name: fault for name, fault, _ in run_checks(cfg, reference) if fault}
+
+
+def test_check_passes_one_line_a_check(service):
+    began = time.monotonic()
+    done = run_kit("check", **service.settings)
+    assert time.monotonic() - began < 20
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [
+        ["ok", name] for name in ("model", "prompt", "head", "answers")
+    ]
+    done = run_kit("check", "--reference", **service.settings)
+    assert done.returncode == 0 and "transformers in float32 agrees" in done.stdout, done.stdout + done.stderr
+
+
+def test_another_template_is_found(cfg, monkeypatch):
+    def one_token_less(answer, _):
+        answer["usage"]["prompt_tokens"] -= 1
+
+    changed(monkeypatch, one_token_less)
+    found = faults(cfg)
+    assert list(found) == ["prompt"] and "another template is served" in found["prompt"]
+
+
+def test_a_head_that_was_not_loaded_is_found(cfg, monkeypatch):
+    def half(answer, _):
+        answer["data"][0]["score"] = 0.5
+
+    changed(monkeypatch, half)
+    found = faults(cfg)
+    assert "every score is 0.5" in found["head"]
+
+
+@pytest.mark.parametrize(("score", "said"), [(1.5, "not within 0 to 1"), (float("nan"), "finite"), (None, "finite")])
+def test_scores_out_of_range_are_found(cfg, monkeypatch, score, said):
+    def spoil(answer, number):
+        if number == 1:
+            answer["data"][0]["score"] = score
+
+    changed(monkeypatch, spoil)
+    assert said in faults(cfg)["head"]
+
+
+def test_known_answers_that_rank_wrong_are_found(cfg, monkeypatch):
+    monkeypatch.setattr(check, "REAL_MODEL", 1)  # take the tiny model for one that knows answers
+
+    def put(scores):
+        def change(answer, number):
+            answer["data"][0]["score"] = scores[number]
+
+        return change
+
+    # This tiny tokenizer is an English model's to the check: one question is asked.
+    changed(monkeypatch, put([0.1, 0.9, 0.9, 0.1, 0.5]))
+    assert "ranks first" in faults(cfg)["answers"]
+    changed(monkeypatch, put([0.9, 0.1, 0.9, 0.1, 0.5]))
+    assert "answers" not in faults(cfg)
+
+
+def test_scores_that_differ_from_the_reference_are_found(cfg, monkeypatch):
+    def drift(answer, number):
+        if number == 4:
+            answer["data"][0]["score"] += 0.03 if answer["data"][0]["score"] < 0.5 else -0.03
+
+    changed(monkeypatch, drift)
+    assert "differs by 0.03" in faults(cfg, reference=True)["reference"]
+
+
+def test_a_reference_that_does_not_fit_is_not_tried(cfg, monkeypatch):
+    checkpoint = read_checkpoint(next(iter(check.served(cfg)[:1])).path)
+    assert 4 * 50_000 < reference_bytes(checkpoint) < 4 * 1_000_000
+    monkeypatch.setattr(check, "free_memory", lambda: 1000)
+    assert "not compared" in faults(cfg, reference=True)["reference"]
+
+
+def test_reference_bytes_counts_every_shard(checkpoints):
+    whole = reference_bytes(read_checkpoint(checkpoints["qwen3_untied"]))
+    tied = reference_bytes(read_checkpoint(checkpoints["qwen3"]))
+    assert whole - tied == pytest.approx(1.2 * 4 * 1024 * 64, abs=2)  # the lm_head of its own
+    assert reference_bytes(Checkpoint(checkpoints["qwen3"].parent, {}, (), None)) == 0
+
+
+def test_a_busy_service_is_asked_again(cfg, monkeypatch, capsys):
+    """Callers may have found the service first. What nobody could see is no fault: start ends nothing for it."""
+    refusals = iter([429, 503, 429])
+
+    def busy_at_first(*args, **kwargs):
+        status = next(refusals, None)
+        return (status, b"busy") if status else REAL(*args, **kwargs)
+
+    monkeypatch.setattr(check, "request", busy_at_first)
+    assert faults(cfg) == {} and next(refusals, None) is None
+    monkeypatch.setattr(check, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(check, "get_config", lambda: cfg)
+    for status, code in ((429, 4), (500, 1)):
+        monkeypatch.setattr(check, "request", lambda *_, status=status, **__: (status, b"x"))
+        assert check.main(["--quiet"]) == code
+        assert f"/v1/models answers {status}" in capsys.readouterr().out
+
+
+def test_no_server_is_one_line(monkeypatch):
+    done = run_kit("check", PORT=1)
+    assert done.returncode == 4 and done.stdout.startswith("FAILED  no answer to check"), done.stdout
+    assert len(done.stdout.splitlines()) == 1
+    assert len(PAIRS) == 5
+
+
+def test_another_model_name_is_found(service):
+    done = run_kit("check", **{**service.settings, "SERVED_MODEL_NAME": "other"})
+    assert done.returncode == 1 and "not SERVED_MODEL_NAME=other" in done.stdout

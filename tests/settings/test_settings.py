@@ -1,0 +1,158 @@
+"""Configuration: one definition a key, argument > environment > .env > default, errors that name themselves."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import KIT
+
+from rerank_kit import settings
+from rerank_kit.settings import ConfigError, get_config, load_env
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_order_argument_environment_file_default(tmp_path, monkeypatch):
+    env_file = write(tmp_path / ".env", "PORT=1001\nTP=3\n")
+    assert get_config(env_file).port == 1001
+    monkeypatch.setenv("PORT", "1002")
+    assert get_config(env_file).port == 1002
+    assert get_config(env_file, port=1003).port == 1003
+    assert get_config(env_file).tp == 3
+    assert get_config(env_file).host == "127.0.0.1"
+
+
+def test_load_env_reads_what_people_write(tmp_path):
+    text = "\ufeff# comment\r\nexport HOST = 0.0.0.0 # open\r\n"
+    text += "INSTRUCTION='a # b'\r\nEXTRA_ARGS=\"--x 'y z'\" # c\r\nA=\r\n"
+    env = load_env(write(tmp_path / ".env", text))
+    assert env == {"HOST": "0.0.0.0", "INSTRUCTION": "a # b", "EXTRA_ARGS": "--x 'y z'", "A": ""}
+
+
+def test_load_env_does_not_touch_the_environment(tmp_path):
+    before = dict(os.environ)
+    load_env(write(tmp_path / ".env", "PORT=1\nHF_TOKEN=x\n"))
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("PORT", ".env line 2 is not KEY=VALUE"),
+        ("INSTRUCTION='open", "line 2: the quote of INSTRUCTION is not closed"),
+    ],
+)
+def test_load_env_names_the_line(tmp_path, line, said):
+    with pytest.raises(ConfigError) as caught:
+        load_env(write(tmp_path / ".env", f"HOST=x\n{line}\n"))
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("MAX_MODEL_LEN", "4k", "MAX_MODEL_LEN='4k' (environment) is not an integer"),
+        ("PORT", "99999", "PORT='99999' (environment) is out of range: allowed is 1 to 65535"),
+        ("GPU_MEMORY_UTILIZATION", "nan", "is out of range: allowed is 0.01 to 1"),
+        ("DTYPE", "bf16", "DTYPE='bf16' (environment) is unknown: allowed is auto, bfloat16"),
+        ("TP", "0", "TP='0' (environment) is out of range: allowed is 1 or more"),
+    ],
+)
+def test_bad_value_names_key_source_and_allowed(monkeypatch, key, value, said):
+    monkeypatch.setenv(key, value)
+    with pytest.raises(ConfigError) as caught:
+        get_config()
+    assert said in str(caught.value)
+
+
+def test_all_bad_values_are_reported_at_once(monkeypatch):
+    monkeypatch.setenv("PORT", "x")
+    monkeypatch.setenv("TP", "y")
+    with pytest.raises(ConfigError) as caught:
+        get_config()
+    assert "PORT='x'" in str(caught.value) and "TP='y'" in str(caught.value)
+
+
+def test_api_key_comes_from_file_and_never_shows(tmp_path, monkeypatch):
+    monkeypatch.setenv("API_KEY_FILE", str(write(tmp_path / "key", "s3cret\n")))
+    cfg = get_config()
+    assert cfg.api_key == "s3cret"
+    assert "s3cret" not in repr(cfg) + settings._shell_values()
+    monkeypatch.setenv("API_KEY", "has space")
+    with pytest.raises(ConfigError) as caught:
+        get_config()
+    assert "has space" not in str(caught.value)
+
+
+def test_api_key_file_missing_or_empty(tmp_path, monkeypatch):
+    monkeypatch.setenv("API_KEY_FILE", str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        get_config()
+    monkeypatch.setenv("API_KEY_FILE", str(write(tmp_path / "key", " \n")))
+    with pytest.raises(ConfigError, match="is empty"):
+        get_config()
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:11438/v1"),
+        ("0.0.0.0", "http://127.0.0.1:11438/v1"),
+        ("::", "http://[::1]:11438/v1"),
+        ("10.1.2.3", "http://10.1.2.3:11438/v1"),
+    ],
+)
+def test_service_url_is_one_to_connect_to(monkeypatch, host, url):
+    monkeypatch.setenv("HOST", host)
+    assert get_config().service_url == url
+
+
+def test_base_url_moves_clients_not_the_service(monkeypatch):
+    monkeypatch.setenv("BASE_URL", "http://far:1/v1/")
+    assert get_config().local_base_url == "http://far:1/v1"
+    assert get_config().service_url == "http://127.0.0.1:11438/v1"
+
+
+def test_unknown_key_gets_the_nearest_name(tmp_path):
+    env_file = write(tmp_path / ".env", "MAX_NUM_SEQ=4\nHF_TOKEN=x\nPORT=2\n")
+    assert settings.warnings_of(env_file) == ["MAX_NUM_SEQ in .env is not a setting: did you mean MAX_NUM_SEQS?"]
+    assert settings.passed_on_env(env_file) == {"HF_TOKEN": "x"}
+
+
+def test_shell_values_survive_nasty_text(monkeypatch, tmp_path):
+    nasty = 'it\'s "$HOME" `x` \\ ; rm'
+    monkeypatch.setenv("INSTRUCTION", nasty)
+    script = settings._shell_values() + '\nprintf %s "$INSTRUCTION"'
+    assert subprocess.run(["sh", "-c", script], capture_output=True, text=True).stdout == nasty
+
+
+def test_model_path_unset_is_an_error_with_a_remedy(monkeypatch):
+    monkeypatch.setattr(settings, "_cache", {})
+    with pytest.raises(ConfigError, match="write MODEL_PATH="):
+        _ = settings.MODEL_PATH
+    assert settings.MODEL_PATH_TINY == "Qwen/Qwen3-Reranker-0.6B"
+
+
+def test_import_does_nothing(tmp_path):
+    """A broken .env must not break an import."""
+    rooms = (
+        "models.opened models.download engine.plan serving.command serving.health serving.supervisor offline.reranker"
+    )
+    names = ["env_utils", "vllm_usage", "vllm_usage_tiny", "rerank_kit", *(f"rerank_kit.{m}" for m in rooms.split())]
+    code = f"import sys, {', '.join(names)}; "
+    code += "print([m for m in ('torch', 'vllm', 'requests', 'aiohttp') if m in sys.modules])"
+    env_file = write(tmp_path / ".env", "broken")
+    env = {"KIT_ENV_FILE": str(env_file), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=KIT, env=env, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_env_example_is_current_and_loads_to_the_defaults(tmp_path):
+    text = (KIT / ".env.example").read_text("utf-8")
+    assert text == settings.env_example(), "run: python env_utils.py example > .env.example"
+    lines = [line.removeprefix("#") if line[1:2].isupper() else line for line in text.splitlines()]
+    assert get_config(write(tmp_path / ".env", "\n".join(lines))) == get_config()
