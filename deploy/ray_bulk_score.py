@@ -1,4 +1,4 @@
-"""Score a folder of shards as a Ray Data pipeline: one vllm_usage.OfflineReranker an actor, one actor a GPU x TP.
+"""Score a folder of shards as a Ray Data pipeline: one OfflineReranker an actor, one actor a GPU x TP.
 
 python deploy/ray_bulk_score.py --input FOLDER --output FOLDER                        Ray on this machine
 python deploy/ray_bulk_score.py --input FOLDER --output FOLDER --address HOST:6379    a Ray cluster
@@ -24,20 +24,19 @@ class ShardScorer:
         sys.path.insert(0, kit)
         # vLLM's own processes find the kit's modules too.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [kit, os.environ.get("PYTHONPATH")]))
-        from engine_args import make_plan
-
-        from env_utils import get_config, passed_on_env
-        from vllm_usage import OfflineReranker
+        from rerank_kit.engine.plan import plan_engine
+        from rerank_kit.offline.reranker import OfflineReranker
+        from rerank_kit.settings import get_config, passed_on_env
 
         os.environ.update(passed_on_env())  # HF_*, VLLM_* ... of .env; the environment's own are not among them
         # Planned here, not by the driver: Ray has just given this actor its GPUs by CUDA_VISIBLE_DEVICES.
-        self.reranker = OfflineReranker(make_plan(get_config(), model, offline=True))
+        self.reranker = OfflineReranker(plan_engine(get_config(), model))
 
     def __call__(self, batch: dict) -> dict:
         import numpy
-        from score_files import find_shard, score_shards
 
-        from env_utils import ConfigError
+        from rerank_kit.offline.files import find_shard, score_shards
+        from rerank_kit.settings import ConfigError
 
         scored, failed, broken, times = [], [], [], []
         for source, output in zip(batch["source"], batch["output"], strict=True):
@@ -80,9 +79,8 @@ def main() -> int:
     parser.add_argument("--actors", type=int, help="default: GPUs of the cluster / TP; 1 without GPUs")
     args = parser.parse_args()
     sys.path.insert(0, str(KIT))
-    from score_files import shard_files
-
-    from env_utils import FIELDS, ConfigError, get_config
+    from rerank_kit.offline.files import shard_files
+    from rerank_kit.settings import FIELDS, ConfigError, get_config
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:

@@ -1,4 +1,4 @@
-"""The guard in a service with two API processes, 1 minute: `python -m pytest -m soak tests/serving/test_api_processes.py`
+"""The guard with two API processes (1 minute): `python -m pytest -m soak tests/serving/test_api_processes.py`
 
 Not in CI: it needs a server of its own. That the metrics add up and each process takes its share is tested without
 vLLM in tests/guard/test_admission.py.
