@@ -1,6 +1,7 @@
 """Shared fixtures: seeded tiny checkpoints and one real service for the whole session."""
 
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,24 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 # Variables of the developer's own shell that would change what is tested.
 SETTINGS = {*env_utils.FIELDS, "VLLM_API_KEY", "KIT_ENV_FILE"}
+
+
+# pytest -n 2 --dist loadgroup: what uses one of these is run by one process, in the order of the files.
+LANES = {"keyed_service": "keyed", "fleet": "fleet", "service": "service", "fork_server": "service"}
+# What takes longest comes first; real servers need both cores, so that the other process sleeps most of the time then.
+FIRST = ("service", "test_supervisor", "test_start_rerank", "test_one_service", "test_multi_node", "fleet", "keyed")
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the mark
+def pytest_collection_modifyitems(config, items):
+    """Give every test its lane: that of the real service it uses, or its file's own."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    lanes = {item: next((LANES[f] for f in LANES if f in item.fixturenames), item.path.stem) for item in items}
+    for item, lane in lanes.items():
+        item.add_marker(pytest.mark.xdist_group(lane))
+    if config.getoption("loadgroup", False):
+        items.sort(key=lambda item: FIRST.index(lanes[item]) if lanes[item] in FIRST else len(FIRST))
 
 
 @pytest.fixture(autouse=True)
@@ -63,10 +83,22 @@ def closed_sessions():
     model_utils._aliases.clear()
 
 
+def _ports():
+    """Ports for the tests of this process: none that the kernel gives to a connection, none of another process's."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    low = 12_000 + worker % 4 * 5_000
+    start = os.getpid() * 100 % 5_000
+    return (low + (start + n) % 5_000 for n in itertools.count())
+
+
+_next_port = _ports()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    for port in _next_port:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def until(what, timeout_s: float = 30):
@@ -147,6 +179,30 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     }
 
 
+@pytest.fixture(scope="session")
+def fork_server():
+    """A process that has imported vLLM; what it runs starts many seconds sooner (forking_vllm.py)."""
+    from forking_vllm import ForkServer
+
+    server = ForkServer(kit_environment())
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def forked_python(fork_server, tmp_path_factory) -> Path:
+    """PYTHON of a service that nobody kills: its `vllm serve` runs in a fork, outside the supervisor's session."""
+    return fork_server.environment(tmp_path_factory.mktemp("forked") / "env")
+
+
+@pytest.fixture(scope="session")
+def quick_python(tmp_path_factory) -> Path:
+    """PYTHON of a service whose `vllm serve` imports vLLM once and forks its engine and workers."""
+    from forking_vllm import quick_environment
+
+    return quick_environment(tmp_path_factory.mktemp("quick") / "env")
+
+
 @dataclass
 class Service:
     """A real service under test."""
@@ -181,7 +237,7 @@ def service(checkpoints, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def keyed_service(checkpoints, tmp_path_factory):
+def keyed_service(checkpoints, quick_python, tmp_path_factory):
     """Settings of a second real service with TLS, a key and two engines, open to the network.
 
     test_integrations.py calls it; then test_keyed_service.py kills it, and last stops it.
@@ -200,6 +256,7 @@ def keyed_service(checkpoints, tmp_path_factory):
         "STARTUP_CHECK": 0,
         "ENGINES_PER_GPU": 2,
         "API_SERVER_COUNT": 1,
+        "PYTHON": quick_python,
     }
     started = run_kit("start", **settings)
     assert started.returncode == 0, started.stdout + started.stderr
@@ -208,14 +265,14 @@ def keyed_service(checkpoints, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def fleet(checkpoints, tmp_path_factory):
+def fleet(checkpoints, quick_python, tmp_path_factory):
     """Two real services with a key behind a real nginx (http and TLS), and a collector of their traces (fleet.py)."""
     from fleet import Fleet
     from otlp_collector import Collector
 
     collector = Collector()
     folder = tmp_path_factory.mktemp("fleet")
-    made = Fleet(folder, checkpoints["qwen3"], **tracing(collector.url))
+    made = Fleet(folder, checkpoints["qwen3"], **tracing(collector.url), PYTHON=quick_python)
     made.collector, made.other_model = collector, checkpoints["qwen3_untied"]
     try:
         yield made.start()
