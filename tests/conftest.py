@@ -10,6 +10,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -31,22 +32,48 @@ sys.path.insert(0, str(Path(__file__).parent))
 SETTINGS = {*env_utils.FIELDS, "VLLM_API_KEY", "KIT_ENV_FILE"}
 
 
-# pytest -n 2 --dist loadgroup: what uses one of these is run by one process, in the order of the files.
+# pytest -n 2: what uses one of these fixtures is run by one process, in the order of the files; so is a file.
+# (--dist loadgroup of xdist 3.8 does nothing under pytest 9.2.)
 LANES = {"keyed_service": "keyed", "fleet": "fleet", "service": "service", "fork_server": "service"}
 # What takes longest comes first; real servers need both cores, so that the other process sleeps most of the time then.
 FIRST = ("service", "test_supervisor", "test_start_rerank", "test_one_service", "test_multi_node", "fleet", "keyed")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the mark
 def pytest_collection_modifyitems(config, items):
-    """Give every test its lane: that of the real service it uses, or its file's own."""
-    if not config.pluginmanager.hasplugin("xdist"):
+    """Sort the tests by lane, and tell the process that deals them out."""
+    if not hasattr(config, "workerinput"):
         return
     lanes = {item: next((LANES[f] for f in LANES if f in item.fixturenames), item.path.stem) for item in items}
-    for item, lane in lanes.items():
-        item.add_marker(pytest.mark.xdist_group(lane))
-    if config.getoption("loadgroup", False):
-        items.sort(key=lambda item: FIRST.index(lanes[item]) if lanes[item] in FIRST else len(FIRST))
+    items.sort(key=lambda item: FIRST.index(lanes[item]) if lanes[item] in FIRST else len(FIRST))
+    file = Path(config.workerinput["lanes"])
+    file.write_text(json.dumps({item.nodeid: lane for item, lane in lanes.items()}))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    if LANES_FOLDER not in node.config.stash:
+        node.config.stash[LANES_FOLDER] = tempfile.TemporaryDirectory()
+        node.config.add_cleanup(node.config.stash[LANES_FOLDER].cleanup)
+    node.workerinput["lanes"] = f"{node.config.stash[LANES_FOLDER].name}/{node.gateway.id}"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByLane(LoadScopeScheduling):
+        lanes = None
+
+        def _split_scope(self, nodeid):
+            if not self.lanes:
+                self.lanes = json.loads(next(Path(config.stash[LANES_FOLDER].name).iterdir()).read_text())
+            return self.lanes[nodeid]
+
+    config.option.loadscopereorder = False
+    return ByLane(config, log)
+
+
+LANES_FOLDER = pytest.StashKey[tempfile.TemporaryDirectory]()
 
 
 @pytest.fixture(autouse=True)

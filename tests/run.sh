@@ -56,6 +56,6 @@ if [ -z "$WHOLE" ]; then
   exec "$PY" -m pytest -m "not gpu and not soak" "$@"
 fi
 FAILED=0
-part -m "not gpu and not soak and not timing" -n 2 --dist loadgroup ${COVERAGE:+--cov --cov-report=} "$@"
+part -m "not gpu and not soak and not timing" -n 2 ${COVERAGE:+--cov --cov-report=} "$@"
 part -m "timing and not gpu and not soak" ${COVERAGE:+--cov --cov-append} "$@"
 exit "$FAILED"

@@ -28,6 +28,7 @@ from bench_workload import Call, Gate, Level, drive_open
 
 KIT = Path(bench_rerank.__file__).parent
 own_settings = bench_service.own_settings  # a fixture
+pytestmark = pytest.mark.timing
 
 
 # --- load models ---

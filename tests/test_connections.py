@@ -40,7 +40,7 @@ from env_utils import ConfigError
 from model_utils import arerank, rerank
 from resources import RerankConnectionError, RerankError, RerankTimeout, SharedResources
 
-pytestmark = [pytest.mark.timeout(30), pytest.mark.filterwarnings("error")]
+pytestmark = [pytest.mark.timing, pytest.mark.timeout(30), pytest.mark.filterwarnings("error")]
 
 KIT = Path(resources.__file__).parent
 

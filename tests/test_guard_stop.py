@@ -10,6 +10,8 @@ from guard_app import RERANK, SCOPE, Answer, Inner, ask, documents, metric, one,
 import server_guard
 from server_guard import Guard
 
+pytestmark = pytest.mark.timing
+
 
 class Engine:
     """Stands for vLLM's engine client."""
