@@ -1,6 +1,7 @@
 """Imports run one way: which room of rerank_kit/ may use which, and no circle between files."""
 
 import ast
+import subprocess
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -111,6 +112,15 @@ def test_a_wrong_import_is_found(module, source, said):
     imports = all_imports()
     imports[module] = imports[module] | imports_of(source, module, False)
     assert any(said in fault for fault in faults(imports)), faults(imports)
+
+
+def test_no_file_of_the_package_is_hidden_from_git():
+    """.gitignore names a folder of weights as one of the rooms is called."""
+    if not (KIT / ".git").exists():
+        pytest.skip("no git checkout")
+    command = ["git", "-C", str(KIT), "ls-files", "--others", "--ignored", "--exclude-standard", "rerank_kit", "tests"]
+    hidden = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [name for name in hidden if "__pycache__" not in name and not name.endswith(".pyc")] == []
 
 
 def test_every_room_says_what_it_is():
