@@ -16,12 +16,12 @@ import pytest
 import tiny_hub_models
 import tiny_models
 from conftest import KIT, free_port, http, kit_environment, run_kit
-from rerank_kit.models.checkpoint import Checkpoint, read_checkpoint
-from rerank_kit.models.profiles import PROFILE_DIR, all_profiles, find_profile, load_profiles
 
-from rerank_kit.settings import ConfigError
+from rerank_kit.models.checkpoint import Checkpoint, read_checkpoint
 from rerank_kit.models.pair import Pair
+from rerank_kit.models.profiles import PROFILE_DIR, all_profiles, find_profile, load_profiles
 from rerank_kit.models.reference import CAUSAL, reference_scores
+from rerank_kit.settings import ConfigError
 
 TEXTS = [
     ("What is the capital of China?", "The capital of China is Beijing."),
