@@ -1,0 +1,274 @@
+"""Shortens a query and a document until their prompt fits the model, the way the model's reference code does, or splits
+the document into windows.
+
+Used by the guard inside the server and by offline scoring. Needs nothing but a tokenizer.
+"""
+
+import math
+import unicodedata
+from bisect import bisect_right
+
+# What happens to a pair that is longer than the model takes: cut it, refuse it, or score overlapping windows of it.
+MODES = ("truncate", "error", "chunk")
+
+MARK = "\ue000"  # a private character: stands for a field while the template's frame is measured
+OVERLAP = 64  # tokens that two neighbouring windows share, so that no sentence is lost at a border
+
+
+class TooManyWindows(ValueError):
+    """A body whose documents make more windows than are allowed; str() is how many at least."""
+
+
+class EmptyTextCounts:
+    """A tokenizer for which an empty second text is a text: the pair keeps its separator.
+
+    transformers takes text_pair="" for no second text, but [""] for one, as sentence-transformers gives it.
+    """
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        if name == "_tokenizer":  # a copy that is not filled yet
+            raise AttributeError(name)
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text, text_pair=None, **kwargs):
+        if not isinstance(text, str) or text_pair != "":
+            return self._tokenizer(text, text_pair, **kwargs)
+        batch = self._tokenizer([text], [""], **kwargs)
+        return type(batch)({key: rows[0] for key, rows in batch.items()}, batch.encodings)
+
+
+class Fitter:
+    """Fits pairs into max_length tokens.
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        template: Jinja score template with messages of role query and document; None = the tokenizer's own format.
+        max_length: tokens of the longest prompt.
+        separate: query and document are two prompts (embedding models).
+
+    Source: model card of Qwen3-Reranker for templates (the document's end is cut, then the query's; the suffix stays);
+    transformers' truncation="longest_first" for pairs, as sentence-transformers' CrossEncoder uses it.
+    """
+
+    def __init__(self, tokenizer, template: str | None, max_length: int, *, separate: bool = False):
+        self.tokenizer, self.template, self.max_length, self.separate = tokenizer, template, max_length, separate
+        # vLLM hands a pair's empty second text to the tokenizer as "", which leaves its separator out. A space is sent
+        # instead where it has the ids that are wanted; else (byte-level BPE) vLLM's tokenizer needs a cover.
+        self.blank, self.needs_cover = "", False
+        if template is None and not separate:
+            self.tokenizer = EmptyTextCounts(tokenizer)
+            wanted = self.tokenizer("q", "")["input_ids"]
+            if tokenizer("q", "")["input_ids"] != wanted:
+                self.blank = " " if tokenizer("q", " ")["input_ids"] == wanted else ""
+                self.needs_cover = not self.blank
+        # Bytes that surely fit: a token is at least one byte, and the frame is the same for every pair.
+        self.frame_tokens = len(self._ids("", "", None))
+        self._counted: tuple = (None, None, 0)
+        # A tokenizer that writes compatibility characters out (XLM-R's) makes up to 18 characters of one.
+        self.form = "NFKC" if len(self._offsets("\ufdfa" * 8)) > 24 else "NFC"
+
+    def fits_surely(self, query: str, document: str, instruction: str | None = None) -> bool:
+        """A cheap yes for the common short pair; False means that fit() must count."""
+        texts = (query, document, instruction or "")
+        return self.frame_tokens + sum(map(self._most_tokens, texts)) < self.max_length
+
+    def _most_tokens(self, text: str) -> float:
+        """More tokens than a text can have: one for each byte of what the tokenizer's normalizer makes of it."""
+        if self.form == "NFKC":
+            text = unicodedata.normalize("NFKC", text)
+        elif not unicodedata.is_normalized("NFC", text):
+            return math.inf  # normalising may lengthen it
+        # A neutralised control token is longer by one byte than it was.
+        return len(text.encode()) + text.count("<")
+
+    def _fits_beside(self, query: str, document: str, instruction: str | None) -> bool:
+        """A cheap yes for a short document beside a long query, whose tokens are counted once for a whole call."""
+        if self.separate:
+            return False
+        # 16: tokens that may come out otherwise where the texts touch.
+        room = self.max_length - self._beside(query, instruction) - 16
+        return self._most_tokens(document) <= room
+
+    def _beside(self, query: str, instruction: str | None) -> int:
+        """Tokens of a prompt without its document; the last count is kept, since a call has one query."""
+        if (query, instruction) != self._counted[:2]:
+            self._counted = query, instruction, len(self._ids(query, "", instruction))
+        return self._counted[2]
+
+    def fit(self, query: str, document: str, instruction: str | None = None, limit: int = 0) -> tuple[str, str, bool]:
+        """Cut what does not fit.
+
+        Args:
+            limit: most tokens of the document (max_tokens_per_doc); 0 = as many as fit.
+
+        Returns:
+            (query, document, cut).
+        """
+        if not limit and (
+            self.fits_surely(query, document, instruction) or self._fits_beside(query, document, instruction)
+        ):
+            return query, document, False
+        if self.template and self._beside(query, instruction) >= self.max_length and document:
+            return self.fit(query, "", instruction)[0], "", True
+        # Tokenizing a book to use its first page would cost seconds.
+        whole = query, document
+        query, document = self._enough(query), self._enough(document)
+        if limit:
+            document = self.head(document, limit)
+        if self.separate:
+            fitted = self._fit_alone(query), self._fit_alone(document)
+        elif self.template is None:
+            fitted = self._fit_pair(query, document)
+        else:
+            fitted = self._fit_template(query, document, instruction)
+        return *fitted, fitted != whole
+
+    def windows(
+        self, query: str, document: str, instruction: str | None = None, most: int = 0
+    ) -> tuple[str, list[str], bool]:
+        """The document as overlapping windows that each fit beside the query.
+
+        Args:
+            most: windows that are allowed; 0 = any number.
+
+        Returns:
+            (query, windows, cut): [document] where the pair fits as a whole. cut: the query itself was too long, and
+            what is given back is the part of it that the model sees. Where it leaves less than 1/64 of the length, one
+            window is left.
+
+        Raises:
+            TooManyWindows: more than `most`, before they are all made.
+        """
+        shorter, first, cut = self.fit(query, document, instruction)
+        if not cut:
+            return query, [document], False
+        least = max(2, self.max_length // 64)  # of room for a window: else each costs the whole query for hardly a word
+        joined = self.template is None and not self.separate
+        if joined and shorter != query and self.max_length - self._beside(query, None) >= least:
+            # longest_first cuts the longer text; windows leave the query whole as long as there is room beside it.
+            shorter, first = query, self._shorten(query, self._enough(document), None)
+        if not first:
+            return shorter, [first], True
+        offsets = self._offsets(document)
+        if not offsets:  # white space that the tokenizer drops
+            return shorter, [first], cut
+        room = max(2, len(self._offsets(first)))
+        if room < least:
+            return shorter, [first], True
+        n_about = len(offsets) // room
+        if most and n_about > most:
+            raise TooManyWindows(n_about)
+        out, start = [], 0
+        while True:
+            if most and len(out) >= most:
+                raise TooManyWindows(most + 1)
+            end = min(start + room, len(offsets))
+            begin = offsets[start][0]
+            window = document[begin : offsets[end - 1][1]]
+            out.append(self._shorten(shorter, window, instruction))
+            if len(out[-1]) < len(window):  # the template made it longer than its tokens are
+                end = bisect_right(offsets, begin + len(out[-1]), lo=start + 1, key=lambda offset: offset[1])
+            if end == len(offsets):
+                break
+            seen = end - start
+            start = max(start + 1, end - (OVERLAP if seen > 2 * OVERLAP else seen // 2))
+        return shorter, out, shorter != query
+
+    # --- how each kind cuts ---
+
+    def _fit_template(self, query: str, document: str, instruction: str | None) -> tuple[str, str]:
+        before, after = self._render(query, MARK, instruction).rsplit(MARK, 1)
+        room = self.max_length - len(self.tokenizer(after, add_special_tokens=False)["input_ids"])
+        if len(self._ids(query, "", instruction)) > self.max_length:
+            return self._fit_query(query, instruction), ""
+        if len(self._ids(query, document, instruction)) <= self.max_length:
+            return query, document
+        # Cut the text that the template shows, and give back that much of the original: the template may lengthen it
+        # (control tokens get a space), so what is over is taken off again.
+        whole = self._render(query, document, instruction)
+        text = whole[: len(whole) - len(after)]
+        document = document[: max(0, self._end(text, room) - len(before))]
+        return query, self._shorten(query, document, instruction)
+
+    def _shorten(self, query: str, document: str, instruction: str | None) -> str:
+        """The beginning of the document that fits beside the query, which stays whole."""
+        if self.separate:
+            return self._fit_alone(document)
+        while document and (over := len(self._ids(query, document, instruction)) - self.max_length) > 0:
+            n = len(self._offsets(document))
+            document = self.head(document, n - over if over < n else n // 2)
+        return document
+
+    def _fit_query(self, query: str, instruction: str | None) -> str:
+        frame = len(self._ids("", "", instruction))
+        query = self.head(query, max(0, self.max_length - frame))
+        while query and len(self._ids(query, "", instruction)) > self.max_length:
+            query = self.head(query, len(self._offsets(query)) - 1)
+        return query
+
+    def _fit_pair(self, query: str, document: str) -> tuple[str, str]:
+        length = self.max_length
+        if len(self.tokenizer(query, document)["input_ids"]) <= length:
+            return query, document
+        while True:
+            batch = self.tokenizer(
+                query, document, truncation="longest_first", max_length=length, return_offsets_mapping=True
+            )
+            ends, counts = [0, 0], [0, 0]
+            for segment, (_, end) in zip(batch.sequence_ids(0), batch["offset_mapping"], strict=True):
+                if segment is not None:
+                    ends[segment], counts[segment] = max(ends[segment], end), counts[segment] + 1
+            # Offsets end before white space at a text's end: a text that lost no token stays as it is.
+            kept = [counts[i] == len(self._offsets(text)) for i, text in enumerate((query, document))]
+            fitted = query if kept[0] else query[: ends[0]], document if kept[1] else document[: ends[1]]
+            if len(self.tokenizer(*fitted)["input_ids"]) <= self.max_length or length < 8:
+                return fitted
+            length -= 1  # a text that is cut inside a word may get one token more
+
+    def _fit_alone(self, text: str) -> str:
+        fixed = len(self.tokenizer("")["input_ids"])
+        room = self.max_length - fixed
+        while len(self.tokenizer(text)["input_ids"]) > self.max_length and room > 0:
+            text = self.head(text, room)
+            room -= 1
+        return text
+
+    # --- measuring ---
+
+    def _enough(self, text: str) -> str:
+        """A prefix that has more tokens than any prompt."""
+        n_chars = 8 * self.max_length
+        while n_chars < len(text) and len(self._offsets(text[:n_chars])) <= self.max_length:
+            n_chars *= 4
+        return text[:n_chars]
+
+    def _render(self, query: str, document: str, instruction: str | None) -> str:
+        chat = [{"role": "query", "content": query}, {"role": "document", "content": document}]
+        more = {"instruction": instruction} if instruction else {}
+        return self.tokenizer.apply_chat_template(chat, chat_template=self.template, tokenize=False, **more)
+
+    def _ids(self, query: str, document: str, instruction: str | None) -> list[int]:
+        if self.template is None:
+            both = (query + document,) if self.separate else (query, document)
+            return self.tokenizer(*both)["input_ids"]
+        return self.tokenizer(self._render(query, document, instruction))["input_ids"]
+
+    def _offsets(self, text: str) -> list[tuple[int, int]]:
+        return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+
+    def _end(self, text: str, n_tokens: int) -> int:
+        """Characters of the first n tokens; never a half character (several tokens can make one)."""
+        offsets = self.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+        if len(offsets) <= n_tokens:
+            return len(text)
+        return min(offsets[n_tokens - 1][1], offsets[n_tokens][0]) if n_tokens > 0 else 0
+
+    def head(self, text: str, n_tokens: int) -> str:
+        """The first n tokens' text."""
+        offsets = self._offsets(text)
+        if len(offsets) <= n_tokens:
+            return text
+        return text[: min(offsets[n_tokens - 1][1], offsets[n_tokens][0])] if n_tokens > 0 else ""

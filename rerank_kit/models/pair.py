@@ -1,0 +1,14 @@
+"""One query with one document: what every room that scores passes on."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One query with one document; `line` is its number in the input file, `extra` its id."""
+
+    query: str
+    document: str
+    instruction: str | None = None
+    line: int = 0
+    extra: tuple = ()

@@ -1,0 +1,123 @@
+"""Which profile in profiles/ serves a checkpoint right."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from rerank_kit.models.checkpoint import Checkpoint
+from rerank_kit.settings import ConfigError, KIT_DIR
+
+PROFILE_DIR = KIT_DIR / "profiles"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How one model family is recognised, prompted and scored; one JSON file in profiles/.
+
+    A family with `unsupported` set is recognised only to be refused with that reason (profiles/unsupported.json).
+    """
+
+    name: str
+    title: str
+    match: tuple[dict, ...]
+    hf_overrides: dict = field(default_factory=dict)
+    template: str | None = None
+    instruction: bool = False
+    score: str = ""
+    reference: str = ""
+    convert: str | None = None
+    # vLLM 0.32 dies on encoder-only models with prefix caching ("at least one cacheable group").
+    prefix_caching: bool = False
+    pooler_config: dict = field(default_factory=dict)
+    # More keyword arguments of vllm.LLM, flags of vllm serve.
+    engine: dict = field(default_factory=dict)
+    # A Python package that vLLM's module of this family imports, and that the CPU build leaves out.
+    needs: str | None = None
+    # Values that config.json must have before vLLM chooses a configuration class (None takes one away), and the file
+    # of the kit that defines this class: see adapted_folder().
+    config_changes: dict = field(default_factory=dict)
+    config_file: str | None = None
+    unsupported: str | None = None
+    # Served profiles that win over this refusal where they fit too.
+    unless: tuple[str, ...] = ()
+
+    def template_text(self, instruction: str | None = None) -> str | None:
+        """The Jinja score template; `instruction` replaces the family's default instruction."""
+        if self.template is None:
+            if instruction:
+                raise ConfigError(f"INSTRUCTION is set, but profile {self.name} takes none: unset INSTRUCTION")
+            return None
+        text = (PROFILE_DIR / self.template).read_text("utf-8")
+        if instruction:
+            # A call's own instruction still wins over the configured one.
+            default = json.dumps(instruction, ensure_ascii=False)
+            text = "{%- set instruction = instruction | default(" + default + ", true) -%}" + text
+        return text
+
+
+def all_profiles() -> dict[str, Profile]:
+    """Every profile by name, also those that are refused: profiles/*.json; unsupported.json holds several."""
+    out = {}
+    for path in sorted(PROFILE_DIR.glob("*.json")):
+        data = json.loads(path.read_text("utf-8"))
+        for name, item in data.items() if path.stem == "unsupported" else [(path.stem, data)]:
+            tuples = {key: tuple(item[key]) for key in ("match", "unless") if key in item}
+            out[name] = Profile(name=name, **{**item, **tuples})
+    return out
+
+
+def load_profiles() -> dict[str, Profile]:
+    """The profiles that are served, by name."""
+    return {name: profile for name, profile in all_profiles().items() if not profile.unsupported}
+
+
+def find_profile(checkpoint: Checkpoint, wanted: str | None = None) -> Profile:
+    """The profile of a checkpoint: `wanted` (MODEL_PROFILE) if given, else the one that its files name.
+
+    Raises:
+        ConfigError: an unknown name, a family that cannot be served (with the reason), or a checkpoint that fits no
+            profile (with the list of profiles).
+    """
+    known = all_profiles()
+    profiles = {name: p for name, p in known.items() if not p.unsupported}
+    listing = "".join(f"\n  {p.name}: {p.title}" for p in profiles.values())
+    if wanted:
+        if wanted in known and known[wanted].unsupported:
+            raise ConfigError(f"MODEL_PROFILE={wanted!r} cannot be served: {known[wanted].unsupported}")
+        if wanted not in profiles:
+            raise ConfigError(f"MODEL_PROFILE={wanted!r} is unknown; the profiles are:{listing}")
+        return profiles[wanted]
+    fits = [p for p in known.values() if any(_fits(checkpoint, rule) for rule in p.match)]
+    what = f"{checkpoint.path} ({', '.join(checkpoint.architectures) or 'no architecture'}"
+    what += f", {checkpoint.num_labels} labels)" if "id2label" in checkpoint.config else ")"
+    served = [p for p in fits if not p.unsupported]
+    refused = next((p for p in fits if p.unsupported and not {s.name for s in served} & set(p.unless)), None)
+    if refused:
+        raise ConfigError(
+            f"{what} is of a family that cannot be served, {refused.title}: {refused.unsupported}\n"
+            f"profiles that are served: {', '.join(profiles)}"
+        )
+    if len(served) == 1:
+        return served[0]
+    why = "fits no profile" if not served else f"fits several profiles ({', '.join(p.name for p in served)})"
+    raise ConfigError(f"{what} {why}; if you know which one is right, set MODEL_PROFILE to one of:{listing}")
+
+
+def _fits(checkpoint: Checkpoint, rule: dict) -> bool:
+    """All conditions of one match rule hold."""
+    tests = {
+        "architectures": lambda v: any(a in v for a in checkpoint.architectures),
+        "num_labels": lambda v: checkpoint.num_labels == v,
+        "module": lambda v: v in checkpoint.modules,
+        "module_besides": lambda v: not set(checkpoint.modules) <= set(v),
+        "pooling_besides": lambda v: checkpoint.pooling is not None and checkpoint.pooling not in [(p,) for p in v],
+        "custom_code": lambda v: bool(checkpoint.config.get("auto_map")) == v,
+        "config_code": lambda v: (
+            re.search(v + "$", checkpoint.config.get("auto_map", {}).get("AutoConfig", "")) is not None
+        ),
+        "config": lambda v: all(checkpoint.config.get(key, wanted) == wanted for key, wanted in v.items()),
+        "labels_besides": lambda v: checkpoint.num_labels != v,
+        "logit_tokens": lambda v: checkpoint.logit_tokens == tuple(v),
+        "logit_texts": lambda v: checkpoint.logit_texts == tuple(v),
+        "name": lambda v: re.search(v, checkpoint.name, re.IGNORECASE) is not None,
+    }
+    return all(tests[key](value) for key, value in rule.items())

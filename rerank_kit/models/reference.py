@@ -1,0 +1,251 @@
+"""The transformers reference of each family in float32, written from model cards: it proves the other two ways right."""
+
+from pathlib import Path
+from rerank_kit.models.checkpoint import read_checkpoint
+from rerank_kit.models.pair import Pair
+from rerank_kit.settings import ConfigError
+
+# Model card of Qwen/Qwen3-Reranker-0.6B: the two fixed parts of the prompt and the default instruction.
+PREFIX = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+)
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+
+VL_INSTRUCTION = "Given a search query, retrieve relevant candidates that answer the query."
+
+# MxbaiRerankV2 of package mxbai-rerank 0.1.6.
+MXBAI_SYSTEM = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+MXBAI_TASK = (
+    "You are a search relevance expert who evaluates how well documents match search queries. For each query-document "
+    "pair, carefully analyze the semantic relationship between them, then provide your binary relevance judgment "
+    "(0 for not relevant, 1 for relevant).\nRelevance:"
+)
+# Model card of BAAI/bge-reranker-v2-gemma.
+BGE_TASK = (
+    "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing a "
+    "prediction of either 'Yes' or 'No'."
+)
+ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
+
+
+def qwen3_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, max_length: int = 8192) -> list[int]:
+    """Token ids of one prompt as the model card builds it; the document's end is cut, the suffix is kept."""
+    prefix = tokenizer.encode(PREFIX, add_special_tokens=False)
+    suffix = tokenizer.encode(SUFFIX, add_special_tokens=False)
+    instruct = pair.instruction or instruction or INSTRUCTION
+    text = f"<Instruct>: {instruct}\n<Query>: {pair.query}\n<Document>: {pair.document}"
+    middle = tokenizer.encode(text, add_special_tokens=False)
+    return prefix + middle[: max_length - len(prefix) - len(suffix)] + suffix
+
+
+def mxbai_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, max_length: int = 8192) -> list[int]:
+    """Token ids of mxbai-rerank-v2's prompt, tokenized as one text.
+
+    The mxbai-rerank package joins the ids of the parts instead, so its ids differ where the query or the document ends
+    in punctuation (".\\n" is one token). A server that fills a template cannot do that.
+    """
+    instruct = pair.instruction or instruction
+    text = MXBAI_SYSTEM + "<|im_start|>user\n" + (f"instruction: {instruct}\n" if instruct else "")
+    return _joint_ids(
+        tokenizer, f"{text}query: {pair.query}\ndocument: {pair.document}", f"\n{MXBAI_TASK}{ASSISTANT}", max_length
+    )
+
+
+def zerank_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, max_length: int = 8192) -> list[int]:
+    """Token ids of zerank-2's prompt: the query as system message, the document as user message."""
+    instruct = pair.instruction or instruction
+    query = f"<query>{pair.query}</query>\n<instruction>{instruct}</instruction>" if instruct else pair.query
+    text = f"<|im_start|>system\n{query}<|im_end|>\n<|im_start|>user\n{pair.document}"
+    return _joint_ids(tokenizer, text, ASSISTANT, max_length)
+
+
+def _joint_ids(tokenizer, text: str, suffix: str, max_length: int) -> list[int]:
+    """One tokenization of the whole; of a long one the document's end is cut and the suffix kept."""
+    ids = tokenizer.encode(text + suffix, add_special_tokens=False)
+    if len(ids) <= max_length:
+        return ids
+    last = tokenizer.encode(suffix, add_special_tokens=False)
+    return ids[: max_length - len(last)] + last
+
+
+def bge_gemma_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, max_length: int = 8192) -> list[int]:
+    """Token ids of bge-reranker-v2-gemma's prompt, part by part as its model card; it takes no instruction."""
+    query, passage, newline, task = (
+        tokenizer.encode(text, add_special_tokens=False)
+        for text in (f"A: {pair.query}", f"B: {pair.document}", "\n", BGE_TASK)
+    )
+    suffix = newline + task
+    return [tokenizer.bos_token_id, *query, *newline, *passage][: max_length - len(suffix)] + suffix
+
+
+def qwen3_vl_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, max_length: int = 8192) -> list[int]:
+    """Token ids of Qwen3-VL-Reranker's prompt for text, as scripts/qwen3_vl_reranker.py on its model card builds it.
+
+    The whole prompt is one text; of a long one the end of the document is cut and the last turn kept.
+    """
+    system = PREFIX.partition("<|im_end|>")[0]
+    text = f"{system}<|im_end|>\n<|im_start|>user\n<Instruct>: {pair.instruction or instruction or VL_INSTRUCTION}"
+    text += f"<Query>:{pair.query or 'NULL'}\n<Document>:{pair.document or 'NULL'}"
+    return _joint_ids(tokenizer, text, ASSISTANT, max_length)
+
+
+# Causal rerankers: the prompt; the tokens for relevant and not relevant (None: the logit of the first alone counts);
+# what the logit is divided by before the sigmoid. The sigmoid of the difference of two logits is their softmax.
+CAUSAL = {
+    "causal_yes_no": (qwen3_prompt_ids, "yes", "no", 1),
+    "mxbai_rerank_v2": (mxbai_prompt_ids, "1", "0", 1),
+    "bge_reranker_v2_gemma": (bge_gemma_prompt_ids, "Yes", None, 1),
+    "zerank2": (zerank_prompt_ids, "Yes", None, 5),
+    "qwen3_vl_reranker": (qwen3_vl_prompt_ids, "yes", "no", 1),
+}
+
+
+def reference_scores(
+    model: Path, kind: str, pairs: list[Pair], instruction: str | None, max_length: int
+) -> list[float]:
+    """Scores by transformers in float32 on the CPU.
+
+    Args:
+        model: checkpoint folder.
+        kind: Profile.reference: a key of CAUSAL (causal_yes_no is the model card of Qwen3-Reranker),
+            sequence_classification (the converted Qwen3-Reranker and cross-encoders with a head), jina_reranker_v2,
+            gte_multilingual_reranker or embedding (cosine, pooled as the checkpoint's Pooling module says).
+        pairs: N pairs.
+        instruction: default instruction; None = the model card's.
+        max_length: tokens of the longest prompt.
+
+    Returns:
+        N scores.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    network = _network(model, kind)
+    scores = []
+    with torch.inference_mode():
+        for pair in pairs:
+            if kind in CAUSAL:
+                prompt_ids, yes, no, divisor = CAUSAL[kind]
+                ids = torch.tensor([prompt_ids(tokenizer, pair, instruction, max_length)])
+                logits = network(ids).logits[0, -1]
+                logit = logits[tokenizer.convert_tokens_to_ids(yes)]
+                if no is not None:
+                    logit = logit - logits[tokenizer.convert_tokens_to_ids(no)]
+                scores.append(torch.sigmoid(logit / divisor).item())
+            elif kind in ("sequence_classification", "jina_reranker_v2", "gte_multilingual_reranker"):
+                if "Qwen" in type(network).__name__:
+                    ids = torch.tensor([qwen3_prompt_ids(tokenizer, pair, instruction, max_length)])
+                    scores.append(torch.sigmoid(network(ids).logits[0, 0]).item())
+                else:
+                    # Lists, as sentence-transformers: for two strings transformers takes an empty second one for none.
+                    both = ([pair.query], [pair.document])
+                    batch = tokenizer(*both, truncation=True, max_length=max_length, return_tensors="pt")
+                    scores.append(_activation(network.config)(network(**batch).logits[0, 0]).item())
+            elif kind == "embedding":
+                modes = read_checkpoint(model).pooling
+                first, second = (
+                    _embedding(tokenizer, network, t, max_length, modes) for t in (pair.query, pair.document)
+                )
+                scores.append(torch.cosine_similarity(first, second, dim=0).item())
+            else:
+                raise ValueError(f"unknown reference {kind!r}")
+    return scores
+
+
+def _network(model: Path, kind: str):
+    """The transformers model of a checkpoint, in float32."""
+    import torch
+    import transformers
+
+    if kind == "jina_reranker_v2":
+        return _jina_reranker_v2(model)
+    config = None
+    loader = transformers.AutoModelForSequenceClassification
+    if kind == "gte_multilingual_reranker":
+        loader, config = _gte(model)
+    elif kind == "qwen3_vl_reranker":
+        loader = transformers.Qwen3VLForConditionalGeneration
+    elif kind in CAUSAL:
+        loader = transformers.AutoModelForCausalLM
+    elif kind == "embedding":
+        loader = transformers.AutoModel
+    return loader.from_pretrained(model, config=config, dtype=torch.float32).eval()
+
+
+# Names in jina-reranker-v2's checkpoint and what they are in XLM-RoBERTa: its hub repository converts the other way.
+JINA_NAMES = (
+    ("roberta.emb_ln", "roberta.embeddings.LayerNorm"),
+    ("encoder.layers.", "encoder.layer."),
+    ("mixer.out_proj", "attention.output.dense"),
+    ("norm1", "attention.output.LayerNorm"),
+    ("mlp.fc1", "intermediate.dense"),
+    ("mlp.fc2", "output.dense"),
+    ("norm2", "output.LayerNorm"),
+)
+
+
+def _jina_reranker_v2(model: Path):
+    """jina-reranker-v2 as transformers' XLM-RoBERTa: the same computation, its weights under other names.
+
+    Source: modeling_xlm_roberta.py of jinaai/jina-reranker-v2-base-multilingual, and the conversion beside it.
+    """
+    from safetensors.torch import load_file
+    from transformers import XLMRobertaConfig, XLMRobertaForSequenceClassification
+
+    config = {k: v for k, v in read_checkpoint(model).config.items() if k not in ("auto_map", "architectures")}
+    network = XLMRobertaForSequenceClassification(XLMRobertaConfig(**{**config, "num_labels": 1})).float()
+    weights = {}
+    for file in sorted(model.glob("*.safetensors")):
+        for name, weight in load_file(file).items():
+            for theirs, ours in JINA_NAMES:
+                name = name.replace(theirs, ours)
+            if "mixer.Wqkv" in name:
+                for part, rows in zip(("query", "key", "value"), weight.chunk(3), strict=True):
+                    weights[name.replace("mixer.Wqkv", f"attention.self.{part}")] = rows
+            else:
+                weights[name] = weight
+    network.load_state_dict(weights)
+    return network.eval()
+
+
+def _gte(model: Path):
+    """(class, config) of gte-multilingual-reranker in transformers, which reads its weights under their own names.
+
+    Its NTK scaling by a factor f stretches the base by f and divides the frequencies by f ** (2 / head size): to
+    transformers that is linear scaling. Source: NTKScalingRotaryEmbedding in modeling.py of Alibaba-NLP/new-impl.
+    """
+    try:
+        from transformers import GteConfig, GteForSequenceClassification
+    except ImportError as exc:
+        raise ConfigError("the reference of gte-multilingual-reranker needs a transformers that has GTE") from exc
+    config = dict(read_checkpoint(model).config)
+    scaling, theta = config.pop("rope_scaling", None), config.pop("rope_theta", 10000.0)
+    rope = {"rope_type": "default", "rope_theta": theta}
+    if scaling:
+        if scaling.get("type") != "ntk" or scaling.get("mixed_b") is not None:
+            raise ConfigError(f"no reference for rope_scaling {scaling}")
+        stretch = scaling["factor"] ** (2 * config["num_attention_heads"] / config["hidden_size"])
+        rope = {"rope_type": "linear", "factor": stretch, "rope_theta": theta * scaling["factor"]}
+    kept = {k: v for k, v in config.items() if k not in ("auto_map", "architectures", "model_type")}
+    return GteForSequenceClassification, GteConfig(**kept, rope_parameters=rope)
+
+
+def _activation(config):
+    """What sentence-transformers' CrossEncoder puts behind one logit: what config.json names, else the sigmoid."""
+    from torch import nn
+
+    named = (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
+    named = named or getattr(config, "sbert_ce_default_activation_function", None)
+    return getattr(nn, named.rpartition(".")[2])() if named else nn.Sigmoid()
+
+
+def _embedding(tokenizer, network, text: str, max_length: int, modes: tuple[str, ...] | None):
+    """One text's embedding [hidden_size], pooled as sentence-transformers does."""
+    batch = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
+    hidden = network(**batch).last_hidden_state[0]  # one text, no padding: every position counts
+    if modes not in (("mean",), ("cls",), ("lasttoken",)):
+        raise ValueError(f"no reference for pooling {modes}")
+    return hidden.mean(0) if modes == ("mean",) else hidden[0 if modes == ("cls",) else -1]

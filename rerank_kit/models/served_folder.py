@@ -1,0 +1,61 @@
+"""The folder that vLLM is given: the checkpoint's own, or links to it beside a config.json that names no code of the hub."""
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from rerank_kit.models.checkpoint import Checkpoint, SOURCE, _read_json
+from rerank_kit.models.profiles import Profile
+from rerank_kit.settings import ConfigError, KIT_DIR
+
+
+def adapted_folder(checkpoint: Checkpoint, profile: Profile, root: Path) -> Path:
+    """The folder that vLLM is given for this checkpoint: its own, or in `root` one that make_adapted() makes.
+
+    vLLM chooses a configuration class by config.json alone, and some checkpoints name code from the hub there.
+    """
+    if not profile.config_changes:
+        return checkpoint.path
+    parts = [str(checkpoint.path), *_adapted_files(checkpoint, profile).values(), *map(str, _linked(checkpoint))]
+    return root / f"model-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:12]}"
+
+
+def make_adapted(checkpoint: Checkpoint, profile: Profile, folder: Path) -> None:
+    """Make adapted_folder(): links to the checkpoint's weights and tokenizer, beside a config.json of our own.
+
+    Raises:
+        ConfigError: the tokenizer is code of the checkpoint, or the folder cannot be written.
+    """
+    if folder == checkpoint.path or folder.is_dir():
+        return
+    if (_read_json(checkpoint.path / "tokenizer_config.json") or {}).get("auto_map"):
+        raise ConfigError(f"{checkpoint.path} brings a tokenizer with code of its own, which the kit does not run")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as scratch:
+            part = Path(scratch, folder.name)
+            part.mkdir()
+            for file in _linked(checkpoint):
+                (part / file.name).symlink_to(file.absolute())
+            for name, text in _adapted_files(checkpoint, profile).items():
+                (part / name).write_text(text, "utf-8")
+            (part / SOURCE).symlink_to(checkpoint.path.absolute())
+            part.rename(folder)
+    except OSError as exc:
+        if not folder.is_dir():  # else another process was faster
+            raise ConfigError(f"{folder} cannot be made: {exc.strerror}; is LOG_DIR writable?") from exc
+
+
+def _linked(checkpoint: Checkpoint) -> list[Path]:
+    """Files of a checkpoint that an adapted folder links to: weights and tokenizer, no code."""
+    kinds = (".json", ".safetensors", ".bin", ".model", ".txt")
+    return sorted(f for f in checkpoint.path.iterdir() if f.suffix in kinds and f.name != "config.json")
+
+
+def _adapted_files(checkpoint: Checkpoint, profile: Profile) -> dict[str, str]:
+    """{name: text} of the files that an adapted folder has of its own."""
+    config = {**checkpoint.config, **profile.config_changes}
+    files = {"config.json": json.dumps({k: v for k, v in config.items() if v is not None}, indent=1)}
+    if profile.config_file:
+        files[profile.config_file] = Path(__file__).with_name(profile.config_file).read_text("utf-8")
+    return files
