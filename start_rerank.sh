@@ -223,6 +223,11 @@ do_start() {
   refuse_other_host
   if pid=$(server_pid); then
     say "already running: PID $pid, $SERVICE_URL"
+    kit serving.compare running || {
+      code=$?
+      [ "$code" != 1 ] || err "\"sh start_rerank.sh restart\" changes it"
+      return "$code"
+    }
     do_wait && return 0
     [ $? = 130 ] && return 130
     return 1
@@ -311,6 +316,13 @@ do_stop() {
   say "stopped"
 }
 
+# No service is stopped for a next one that cannot start.
+do_restart() {
+  need_vllm
+  kit serving.compare next || { code=$?; err "nothing was stopped"; return "$code"; }
+  do_stop && do_start
+}
+
 do_wait() {
   pid=$(server_pid 2>/dev/null) || { kit serving.status; return; }
   kit serving.health wait "$pid" "$LOG_FILE"
@@ -380,7 +392,6 @@ main() {
   [ "$1" != python ] || { need_vllm; say "$PY"; exit 0; }
   load_config
   case $1 in
-    restart) do_stop && do_start ;;
     check | status) action=$1; shift; "do_$action" "$@" ;;
     wait-for) do_wait_for "$2" ;;
     *) "do_$1" ;;

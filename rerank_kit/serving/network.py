@@ -25,19 +25,21 @@ def check_network(cfg: EnvConfig) -> None:
         )
     if not cfg.api_key and {**passed_on_env(), **os.environ}.get("VLLM_API_KEY"):
         raise ConfigError("VLLM_API_KEY is set, which the kit's own calls do not know: set API_KEY in its place")
-    if bool(cfg.ssl_certfile) != bool(cfg.ssl_keyfile):
-        raise ConfigError("SSL_CERTFILE and SSL_KEYFILE belong together: set both, or none")
-    if cfg.ssl_certfile:
+    if cfg.ssl_certfile or cfg.ssl_keyfile:
+        certificate, key = tls_files(cfg)
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*tls_files(cfg))
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key)
         except (OSError, ValueError) as exc:
             files = f"SSL_CERTFILE={cfg.ssl_certfile!r} SSL_KEYFILE={cfg.ssl_keyfile!r}"
-            raise ConfigError(f"{files} cannot be used: {exc.strerror or exc}") from exc
+            raise ConfigError(f"{files} cannot be used: {getattr(exc, 'strerror', None) or exc}") from exc
 
 
 def tls_files(cfg: EnvConfig) -> tuple[str, str]:
-    """Paths of certificate and key; relative ones lie beside the kit."""
-    return tuple(str(KIT_DIR / Path(name).expanduser()) for name in (cfg.ssl_certfile, cfg.ssl_keyfile))
+    """Paths of certificate and key; relative ones lie beside the kit. ConfigError where one of them is not set."""
+    if not (cfg.ssl_certfile and cfg.ssl_keyfile):
+        raise ConfigError("SSL_CERTFILE and SSL_KEYFILE belong together: set both, or none")
+    certificate, key = (KIT_DIR / Path(name).expanduser() for name in (cfg.ssl_certfile, cfg.ssl_keyfile))
+    return str(certificate), str(key)
 
 
 def check_port(cfg: EnvConfig) -> None:

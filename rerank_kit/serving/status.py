@@ -31,7 +31,7 @@ def gather(cfg: EnvConfig, probe_timeout_s: float = 30.0) -> dict:
         wrong, or why it died last; supervised: something restarts it; times in seconds, memory in MiB; requests as
         vLLM counts them, one a pair. What does not apply is None.
     """
-    known = _known(cfg)
+    known = known_state(cfg)
     try:
         pid, alive, elsewhere = _leader(cfg)
     except PermissionError as exc:
@@ -48,6 +48,8 @@ def gather(cfg: EnvConfig, probe_timeout_s: float = 30.0) -> dict:
         "node": known.get("node") or None,
         "served_model_name": cfg.served_model_name,
         "model": known.get("model"),
+        "profile": known.get("profile"),
+        "version": known.get("version"),
         "vllm": known.get("vllm"),
         "restarts": known.get("restarts", 0),
         "why": known.get("why") or None,
@@ -93,7 +95,8 @@ def gather(cfg: EnvConfig, probe_timeout_s: float = 30.0) -> dict:
     return out | {"state": "ready", "exit_code": READY}
 
 
-def _known(cfg: EnvConfig) -> dict:
+def known_state(cfg: EnvConfig) -> dict:
+    """What the supervisor wrote last; empty without such a file."""
     try:
         return json.loads(state_file(cfg).read_text("utf-8"))
     except (OSError, ValueError):
@@ -117,6 +120,15 @@ def _leader(cfg: EnvConfig) -> tuple[int | None, bool, str]:
     if host and host != os.uname().nodename:
         return None, False, f"it was started on host {host}, which shares this LOG_DIR: ask there"
     return pid, born(pid) == since and (not where or where[0] == this_machine()), ""
+
+
+def memory_of_service(cfg: EnvConfig) -> int:
+    """Bytes that the running service has for itself, which its end sets free; 0 where none runs."""
+    try:
+        pid, alive, _ = _leader(cfg)
+    except PermissionError:
+        return 0
+    return 2**20 * (_memory_mib(session_pids(pid)) or 0) if pid and alive else 0
 
 
 def _same(pid: int | None, since: int | None) -> bool:
@@ -173,7 +185,11 @@ def one_line(now: dict) -> str:
             parts.append(f"died {now['died_at']}")
     else:
         parts += [now["node"]] if now["node"] else []
-        parts += [f"PID {now['pid'] or now['server_pid']}", f"model name {now['served_model_name']}"]
+        about = [now["model"], now["profile"] and f"profile {now['profile']}"]
+        about += [now["version"] and f"version {now['version']}"]
+        model = ", ".join(filter(None, about))
+        parts += [f"PID {now['pid'] or now['server_pid']}"]
+        parts += [f"model name {now['served_model_name']}" + (f" ({model})" if model else "")]
         if now["uptime_s"] is not None:
             parts.append(f"up {_duration(now['uptime_s'])}")
         if now["requests_running"] is not None:
@@ -200,7 +216,7 @@ def main(argv: list[str]) -> int:
     try:
         cfg = get_config()
         if argv == ["server-pid"]:
-            known = _known(cfg)
+            known = known_state(cfg)
             alone = _same(known.get("server_pid"), known.get("server_born"))
             print(known["server_pid"] if alone else "")
             return 0 if alone else 1

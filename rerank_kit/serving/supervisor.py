@@ -55,7 +55,9 @@ class State:
     why: str = ""  # the last death, in one line
     died: float = 0.0
     vllm: str = ""
-    model: str = ""
+    model: str = ""  # folder of the checkpoint
+    profile: str = ""
+    version: str = ""  # X-Rerank-Version
     url: str = ""
     node: str = ""  # of several hosts: which one this is
     command: list[str] = field(default_factory=list)  # what was started, without secrets
@@ -70,6 +72,7 @@ class Supervisor:
         self.plan = plan
         url, version = plan.cfg.service_url, plan.machine.vllm_version
         self.state = State("starting", os.getpid(), vllm=version, model=str(plan.checkpoint.path), url=url)
+        self.state.profile, self.state.version = plan.profile.name, plan.env.get("GUARD_VERSION", "")
         if has_other_nodes(plan.cfg):
             self.state.node = describe_node(plan.cfg)
         self.state.command, self.state.env = shown_args(plan), shown_env(server_commands(plan)[1])
