@@ -368,8 +368,8 @@ do_demo() {
   case ${MODEL_PATH:-} in
     */all-MiniLM-L6-v2)
       say "This was all-MiniLM-L6-v2, a small English embedding model (score = cosine similarity), served by the same vLLM"
-      say "through the same routes. For Qwen3-Reranker: stop, then MODEL_PATH=Qwen/Qwen3-Reranker-0.6B (hub id or folder)"
-      say "in .env, then \"sh start_rerank.sh start\"."
+      say "through the same routes. For Qwen3-Reranker: MODEL_PATH=Qwen/Qwen3-Reranker-0.6B (hub id or folder) in .env,"
+      say "then \"sh start_rerank.sh restart\"."
       ;;
   esac
   say "The service runs on at $SERVICE_URL. Stop it with: sh start_rerank.sh stop"

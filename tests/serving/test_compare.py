@@ -1,4 +1,4 @@
-"""What runs beside what is configured: `start` says a difference, `restart` keeps a good service from a bad next one."""
+"""What runs beside what is configured: `start` says a difference, `restart` stops nothing for a bad next one."""
 
 import pytest
 from fake_kit import alive
@@ -17,7 +17,8 @@ from rerank_kit.serving.status import one_line
         ({"MAX_MODEL_LEN": 999999}, "MAX_MODEL_LEN=999999 is more than"),
         ({"HOST": "0.0.0.0"}, "opens the service to the network"),
         ({"EXTRA_ARGS": "'open"}, "does not read as shell words"),
-        ({"SSL_CERTFILE": "/no/such.pem"}, "SSL_"),
+        ({"SSL_CERTFILE": "/no/such.pem"}, "belong together: set both"),
+        ({"SSL_CERTFILE": "/no/such.pem", "SSL_KEYFILE": "/no/such.pem"}, "cannot be used: No such file"),
     ],
 )
 def test_restart_keeps_a_service_that_the_settings_could_not_start(kit, shells, settings, said):
