@@ -128,7 +128,7 @@ def server_commands(plan: Plan) -> tuple[list[list[str]], dict[str, str]]:
     make_adapted(plan.checkpoint, plan.profile, Path(plan.engine["model"]))
     if plan.cfg.instruction and plan.template is not None:
         plan.cfg.log_path.mkdir(parents=True, exist_ok=True)
-        _template_file(plan).write_text(plan.template, "utf-8")
+        _write_once(_template_file(plan), plan.template)
     rpc_port = _free_port() if plan.engines > 1 else 0
     commands = [[vllm_command(), *serve_args(plan, group, rpc_port)] for group in range(plan.engines)]
     env = {**os.environ, **passed_on_env(), **plan.env}
@@ -139,6 +139,18 @@ def server_commands(plan: Plan) -> tuple[list[list[str]], dict[str, str]]:
     if plan.cfg.api_key:
         env["VLLM_API_KEY"] = plan.cfg.api_key
     return commands, with_kit_on_path(env)
+
+
+def _write_once(path: Path, text: str) -> None:
+    """The file with this text, by rename: a server that starts beside never reads half of it."""
+    if path.is_file() and path.read_text("utf-8") == text:
+        return
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        part.write_text(text, "utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def with_kit_on_path(env: dict[str, str]) -> dict[str, str]:

@@ -52,6 +52,7 @@ CAUSES = (
         "the folder holds no model that vLLM can serve: check MODEL_PATH",
     ),
     (r"ConfigError: .*", "the configuration cannot be used"),
+    (r"(?m)^\[ERR\] .*", "the supervisor could not start it"),
     (NO_HEAD, "the head (node 0) is not there: start it, and see DP_ADDRESS, DP_RPC_PORT and the network"),
     (r"(?m)^(?!.*initialization failed\. See root cause above).*\b\w*(?:Error|Exception): .+$", "an error in vLLM"),
 )

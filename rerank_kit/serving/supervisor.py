@@ -93,9 +93,14 @@ class Supervisor:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         adopt_orphans()
         while True:
-            self._start()
-            why = self._watch_until_death()
-            if why is None:
+            try:
+                self._start()
+                why = self._watch_until_death()
+            except (OSError, ConfigError, RuntimeError) as exc:
+                # No memory for a process or a thread, a host name that is not resolved, a full disk: a failed attempt.
+                why = f"it could not be started: {describe_error(exc)}"
+                kill_rest()
+            if why is None or self.asked_to_stop:
                 return self._end()
             was_ready = self.state.ready_since > 0
             self._note(f"died: {why}")
@@ -148,12 +153,16 @@ class Supervisor:
     def _start(self) -> None:
         self._note(f"start {self.header}")
         _ended.clear()  # PIDs come again
-        os.umask(self.umask)  # caches that the server fills may be shared with others
         unignore = [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE]
+        self.servers = []
         commands, env = server_commands(self.plan)
         env = {**env, "GUARD_RESTARTS": str(self.state.restarts)}  # for /metrics
-        self.servers = [os.posix_spawn(argv[0], argv, env, setsigdef=unignore) for argv in commands]
-        os.umask(0o077)
+        os.umask(self.umask)  # caches that the server fills may be shared with others
+        try:
+            for argv in commands:  # all, or none: what is spawned before a failure is killed with the rest
+                self.servers.append(os.posix_spawn(argv[0], argv, env, setsigdef=unignore))
+        finally:
+            os.umask(0o077)
         now = time.time()
         self._save(
             state="starting",
@@ -165,10 +174,11 @@ class Supervisor:
 
     def _watch_until_death(self) -> str | None:
         """Why the server died, or None after a stop that was asked for."""
-        peers = Peers(self.cfg, rest_of_session) if has_other_nodes(self.cfg) else None
-        watch = peers if is_headless(self.cfg) else Watch(self.cfg, self.warm, self.plan.copies)
+        peers = watch = None
         next_rotation = 0.0
         try:
+            peers = Peers(self.cfg, rest_of_session) if has_other_nodes(self.cfg) else None
+            watch = peers if is_headless(self.cfg) else Watch(self.cfg, self.warm, self.plan.copies)
             while True:
                 ended = [(number, reap(pid)) for number, pid in enumerate(self.servers)]
                 if self.asked_to_stop:
@@ -193,9 +203,8 @@ class Supervisor:
                     rotate_if_large(self.log, self.cfg.log_max_mib * 2**20, self.cfg.log_keep)
                 time.sleep(TICK_S)
         finally:
-            watch.stopped.set()
-            if peers:
-                peers.stopped.set()
+            for thread in filter(None, (watch, peers)):
+                thread.stopped.set()
 
     def _hangs(self, watch: Watch | Peers) -> str:
         """Why this server counts as dead although it lives; empty = it does not."""
@@ -273,6 +282,13 @@ def describe_end(status: int, log_text: str | None) -> str:
     else:
         how = f"exit code {os.waitstatus_to_exitcode(status)}"
     return f"{how}: {'its own output says why' if log_text is None else root_cause(log_text)}"
+
+
+def describe_error(exc: Exception) -> str:
+    """An error of our own in one line, with the file that it names."""
+    if isinstance(exc, OSError):
+        return ": ".join(str(part) for part in (exc.filename2 or exc.filename, exc.strerror or exc) if part)
+    return " ".join(str(exc).split())
 
 
 def rest_of_session() -> list[int]:
@@ -370,7 +386,7 @@ def main(argv: list[str]) -> int:
         print(f"ConfigError: {exc}", file=sys.stderr)
         return 6
     except OSError as exc:
-        print(f"[ERR] {exc.filename}: {exc.strerror}", file=sys.stderr)
+        print(f"[ERR] {describe_error(exc)}", file=sys.stderr)
         return 1
 
 
