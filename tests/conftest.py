@@ -32,10 +32,10 @@ sys.path[:0] = [str(Path(__file__).parent / "stand_ins"), str(Path(__file__).par
 SETTINGS = {*settings.FIELDS, "VLLM_API_KEY", "KIT_ENV_FILE"}
 
 
-# pytest -n 2: what uses one of these fixtures is run by one process, in the order of the files; so is a file.
+# pytest -n 3: what uses one of these fixtures is run by one process, in the order of the files; so is a file.
 # (--dist loadgroup of xdist 3.8 does nothing under pytest 9.2.)
 LANES = {"keyed_service": "keyed", "fleet": "fleet", "service": "service", "fork_server": "service"}
-# What takes longest comes first; real servers need both cores, so that the other process sleeps most of the time then.
+# What takes longest comes first; real servers need both cores, so the others sleep most of the time then.
 FIRST = ("service", "test_supervisor", "test_start_rerank", "test_one_service", "test_nodes", "fleet", "keyed")
 
 

@@ -21,6 +21,7 @@ from rerank_kit.models.checkpoint import Checkpoint, read_checkpoint
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.profiles import PROFILE_DIR, all_profiles, find_profile, load_profiles
 from rerank_kit.models.reference import CAUSAL, reference_scores
+from rerank_kit.serving import check
 from rerank_kit.settings import ConfigError
 
 TEXTS = [
@@ -261,7 +262,7 @@ SOAK = ("xlm_roberta_embedding", "bert_identity", "bert_regression")
 
 @pytest.mark.server
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.soak] * (n in SOAK)) for n in FAMILIES])
-def test_scores_are_those_of_the_model_card(name, folder_of, fork_server, forked_python, tmp_path):
+def test_scores_are_those_of_the_model_card(name, folder_of, fork_server, forked_python, tmp_path, monkeypatch, capsys):
     family = FAMILIES[name]
     profile = all_profiles()[family.profile]
     if profile.needs and find_spec(profile.needs) is None:
@@ -311,9 +312,11 @@ def test_scores_are_those_of_the_model_card(name, folder_of, fork_server, forked
             status, answer = http("POST", f"{url}/rerank", body)
             assert status == 422 and "takes no instruction" in answer["error"]["message"]
         if profile.config_changes:  # what is served is a folder of links: check looks at the checkpoint behind it
-            checked = run_kit("check", "--reference", MODEL_PATH=model, PORT=urlsplit(url).port)
-            assert checked.returncode == 0 and f"{model}, profile {profile.name}" in checked.stdout, checked.stdout
-            assert "float32 agrees within" in checked.stdout
+            monkeypatch.setenv("MODEL_PATH", str(model))
+            monkeypatch.setenv("PORT", str(urlsplit(url).port))
+            assert check.main(["--reference"]) == 0
+            said = capsys.readouterr().out
+            assert f"{model}, profile {profile.name}" in said and "float32 agrees within" in said
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -42,7 +42,7 @@ def faults(cfg, reference=False):
 def test_check_passes_one_line_a_check(service):
     began = time.monotonic()
     done = run_kit("check", **service.settings)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60, "without the reference nothing large is loaded"
     assert done.returncode == 0, done.stdout + done.stderr
     assert [line.split()[:2] for line in done.stdout.splitlines()] == [
         ["ok", name] for name in ("model", "prompt", "head", "answers")

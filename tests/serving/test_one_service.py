@@ -74,10 +74,13 @@ def test_a_held_port_is_free_when_its_holder_is_killed():
     hold_port(cfg).close()
 
 
-def test_start_beside_a_service_that_still_loads_does_not_say_that_it_is_ready(kit):
-    assert kit("start", FAKE_LOAD_S=6, START_TIMEOUT_S=1).returncode == 1
+def test_start_beside_a_service_that_still_loads_does_not_say_that_it_is_ready(kit, tmp_path):
+    loads = tmp_path / "loads"
+    loads.touch()
+    assert kit("start", FAKE_LOADS=loads, START_TIMEOUT_S=1).returncode == 1
     again = kit("start", START_TIMEOUT_S=1)
     assert again.returncode == 1 and "already running" in again.stdout and "ready after" not in again.stdout
+    loads.unlink()
     again = kit("start")
     assert again.returncode == 0 and "ready after" in again.stdout
 

@@ -1,7 +1,8 @@
 """Stand-in for the vllm program, for ends that the real one reaches rarely. FAKE_MODE says what it does:
 ok, die (FAKE_LOG on stderr), slow (never ready, deaf to TERM), stubborn (ignores TERM), family (a child outlives it).
 FAKE_WARM_S: each call of 64 documents, as the burst before ready has them, takes so long.
-FAKE_LOAD_S: it binds the port at once and listens so much later, as vLLM does while it loads.
+FAKE_LOAD_S: it binds the port at once and listens so much later, as vLLM does while it loads; FAKE_LOADS: when this
+file is gone.
 It dies at start while the file FAKE_DIE exists, and refuses calls with 429 while FAKE_BUSY does; its counters grow then
 only if that file says so."""
 
@@ -88,6 +89,8 @@ def main():
     server = ThreadingHTTPServer((host, port), Handler, bind_and_activate=False)
     server.server_bind()
     time.sleep(float(os.environ.get("FAKE_LOAD_S", "0")))
+    while os.path.exists(os.environ.get("FAKE_LOADS", "/nonexistent")):
+        time.sleep(0.05)
     server.server_activate()
     print("INFO 01-01 00:00:00 [fake.py:1] Application startup complete.", flush=True)
     server.serve_forever()

@@ -89,7 +89,7 @@ class Replica:
         assert hit, f"no process of {self.port} has {title!r} in its title"
 
     def headers(self) -> dict[str, str]:
-        command = ["curl", "-s", "--noproxy", "*", "-m", "5", "-D", "-", "-o", "/dev/null", f"{self.url}/ready"]
+        command = ["curl", "-s", "--noproxy", "*", "-m", "20", "-D", "-", "-o", "/dev/null", f"{self.url}/ready"]
         lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
         return {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines[1:])}
 
