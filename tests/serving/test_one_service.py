@@ -204,7 +204,7 @@ def test_a_file_of_another_user_is_a_configuration_error(monkeypatch, capsys, tm
 def test_a_key_that_only_vllm_knows_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("VLLM_API_KEY", "abc")
     check_network(EnvConfig(api_key="k"))
-    with pytest.raises(ConfigError, match="set API_KEY in its place") as caught:
+    with pytest.raises(ConfigError, match="set API_KEY instead") as caught:
         check_network(EnvConfig())
     assert "abc" not in str(caught.value)
     monkeypatch.delenv("VLLM_API_KEY")

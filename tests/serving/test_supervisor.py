@@ -179,7 +179,7 @@ def test_watch_outlives_an_error_of_its_own(monkeypatch, capfd):
 
 
 def test_an_end_in_the_foreground_is_not_explained_by_an_old_log():
-    assert supervisor.describe_end(256, None) == "exit code 1: its own output says why"
+    assert supervisor.describe_end(256, None) == "exit code 1: see the server's own output"
     assert "its own output" not in supervisor.describe_end(256, "torch.OutOfMemoryError: CUDA out of memory")
 
 
