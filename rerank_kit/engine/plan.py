@@ -16,7 +16,7 @@ from rerank_kit.models.profiles import Profile
 from rerank_kit.settings import FIELDS, ConfigError, EnvConfig, passed_on_env
 
 KV_GIB_AT_MOST = 16  # limit for each of several engines on a GPU: six full steps of a 0.6B model
-ENGINE_GIB = 4  # CUDA context, activations of one step and graphs of one engine, beside weights and KV cache
+ENGINE_GIB = 4  # CUDA context, activations of one step and graphs of one engine, in addition to weights and KV cache
 
 
 @dataclass

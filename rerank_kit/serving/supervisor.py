@@ -223,7 +223,7 @@ class Supervisor:
             reap(0)
             time.sleep(TICK_S)
         if left := rest_of_session():
-            self._note(f"killing what is left: {' '.join(map(str, left))}")
+            self._note(f"killing remaining processes: {' '.join(map(str, left))}")
             kill_rest()
 
     def _on_stop(self, *_) -> None:

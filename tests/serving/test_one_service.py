@@ -261,7 +261,7 @@ def test_ctrl_c_while_start_waits_says_what_goes_on(kit):
         time.sleep(1)
         os.killpg(start.pid, signal.SIGINT)  # as a terminal does
         said = start.communicate(timeout=20)[1]
-    assert start.returncode == 130 and "the server goes on loading" in said
+    assert start.returncode == 130 and "the server continues to load" in said
     assert alive(kit.server_pid) and kit("stop").returncode == 0
 
 

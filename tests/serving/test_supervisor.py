@@ -98,7 +98,7 @@ def test_several_engines_live_and_die_as_one_service(kit):
     until(has(kit, state="ready", restarts=2))
     assert len(session_of(leader)) == 4
     assert kit("stop").returncode == 0 and session_of(leader) == []
-    assert "killing what is left" not in kit.log
+    assert "killing remaining processes" not in kit.log
 
 
 def test_engines_of_one_service_are_told_of_each_other(kit, tmp_path):
