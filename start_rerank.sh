@@ -155,7 +155,7 @@ take_lock() {
   case $? in
     0) ;;
     2) die 1 "another start or stop for port $PORT is under way (PID $said)" ;;
-    *) die 1 "$LOCK_FILE cannot be locked ($said): free the disk if it is full, remove the file if it belongs to another user, or set LOG_DIR to a local folder" ;;
+    *) die 1 "$LOCK_FILE cannot be locked ($said): make room if the disk is full, remove the file if it belongs to another user, or set LOG_DIR to a local folder" ;;
   esac
   trap '(: >"$LOCK_FILE") 2>/dev/null || :' EXIT
   trap 'exit 130' INT

@@ -198,7 +198,7 @@ class Supervisor:
         """Why this live server counts as dead; empty = it does not."""
         if hung := watch.hangs():
             return f"{hung} for HEALTH_TIMEOUT_S={self.cfg.health_timeout_s} s, killed"
-        # The first start is not limited here: `start` has a deadline of its own and lets the server go on.
+        # The first start is not limited here: `start` has a deadline of its own and leaves the server running.
         loading_s = time.time() - self.state.server_began
         if self.state.restarts and not watch.ready and loading_s > self.cfg.start_timeout_s:
             return f"it hung: not ready after START_TIMEOUT_S={self.cfg.start_timeout_s} s, killed"
