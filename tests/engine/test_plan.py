@@ -118,7 +118,7 @@ def test_first_gpus_are_taken_when_none_are_named(checkpoints):
         (CPU, {"engines_per_gpu": 8, "dp": 2}, ("16.0 GiB of KV cache do not fit",)),
         (GPU4, {"engines_per_gpu": 8, "gpu_memory_utilization": 0.4}, ("ENGINES_PER_GPU=8 leaves 0.0 GiB",)),
         (CPU, {"instruction": "x", "model": "bert"}, ("takes none",)),
-        (CPU, {"extra_args": "'open"}, ("EXTRA_ARGS", "shell words")),
+        (CPU, {"extra_args": "'open"}, ("EXTRA_ARGS", "shell syntax")),
     ],
 )
 def test_refusals_name_the_numbers(checkpoints, on, settings, said):

@@ -165,7 +165,7 @@ SHELLS = ["dash", "busybox sh", "bash --posix"]
 def taker(folder, then):
     """A script that takes a lock as start_rerank.sh does, then goes on; 7 = refused, and why."""
     text = (KIT / "start_rerank.sh").read_text()
-    functions = text[text.index("born() {") : text.index("# PID of our supervisor")]
+    functions = text[text.index("born() {") : text.index("server_pid() {")]
     functions += text[text.index("take_lock() {") : text.index("# --- setup")]
     head = f"LOG_DIR={folder} LOCK_FILE={folder}/lock PORT=1\ndie() {{ printf '%s\\n' \"$2\"; exit 7; }}\n"
     return f"{head}{functions}\n{then}"
@@ -208,7 +208,7 @@ def test_a_lock_that_cannot_be_had_says_why(tmp_path, shell):
     done = subprocess.run(
         [*shell.split(), "-c", taker(tmp_path, "take_lock")], capture_output=True, text=True, timeout=20
     )
-    assert done.returncode == 7 and "irectory" in done.stdout and "remove it" in done.stdout, done.stdout
+    assert done.returncode == 7 and "irectory" in done.stdout and "remove the file" in done.stdout, done.stdout
     (tmp_path / "lock").rmdir()
     stub = tmp_path / "flock"
     stub.write_text("#!/bin/sh\necho 'No locks available' >&2\nexit 1\n")
