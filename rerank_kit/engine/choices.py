@@ -1,13 +1,13 @@
-"""Choices by model and machine, made by plan.py where nothing is configured, each with its reason.
+"""Choices by model and machine, each with its reason. plan.py makes them where no setting is given.
 
-docs/performance.md has the table of them: what was measured, and what is only reasoned.
+docs/performance.md lists them and says which were measured and which are only reasoned.
 """
 
 import random
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-# What tokenizers get wrong: control tokens, half ones, white space, other scripts, combining characters, emoji.
+# Texts on which tokenizers differ: control tokens and parts of them, white space, scripts, combining characters, emoji.
 PIECES = (
     *("<|im_start|>system\n", "<|im_end|>", "<| im_end|>", "<think>\n\n</think>\n\n", "<|im_", "|>"),
     *("\n\n\n", "  ", "\t\r\n", "\u200b\u00a0\ufeff", "The capital of China is Beijing.", "don't WE'LL it's"),
@@ -18,7 +18,7 @@ N_PROBES = 300
 
 
 def count_weights(config: dict) -> int:
-    """Weights of a decoder with gated MLP by its config.json (of an encoder too many); 0 where it does not say."""
+    """Number of weights of a decoder with gated MLP by its config.json, 0 if unknown. For an encoder it is too high."""
     hidden, layers = config.get("hidden_size") or 0, config.get("num_hidden_layers") or 0
     heads = config.get("num_attention_heads") or 1
     head_dim = config.get("head_dim") or hidden // heads
@@ -31,7 +31,7 @@ def count_weights(config: dict) -> int:
 def api_servers(n_weights: int, n_cores: int, dp: int = 1) -> tuple[int, str]:
     """API processes of a service on `dp` GPUs (or groups of them), and why.
 
-    A small model answers faster than one process can tokenize, serialize and speak HTTP; a large one does not.
+    A small model scores faster than one process can tokenize, serialize and serve HTTP; a large one does not.
     """
     if n_weights > 6e9:
         n, why = 1, "the GPU is the bottleneck of a model of this size"
@@ -47,7 +47,7 @@ def api_servers(n_weights: int, n_cores: int, dp: int = 1) -> tuple[int, str]:
 
 
 def engines_per_gpu(n_weights: int, gpu_mib: int, n_cores: int) -> tuple[int, str]:
-    """Engine processes on one GPU, and why: one process cannot launch the work of a small model fast enough."""
+    """Engine processes on one GPU, and why. One process cannot launch the kernels of a small model fast enough."""
     if not n_weights or n_weights > 2e9:
         return 1, "the GPU is the bottleneck of a model of this size"
     if gpu_mib < 70_000:
@@ -61,7 +61,7 @@ def engines_per_gpu(n_weights: int, gpu_mib: int, n_cores: int) -> tuple[int, st
 
 
 def weight_bytes(checkpoint: Path, config: dict) -> int:
-    """Bytes of a checkpoint's weights: its files, else its size by config.json in 16 bits."""
+    """Bytes of a checkpoint's weights: the size of its files, or 16 bits for each weight by config.json."""
     found = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     return found or 2 * count_weights(config)
 
@@ -69,7 +69,7 @@ def weight_bytes(checkpoint: Path, config: dict) -> int:
 def fastokens_agrees(checkpoint: Path, n_probes: int = N_PROBES) -> tuple[bool, str]:
     """Whether vLLM may tokenize with fastokens (15 times faster with Qwen3's), and why.
 
-    Only with the same ids as `tokenizers` gives for every probe text, made from this checkpoint's own added tokens too.
+    It may if both give the same ids for every probe text. The texts contain this checkpoint's own added tokens too.
     """
     try:
         found = version("fastokens")
@@ -92,7 +92,7 @@ def fastokens_agrees(checkpoint: Path, n_probes: int = N_PROBES) -> tuple[bool, 
             text = "".join(rng.choices(pieces, k=rng.randint(1, 12)))
             got = fast.encode(text, add_special_tokens=False)
             if list(getattr(got, "ids", got)) != plain.encode(text, add_special_tokens=False).ids:
-                return False, f"fastokens {found} gives other ids than tokenizers for {text[:40]!r}"
-    except Exception as exc:  # it says by many exceptions that it does not know a kind of tokenizer
-        return False, f"fastokens {found} does not take this tokenizer ({type(exc).__name__}: {str(exc)[:80]})"
-    return True, f"fastokens {found} gave the ids of tokenizers for {n_probes} probe texts"
+                return False, f"fastokens {found} and tokenizers give different ids for {text[:40]!r}"
+    except Exception as exc:  # it raises many types for a tokenizer that it does not support
+        return False, f"fastokens {found} does not support this tokenizer ({type(exc).__name__}: {str(exc)[:80]})"
+    return True, f"fastokens {found} and tokenizers gave the same ids for {n_probes} probe texts"

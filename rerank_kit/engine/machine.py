@@ -1,6 +1,6 @@
-"""What this machine has for vLLM: the installed release, GPUs, cores, free memory.
+"""What this machine offers vLLM: the installed release, GPUs, cores, free memory.
 
-Asks files, package metadata and nvidia-smi; imports neither torch nor vllm (that would cost 10 s).
+It reads files, package metadata and nvidia-smi. Importing torch or vllm would cost 10 s.
 """
 
 import os
@@ -20,12 +20,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Machine:
-    """What serves: the installed vLLM, and the GPUs or the CPU below it."""
+    """The installed vLLM and the hardware that it runs on."""
 
     vllm_version: str
     gpus: tuple[str, ...]  # "name, MiB" of every GPU of the host
     cores: tuple[int, ...]  # usable CPU cores
-    memory_bytes: int  # memory that is free for us now
+    memory_bytes: int  # memory that is free now
 
     @property
     def is_cpu(self) -> bool:
@@ -33,7 +33,7 @@ class Machine:
 
     @property
     def gpu_mib(self) -> int:
-        """Memory of the first GPU; 0 where nvidia-smi has no number, as for one that shares the host's memory."""
+        """Memory of the first GPU; 0 if nvidia-smi gives no number, as for a GPU that shares the host's memory."""
         mib = self.gpus[0].rpartition(",")[2].strip()
         return int(mib) if mib.isdigit() else 0
 
@@ -43,10 +43,10 @@ class NoVllm(ConfigError):
 
 
 def vllm_version() -> str:
-    """Version of the installed vLLM; `+cpu` at its end marks the CPU build.
+    """Version of the installed vLLM; the suffix `+cpu` marks the CPU build.
 
     Raises:
-        NoVllm: not installed, or older than the kit supports.
+        NoVllm: vLLM is not installed, or it is older than the kit supports.
     """
     try:
         found = version("vllm")
@@ -55,21 +55,21 @@ def vllm_version() -> str:
     numbers = tuple(int(n) for n in found.split("+")[0].split(".")[:2] if n.isdigit())
     if numbers < OLDEST_VLLM:
         raise NoVllm(
-            f"vLLM {found} is too old, {OLDEST_VLLM[0]}.{OLDEST_VLLM[1]} or newer is needed: older releases hang on "
-            'prompts of exactly max_model_len tokens or ignore instructions; run "sh start_rerank.sh setup"'
+            f"vLLM {found} is too old: releases before {OLDEST_VLLM[0]}.{OLDEST_VLLM[1]} hang on prompts of exactly "
+            'max_model_len tokens or ignore instructions; run "sh start_rerank.sh setup"'
         )
     return found
 
 
 def probe_machine() -> Machine:
-    """Look at the machine that this runs on."""
+    """Describe the machine that this runs on."""
     found = vllm_version()
     cores = tuple(sorted(os.sched_getaffinity(0)))
     return Machine(found, () if found.endswith("+cpu") else list_gpus(), cores, free_memory())
 
 
 def list_gpus() -> tuple[str, ...]:
-    """`name, MiB` of every NVIDIA GPU of this host; empty without a working nvidia-smi."""
+    """`name, MiB` of every NVIDIA GPU of this host; empty if nvidia-smi is missing or fails."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30)
@@ -79,12 +79,12 @@ def list_gpus() -> tuple[str, ...]:
 
 
 def free_memory() -> int:
-    """Bytes of memory that a new process can take: the host's, or what the cgroup leaves of it."""
+    """Bytes of memory that a new process can take: free on the host, and within the cgroup's limit."""
     free = 0
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
-    try:  # cgroup v2; containers see the host's /proc/meminfo
+    try:  # cgroup v2: in a container /proc/meminfo is the host's
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
     except (OSError, ValueError):
@@ -93,7 +93,7 @@ def free_memory() -> int:
 
 
 def cpu_has_bf16() -> bool:
-    """The CPU has bf16 instructions: AVX512_BF16 or AMX on x86, BF16 on Arm."""
+    """Whether the CPU has bf16 instructions: AVX512_BF16 or AMX on x86, BF16 on Arm."""
     flags = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return bool(flags and {"avx512_bf16", "amx_bf16", "bf16"} & set(flags[1].split()))
 
@@ -103,5 +103,5 @@ def vllm_command() -> str:
     beside = Path(sys.executable).parent / "vllm"
     found = str(beside) if os.access(beside, os.X_OK) else shutil.which("vllm")
     if not found:
-        raise NoVllm(f'no vllm program beside {sys.executable} or on PATH: run "sh start_rerank.sh setup"')
+        raise NoVllm(f'there is no vllm program beside {sys.executable} or on PATH: run "sh start_rerank.sh setup"')
     return found

@@ -1,4 +1,4 @@
-"""Model + machine + configuration -> the arguments of vLLM, for `vllm serve` and `vllm.LLM` alike."""
+"""Plans the arguments of vLLM by model, machine and settings, for `vllm serve` and `vllm.LLM` alike."""
 
 import hashlib
 import json
@@ -15,33 +15,33 @@ from rerank_kit.models.opened import opened
 from rerank_kit.models.profiles import Profile
 from rerank_kit.settings import FIELDS, ConfigError, EnvConfig, passed_on_env
 
-KV_GIB_AT_MOST = 16  # of one of several engines on a GPU: six full steps of a 0.6B model
-ENGINE_GIB = 4  # CUDA context, activations of one step and graphs of one engine, beside weights and KV cache
+KV_GIB_AT_MOST = 16  # limit for each of several engines on a GPU: six full steps of a 0.6B model
+ENGINE_GIB = 4  # CUDA context, activations of one step and graphs of one engine, in addition to weights and KV cache
 
 
 @dataclass
 class Plan:
-    """Everything that one start needs."""
+    """Everything that one start of vLLM needs."""
 
     cfg: EnvConfig
     machine: Machine
     profile: Profile
     checkpoint: Checkpoint
     template: str | None  # Jinja text
-    engine: dict  # keyword arguments of vllm.LLM; flags of vllm serve by the same names
+    engine: dict  # keyword arguments of vllm.LLM; the flags of vllm serve have the same names
     engines: int = 1  # on each GPU
-    api_servers: int | None = None  # None = vLLM's own choice, one for each data parallel rank
+    api_servers: int | None = None  # None = vLLM's own default, one for each data parallel rank
     env: dict[str, str] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)  # engine key -> one line
 
     @property
     def copies(self) -> int:
-        """Engines in all: vLLM's data parallel ranks."""
+        """Number of all engines: vLLM's data parallel ranks."""
         return self.cfg.dp * self.engines
 
     @property
     def copies_here(self) -> int:
-        """Those of them on this host."""
+        """Number of engines on this host."""
         return self.cfg.engines_here * self.engines
 
 
@@ -54,7 +54,7 @@ def plan_service(cfg: EnvConfig, model: str | Path | None = None, machine: Machi
         machine: None = the one this runs on.
 
     Raises:
-        ConfigError: no model, no profile, not enough GPUs or memory. NoVllm: no fitting vLLM.
+        ConfigError: a model, a profile, GPUs or memory are missing. NoVllm: vLLM is missing or too old.
     """
     model, machine = _checked(cfg, model), machine or probe_machine()
     check_nodes(cfg)
@@ -78,9 +78,9 @@ def plan_service(cfg: EnvConfig, model: str | Path | None = None, machine: Machi
 
 
 def plan_engine(cfg: EnvConfig, model: str | Path | None = None, machine: Machine | None = None) -> Plan:
-    """Decide how vllm.LLM scores with one model in this process, where throughput counts and nobody waits.
+    """Decide how vllm.LLM scores with one model in this process. Throughput matters here, latency does not.
 
-    Copies and other hosts (DP, DP_ADDRESS) are the service's. Arguments and errors are those of plan_service().
+    DP and DP_ADDRESS apply to the service only. Arguments and errors are those of plan_service().
     """
     cfg = replace(cfg, dp=1, dp_local=None, dp_address=None)
     model, machine = _checked(cfg, model), machine or probe_machine()
@@ -90,19 +90,19 @@ def plan_engine(cfg: EnvConfig, model: str | Path | None = None, machine: Machin
         _plan_cpu(plan)
     elif machine.gpu_mib > 70_000:
         # 0.6B on an H100, engine alone: 1079 pairs/s with 8192 tokens and 128 pairs a step, 1712 with 65536 and 1024.
-        _plan_gpu(plan, 65536, 1024, "offline nobody waits for a large step")
+        _plan_gpu(plan, 65536, 1024, "large steps: offline, throughput matters and latency does not")
     else:
         _plan_gpu(plan, *_service_steps(plan))
     return _finished(plan)
 
 
 def _checked(cfg: EnvConfig, model: str | Path | None) -> str | Path:
-    """The model to plan for, and the first errors: cheap ones, before the machine is asked."""
+    """The model to plan for. Raises the errors that need no look at the machine."""
     model = model or cfg.model_path
     if not model:
         raise ConfigError("MODEL_PATH is not set: write MODEL_PATH=/folder/of/the/checkpoint (or a hub id) into .env")
-    if re.search(r"--api[-_]server[-_]count", cfg.extra_args):  # the guard of each must know their number
-        raise ConfigError("EXTRA_ARGS holds --api-server-count: set API_SERVER_COUNT in its place")
+    if re.search(r"--api[-_]server[-_]count", cfg.extra_args):  # each guard must know their number
+        raise ConfigError("EXTRA_ARGS holds --api-server-count: set API_SERVER_COUNT instead")
     if "server_guard.Guard" in cfg.extra_args:
         raise ConfigError(
             "EXTRA_ARGS holds --middleware server_guard.Guard, which is rerank_kit.guard.Guard now: take it out, "
@@ -112,25 +112,25 @@ def _checked(cfg: EnvConfig, model: str | Path | None) -> str | Path:
 
 
 def _plan_model(cfg: EnvConfig, model: str | Path, machine: Machine) -> Plan:
-    """A plan with what model and settings decide, wherever it runs."""
+    """The part of a plan that follows from model and settings and is the same on every machine."""
     found = opened(model, cfg)
     profile = found.profile
     plan = Plan(cfg, machine, profile, found.checkpoint, found.template, {})
     engine, why = plan.engine, plan.why
     engine["model"] = str(found.folder)
     if profile.config_changes:
-        why["model"] = "made at start: links to the checkpoint, beside a config.json that names no code of the hub"
+        why["model"] = "made by start: links to the checkpoint, and a config.json that names no code from the hub"
     if profile.config_file:
-        # The code that is trusted is the kit's own: the adapted folder holds no other.
+        # This trusts the kit's own code only: the adapted folder holds no other code.
         engine["trust_remote_code"] = True
-        why["trust_remote_code"] = f"for the kit's own {profile.config_file}, in the folder that is served"
+        why["trust_remote_code"] = f"for the kit's own {profile.config_file} in the served folder"
     engine["runner"] = "pooling"
     if profile.convert:
         engine["convert"] = profile.convert
     overrides = dict(profile.hf_overrides)
     text = found.checkpoint.config.get("text_config")
     if isinstance(text, dict) and "tie_word_embeddings" not in text:
-        # Qwen3-VL-Reranker-8B says it at the top alone; vLLM 0.32 dies where its text model does not have it.
+        # Qwen3-VL-Reranker-8B has it at the top level only, and vLLM 0.32 dies if text_config lacks it.
         tied = found.checkpoint.config.get("tie_word_embeddings", False)
         overrides["text_config"] = {"tie_word_embeddings": tied}
     if overrides:
@@ -149,7 +149,7 @@ def _plan_model(cfg: EnvConfig, model: str | Path, machine: Machine) -> Plan:
 
 
 def _finished(plan: Plan) -> Plan:
-    """The plan with the environment that every vLLM gets; what the user set himself stays."""
+    """The plan with the environment that every vLLM gets. A variable that the user set takes precedence."""
     plan.env |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
     for key in list(plan.env):
         if key in os.environ or key in passed_on_env():
@@ -158,22 +158,22 @@ def _finished(plan: Plan) -> Plan:
 
 
 def _guard_env(plan: Plan) -> dict[str, str]:
-    """Settings of the guard, which reads nothing but the environment."""
+    """Settings of the guard, which reads the environment only."""
     cfg = plan.cfg
     values = {k: getattr(cfg, f.name) for k, f in FIELDS.items() if f.metadata["group"] == "guard" and k != "GUARD"}
     env = {f"GUARD_{k}": str(v) for k, v in values.items() if v not in (None, "")}
-    # Pairs taken before the first measured speed: some seconds of work. 1024 refused 16 calls of 32 documents in
-    # flight on an H100 with 8 API processes, each of which takes its share of 128.
+    # Limit on pairs before the speed is measured: some seconds of work. On an H100 with 8 API processes, 1024 (128 for
+    # each process) refused 16 concurrent calls of 32 documents.
     env["GUARD_FIRST_PAIRS"] = "1024" if plan.machine.is_cpu else "16384"
-    # vLLM takes an instruction for any model and drops it where no template asks for it.
+    # vLLM accepts an instruction for any model and drops it if the template does not use it.
     env["GUARD_TAKES_INSTRUCTION"] = str(int(plan.profile.instruction))
     env["GUARD_VERSION"] = version_id(plan)
-    # vLLM runs one API process for each data parallel rank unless told otherwise.
+    # By default vLLM runs one API process for each data parallel rank.
     return env | {"GUARD_API_SERVERS": str(plan.api_servers or plan.copies)}
 
 
 def version_id(plan: Plan) -> str:
-    """12 hex digits for all that decides a score: replicas with the same id answer alike, whatever their host."""
+    """12 hex digits of everything that decides a score. Replicas with the same id give the same scores, on any host."""
     cfg = plan.cfg
     names = ("convert", "hf_overrides", "pooler_config", "dtype", "quantization", "max_model_len")
     decides = {name: plan.engine.get(name) for name in names}
@@ -183,9 +183,9 @@ def version_id(plan: Plan) -> str:
 
 
 def _check_gpus(cfg: EnvConfig, machine: Machine, *, may_be_more: bool = False) -> None:
-    """Raise ConfigError where GPUs and settings do not fit together.
+    """Raise ConfigError if the GPUs do not match the settings.
 
-    may_be_more: offline the visible GPUs may be those of a service with DP; the first TP of them are used.
+    may_be_more: more GPUs may be visible than are used. Offline, the list may be that of a service with DP.
     """
     copies, key = (cfg.engines_here, "DP_LOCAL") if has_other_nodes(cfg) else (cfg.dp, "DP")
     wanted = cfg.tp * copies
@@ -199,7 +199,7 @@ def _check_gpus(cfg: EnvConfig, machine: Machine, *, may_be_more: bool = False) 
         return
     if not machine.gpus:
         raise ConfigError(
-            f"vLLM {machine.vllm_version} is the GPU build, but nvidia-smi finds no GPU here: check the driver, "
+            f"vLLM {machine.vllm_version} is the GPU build, but nvidia-smi finds no GPU: check the driver, "
             "or use a Python environment with the CPU build"
         )
     n_visible = len([v for v in visible.split(",") if v.strip()]) if visible is not None else None
@@ -222,16 +222,16 @@ def _engines(plan: Plan) -> tuple[int, str]:
     if cfg.tp > 1 or has_other_nodes(cfg):
         return 1, "1: TP or several hosts"
     if "--data-parallel" in cfg.extra_args:
-        return 1, "1: EXTRA_ARGS arranges data parallel ranks"
+        return 1, "1: EXTRA_ARGS sets up data parallel ranks"
     n_cores = len(machine.cores) // cfg.dp
     n, why = engines_per_gpu(count_weights(plan.checkpoint.config), machine.gpu_mib, n_cores)
     return n, f"{n}: {why}"
 
 
 def _max_model_len(cfg: EnvConfig, own: int) -> tuple[int, str]:
-    """Tokens of the longest prompt for a model that takes `own`, and why."""
+    """Tokens of the longest prompt, and why; `own` is the model's limit."""
     if cfg.max_model_len is None:
-        return min(4096, own), f"the model takes {own}; 4096 at most unless MAX_MODEL_LEN says otherwise"
+        return min(4096, own), f"the model's limit is {own}; at most 4096 unless MAX_MODEL_LEN is set"
     if cfg.max_model_len > own:
         raise ConfigError(f"MAX_MODEL_LEN={cfg.max_model_len} is more than the {own} tokens that this model takes")
     return cfg.max_model_len, "MAX_MODEL_LEN"
@@ -240,24 +240,24 @@ def _max_model_len(cfg: EnvConfig, own: int) -> tuple[int, str]:
 def _service_steps(plan: Plan) -> tuple[int, int, str]:
     """Tokens and pairs of one engine step on a GPU, and why."""
     if plan.engines > 1:
-        # Three engines on an H200, p50 at 8 and pairs/s at 8, 16, 64, 150 calls in flight with 24576 tokens a step:
-        # 131 ms, 1967, 2503, 2747, 2787; with 8192: 113 ms, 2217, 2605, 2651, 2720.
-        return 8192, 256, "smaller steps answer a light load sooner, and several engines leave no gaps"
-    return 24576, 256, "one engine needs large steps: each has to be launched"
+        # Three engines on an H200: p50 at 8 calls in flight, then pairs/s at 8, 16, 64, 150 calls in flight.
+        # 24576 tokens a step: 131 ms; 1967, 2503, 2747, 2787. 8192 tokens: 113 ms; 2217, 2605, 2651, 2720.
+        return 8192, 256, "small steps lower the latency at light load, and several engines leave the GPU no gaps"
+    return 24576, 256, "one engine needs large steps, because launching a step has a fixed cost"
 
 
 def _plan_gpu(plan: Plan, tokens: int, pairs: int, reason: str) -> None:
-    """Memory, steps and processes of the engines; tokens, pairs, reason: of one step where nothing is set."""
+    """Memory, steps and processes of the engines. tokens, pairs and reason are the defaults for one step."""
     cfg, engine, why = plan.cfg, plan.engine, plan.why
     share = cfg.gpu_memory_utilization or 0.85
-    # Each engine checks at its start that its share is free, and the others take theirs at the same time.
+    # Each engine checks at its start that its share is free, while the others allocate theirs.
     engine["gpu_memory_utilization"] = round(share / plan.engines, 3)
     _plan_steps(plan, tokens, pairs, reason)
-    why["quantization"] = "QUANTIZATION" if cfg.quantization else "off: it changes scores, docs/performance.md"
+    why["quantization"] = "QUANTIZATION" if cfg.quantization else "off: it changes scores, see docs/performance.md"
     why["gpu_memory_utilization"] = "GPU_MEMORY_UTILIZATION" if cfg.gpu_memory_utilization else "0.85 unless set"
     if plan.copies > 1 and cfg.tp == 1 and not re.search("--(distributed|pipeline|nnodes)", cfg.extra_args):
-        # vLLM gives each rank a worker process of its own. H100, 0.6B, two engines on the card, vLLM 0.26: 2069 pairs/s
-        # at 64 calls in flight; with the worker inside the engine's process 2335.
+        # By default each rank has a worker process of its own. H100, 0.6B, two engines on the card, vLLM 0.26, pairs/s
+        # at 64 calls in flight: 2069 with worker processes, 2335 with the worker inside the engine's process.
         engine["distributed_executor_backend"] = "uni"
         why["distributed_executor_backend"] = "one process for each engine and its GPU"
     if plan.engines > 1:
@@ -268,10 +268,10 @@ def _plan_gpu(plan: Plan, tokens: int, pairs: int, reason: str) -> None:
 
 
 def _plan_steps(plan: Plan, tokens: int, pairs: int, reason: str) -> None:
-    """Tokens and pairs of one engine step: what is set, else these."""
+    """Tokens and pairs of one engine step: the settings, or the defaults given here."""
     cfg, engine, why = plan.cfg, plan.engine, plan.why
     if engine["max_model_len"] > tokens:
-        tokens, reason = engine["max_model_len"], "no less than max_model_len"
+        tokens, reason = engine["max_model_len"], "at least max_model_len"
     engine["max_num_batched_tokens"] = cfg.max_num_batched_tokens or tokens
     engine["max_num_seqs"] = cfg.max_num_seqs or pairs
     why["max_num_batched_tokens"] = "MAX_NUM_BATCHED_TOKENS" if cfg.max_num_batched_tokens else reason
@@ -279,7 +279,7 @@ def _plan_steps(plan: Plan, tokens: int, pairs: int, reason: str) -> None:
 
 
 def _plan_kv_cache(plan: Plan) -> None:
-    """KV cache of one of several engines on a GPU: vLLM's own measurement would count what the others take."""
+    """KV cache of one of several engines on a GPU. vLLM's own measurement would count the memory of the others."""
     engine, cfg = plan.engine, plan.cfg
     if "--kv-cache-memory-bytes" in cfg.extra_args:
         return
@@ -293,11 +293,11 @@ def _plan_kv_cache(plan: Plan) -> None:
             "MAX_NUM_BATCHED_TOKENS"
         )
     engine["kv_cache_memory_bytes"] = min(left, max(KV_GIB_AT_MOST * GIB, 2 * step))
-    plan.why["kv_cache_memory_bytes"] = f"an engine's share less weights and {ENGINE_GIB} GiB, at most six steps or so"
+    plan.why["kv_cache_memory_bytes"] = f"an engine's share minus weights and {ENGINE_GIB} GiB; about six steps at most"
 
 
 def _plan_tokenizing(plan: Plan) -> None:
-    """API processes and the tokenizer's implementation: they limit a small model on a large GPU."""
+    """API processes and the tokenizer's implementation, which limit a small model on a large GPU."""
     cfg = plan.cfg
     if cfg.api_server_count is None:
         n, why = api_servers(count_weights(plan.checkpoint.config), len(plan.machine.cores), cfg.dp)
@@ -311,21 +311,21 @@ def _plan_tokenizing(plan: Plan) -> None:
 
 
 def _plan_cpu(plan: Plan) -> None:
-    """CPU build: all cores, a KV cache that fits, no compilation (it costs 25 s of every first start)."""
+    """CPU build: all cores, a KV cache that fits, no compilation (which costs 25 s at every first start)."""
     cfg, engine, why, cores = plan.cfg, plan.engine, plan.why, plan.machine.cores
-    _plan_steps(plan, 4096, 128, "a CPU is busy with small steps")
+    _plan_steps(plan, 4096, 128, "small steps already keep a CPU busy")
     engine["enforce_eager"] = True
     if cfg.dtype == "auto":
-        # vLLM's own choice is float16 where a checkpoint is float32, which this CPU build computes many times slower.
+        # vLLM would choose float16 for a float32 checkpoint, and the CPU build computes float16 many times slower.
         engine["dtype"] = "bfloat16" if cpu_has_bf16() else "float32"
-        why["dtype"] = "bfloat16 where the CPU computes it, else float32"
+        why["dtype"] = "bfloat16 if the CPU has instructions for it, else float32"
     if cfg.gpu_memory_utilization:
         engine["gpu_memory_utilization"] = cfg.gpu_memory_utilization
         why["gpu_memory_utilization"] = "GPU_MEMORY_UTILIZATION; on the CPU a share of the host's memory"
     elif "VLLM_CPU_KVCACHE_SPACE" not in {**os.environ, **passed_on_env()}:
         need = 2 * engine["max_num_batched_tokens"] * _kv_bytes_per_token(plan)
         engine["kv_cache_memory_bytes"] = max(GIB, need)
-        why["kv_cache_memory_bytes"] = "room for two engine steps, 1 GiB at least"
+        why["kv_cache_memory_bytes"] = "room for two engine steps, at least 1 GiB"
         all_engines = plan.copies_here * engine["kv_cache_memory_bytes"]
         if all_engines > 0.8 * plan.machine.memory_bytes:
             free = plan.machine.memory_bytes / GIB
@@ -339,11 +339,11 @@ def _plan_cpu(plan: Plan) -> None:
         plan.env["OMP_NUM_THREADS"] = str(max(1, len(cores) // workers))
         why["threads"] = f"{len(cores)} cores shared by {workers} workers"
     elif len(cores) <= 4:
-        # vLLM's own choice keeps a core for the API process; on 2 cores that is half of the machine.
+        # vLLM would reserve a core for the API process; with 2 cores that is half of the machine.
         plan.env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
         why["threads"] = f"all {len(cores)} cores compute"
     else:
-        why["threads"] = "vLLM binds one thread to each physical core but one"
+        why["threads"] = "vLLM binds a thread to each physical core except one"
 
 
 def _kv_bytes_per_token(plan: Plan) -> int:

@@ -1,1 +1,1 @@
-"""One service from start to stop: started, watched, explained, checked. start_rerank.sh calls these modules."""
+"""One service from start to stop. start_rerank.sh calls these modules to start, watch, explain and check it."""

@@ -1,8 +1,8 @@
-"""Does the running service score as its checkpoint's family should? `sh start_rerank.sh check [--reference]`.
+"""Checks whether the running service scores as its model family should: `sh start_rerank.sh check [--reference]`.
 
-The faults that give silently wrong scores on vLLM: no template or a broken one (one token is enough), a head that was
-not loaded (every score the same), another model than the configured one. One line a check; exit code 0, 1 for a fault,
-4 where nothing could be checked.
+These faults give wrong scores without an error: a missing or broken template (one token is enough), a head that was not
+loaded (all scores are the same), and another model than the configured one. It prints one line for each check. Exit
+codes: 0 no fault, 1 a fault, 4 nothing could be checked.
 """
 
 import http.client
@@ -27,15 +27,15 @@ KNOWN = (
     ("如何在 Python 中读取文件？", "用 open() 打开文件，再调用 read() 读取。", "今天天气晴朗，适合去公园散步。"),
 )
 PAIRS = [(query, document) for query, *documents in KNOWN for document in documents]
-# No empty text: vLLM drops the empty second segment of a cross-encoder (docs/scores.md).
+# No text is empty: vLLM drops the empty second segment of a cross-encoder (docs/scores.md).
 PAIRS += [("code", "if (a <| b) { x |> f }\n\n<think> edge ")]
-# Below this hidden size a checkpoint is a test model, which knows no answers. all-MiniLM-L6-v2 has 384.
+# A checkpoint below this hidden size is a test model, which knows no answers. all-MiniLM-L6-v2 has 384.
 REAL_MODEL = 256
-# Largest difference to the float32 reference that bf16 explains; docs/scores.md has the measurements.
+# Largest difference from the float32 reference that bf16 explains; docs/scores.md has the measurements.
 TOLERANCE = 0.02
 
 
-PATIENCE_S = 30.0  # with a service that refuses calls for now
+PATIENCE_S = 30.0  # how long a refused call (429, 503) is repeated
 
 
 class Failed(Exception):
@@ -47,10 +47,10 @@ class NoAnswer(Exception):
 
 
 def ask(cfg: EnvConfig, method: str, path: str, body: dict | None = None) -> bytes:
-    """Body of a 200. Callers may have found the service before this check, so a refusal (429, 503) is asked again.
+    """The body of a 200 answer. The service may be busy with users' calls, so a refused call (429, 503) is repeated.
 
     Raises:
-        NoAnswer: still refused after PATIENCE_S. Failed: another status.
+        NoAnswer: the call is still refused after PATIENCE_S. Failed: any other status.
     """
     end = time.monotonic() + PATIENCE_S
     while True:
@@ -66,7 +66,7 @@ def ask(cfg: EnvConfig, method: str, path: str, body: dict | None = None) -> byt
 
 
 def served(cfg: EnvConfig) -> tuple[Checkpoint, Profile]:
-    """Checkpoint and profile of what the service says it serves."""
+    """Checkpoint and profile of the model that the service reports."""
     models = {m["id"]: m.get("root") for m in json.loads(ask(cfg, "GET", "/v1/models"))["data"]}
     if cfg.served_model_name not in models:
         raise Failed(f"the service has {sorted(models)}, not SERVED_MODEL_NAME={cfg.served_model_name}")
@@ -82,9 +82,9 @@ def score(cfg: EnvConfig, query: str, document: str) -> tuple[float, int]:
 
 
 def prompt_tokens(cfg: EnvConfig, checkpoint: Checkpoint, profile: Profile, query: str, document: str) -> int:
-    """Tokens that the profile's prompt has, counted from the checkpoint's own tokenizer.
+    """Number of tokens in the profile's prompt by the checkpoint's own tokenizer.
 
-    By `tokenizers` and `jinja2` alone: importing transformers would cost every start some seconds.
+    This needs `tokenizers` and `jinja2` only: importing transformers would add seconds to every start.
     """
     from jinja2.sandbox import ImmutableSandboxedEnvironment
     from tokenizers import Tokenizer
@@ -94,7 +94,7 @@ def prompt_tokens(cfg: EnvConfig, checkpoint: Checkpoint, profile: Profile, quer
     tokenizer.no_padding()
     text = profile.template_text(cfg.instruction)
     if text is not None:
-        # The same settings as transformers' apply_chat_template.
+        # The settings of transformers' apply_chat_template.
         template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(text)
         chat = [{"role": "query", "content": query}, {"role": "document", "content": document}]
         return len(tokenizer.encode(template.render(messages=chat)).ids)
@@ -104,7 +104,7 @@ def prompt_tokens(cfg: EnvConfig, checkpoint: Checkpoint, profile: Profile, quer
 
 
 def reference_bytes(checkpoint: Checkpoint) -> int:
-    """Memory that the float32 reference takes: four bytes a weight, and a fifth more for what it computes."""
+    """Memory that the float32 reference needs: four bytes for each weight, plus a fifth for activations."""
     n_weights = 0
     for path in checkpoint.path.glob("*.safetensors"):
         with path.open("rb") as file:
@@ -114,32 +114,32 @@ def reference_bytes(checkpoint: Checkpoint) -> int:
 
 
 def check_engines(cfg: EnvConfig) -> tuple[str, str | None, str]:
-    """(name, fault, seen): every data parallel engine scores, and all score the same pair alike.
+    """(name, fault, seen). Every data parallel engine must score, and all must give a pair the same score.
 
-    vLLM takes an engine of another host without asking for its weights: a wrong checkpoint there would give some pairs
-    other scores.
+    vLLM accepts an engine of another host without comparing its weights. A wrong checkpoint there would change the
+    scores of some pairs.
     """
     before, scores = progress(cfg), []
     n = max(cfg.dp, len(before))
     with ThreadPoolExecutor(2 * n) as pool:
-        for _ in range(5):  # vLLM gives a pair to the engine with the least to do: some rounds reach all of them
+        for _ in range(5):  # vLLM picks the least busy engine, so a few rounds reach all of them
             scores += [s for s, _ in pool.map(lambda _: score(cfg, *PAIRS[0]), range(4 * n))]
             time.sleep(0.3)
     after = progress(cfg)
     idle = [engine for engine in sorted(after) if after[engine][0] == before.get(engine, (0.0,))[0]]
     fault = None
     if len(after) < n or idle:
-        fault = f"of {n} engines {len(after) - len(idle)} scored"
+        fault = f"only {len(after) - len(idle)} of {n} engines scored"
     elif max(scores) - min(scores) > TOLERANCE:
         fault = (
             f"the same pair has scores from {min(scores):.4f} to {max(scores):.4f}: the engines do not serve the same "
             "weights in the same way (another checkpoint, dtype or release on one of the hosts?)"
         )
-    return "engines", fault, f"{n} engines score the same pair alike within {max(scores) - min(scores):.1e}"
+    return "engines", fault, f"the scores of {n} engines for the same pair agree within {max(scores) - min(scores):.1e}"
 
 
 def run_checks(cfg: EnvConfig, reference: bool = False) -> Iterator[tuple[str, str | None, str]]:
-    """Yield (check, fault or None, what was seen), cheap checks first."""
+    """Yield (check, fault or None, observation), cheap checks first."""
     try:
         checkpoint, profile = served(cfg)
     except (Failed, ConfigError) as exc:
@@ -154,12 +154,12 @@ def run_checks(cfg: EnvConfig, reference: bool = False) -> Iterator[tuple[str, s
         got = [answer[1] for answer in answers]
         fault = None
         if got != wanted:
-            fault = f"prompts have {got} tokens, the profile's have {wanted}: another template is served"
+            fault = f"prompts have {got} tokens, the profile's have {wanted}: the service uses another template"
         yield "prompt", fault, f"{len(PAIRS)} prompts have the profile's {min(wanted)} to {max(wanted)} tokens"
     else:
         yield "prompt", None, "skipped: the checkpoint has no tokenizer.json"
 
-    # A head whose checkpoint names no activation (ms-marco) gives the logit itself: any finite number.
+    # A head without activation (ms-marco) returns the logit itself, which can be any finite number.
     low, high = (0.0, 1.0) if profile.template else (-1.0, 1.0) if profile.reference == "embedding" else (None, None)
     fault = None
     if not all(isinstance(s, float) and math.isfinite(s) for s in scores):
@@ -176,7 +176,7 @@ def run_checks(cfg: EnvConfig, reference: bool = False) -> Iterator[tuple[str, s
     if checkpoint.config.get("hidden_size", 0) < REAL_MODEL:
         yield "answers", None, "skipped: a test model knows no answers"
     else:
-        # An English model is not asked in Chinese: its tokenizer knows hardly a Chinese character.
+        # The Chinese question is not for an English model, whose tokenizer knows few Chinese characters.
         known = KNOWN if checkpoint.config.get("vocab_size", 0) > 50_000 else KNOWN[:1]
         usable = [s if isinstance(s, float) else math.nan for s in scores]
         wrong = [k[0] for i, k in enumerate(known) if not usable[2 * i] > usable[2 * i + 1]]
@@ -186,7 +186,7 @@ def run_checks(cfg: EnvConfig, reference: bool = False) -> Iterator[tuple[str, s
     if reference:
         needed, free = reference_bytes(checkpoint), free_memory()
         if needed > free:
-            sizes = f"transformers in float32 needs {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB of memory are free"
+            sizes = f"transformers in float32 needs {needed / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB are free"
             yield "reference", f"not compared: {sizes}", ""
             return
         from rerank_kit.models.pair import Pair
@@ -209,7 +209,7 @@ def main(argv: list[str]) -> int:
         cfg = get_config()
         vllm_version()
         if is_headless(cfg):
-            raise ConfigError(f"NODE_RANK={cfg.node_rank} has no API: run check on node 0, it asks all engines")
+            raise ConfigError(f"NODE_RANK={cfg.node_rank} has no API: run check on node 0, which asks all engines")
         for name, fault, seen in run_checks(cfg, "--reference" in argv):
             failed += fault is not None
             if fault or "--quiet" not in argv:
@@ -224,10 +224,10 @@ def main(argv: list[str]) -> int:
         print(f"FAILED  {exc}")
         return 1
     except ImportError as exc:
-        print(f"FAILED  this Python cannot check: {exc}; use the one that serves (sh start_rerank.sh python)")
+        print(f"FAILED  this Python lacks a package: {exc}; use the one that serves (sh start_rerank.sh python)")
         return 4
     except (ValueError, LookupError, TypeError) as exc:
-        print(f"FAILED  an answer is not what vLLM gives: {type(exc).__name__}: {exc}")
+        print(f"FAILED  an answer does not have vLLM's format: {type(exc).__name__}: {exc}")
         return 1
     return 1 if failed else 0
 

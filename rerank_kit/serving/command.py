@@ -1,6 +1,6 @@
-"""The `vllm serve` command of a plan: explained, checked, started.
+"""Builds the `vllm serve` command of a plan, to explain, check or start it.
 
-`python -m rerank_kit.serving.command cfg | check | vllm | exec`; start_rerank.sh calls it.
+start_rerank.sh calls `python -m rerank_kit.serving.command cfg | check | vllm | exec`.
 """
 
 import json
@@ -26,8 +26,8 @@ def serve_args(plan: Plan, group: int = 0, rpc_port: int | str = "FREE_PORT") ->
 
     Args:
         group: 0 = API processes and the first engine of each GPU; 1, 2 ... = the next engine of each GPU, without an
-            API: to vLLM a further (headless) node of one data parallel service, which here is the same host.
-        rpc_port: where the groups find each other, on loopback.
+            API. vLLM takes such a group for a headless node of a data parallel service, here on the same host.
+        rpc_port: loopback port at which the groups connect to each other.
     """
     cfg, engine = plan.cfg, dict(plan.engine)
     args = ["serve", engine.pop("model")]
@@ -51,11 +51,11 @@ def serve_args(plan: Plan, group: int = 0, rpc_port: int | str = "FREE_PORT") ->
     try:
         return args + shlex.split(cfg.extra_args)
     except ValueError as exc:
-        raise ConfigError(f"EXTRA_ARGS={_hidden(cfg.extra_args)!r} does not read as shell words: {exc}") from None
+        raise ConfigError(f"EXTRA_ARGS={_hidden(cfg.extra_args)!r} is not valid shell syntax: {exc}") from None
 
 
 def _api_args(plan: Plan) -> list[str]:
-    """What the API processes need beside the engine's arguments."""
+    """Arguments for the API processes, in addition to the engine's."""
     cfg, args = plan.cfg, ["--disable-uvicorn-access-log"]
     if plan.template is not None:
         args += ["--chat-template", str(_template_file(plan))]
@@ -70,30 +70,30 @@ def _api_args(plan: Plan) -> list[str]:
 
 
 def shown_args(plan: Plan, group: int = 0) -> list[str]:
-    """serve_args() for people to read: a key or token that EXTRA_ARGS brings is not shown."""
+    """serve_args() for display: keys and tokens from EXTRA_ARGS are hidden."""
     return _hidden("\0".join(serve_args(plan, group))).split("\0")
 
 
 def shown_env(env: dict[str, str]) -> dict[str, str]:
-    """The part of an environment that changes what `vllm serve` does, without its key."""
+    """The variables that change what `vllm serve` does, without the API key."""
     return {k: v for k, v in env.items() if re.match(r"(VLLM|NCCL|OMP|GUARD)_|CUDA_VISIBLE", k) and k != "VLLM_API_KEY"}
 
 
 def _hidden(text: str) -> str:
-    """Arguments without the values of keys and tokens."""
-    more = r"(?:[\s\0]+(?!-)[^\s\0]+)*"  # --api-key takes several
+    """The text with the values of key and token arguments replaced by ***."""
+    more = r"(?:[\s\0]+(?!-)[^\s\0]+)*"  # --api-key takes several values
     return re.sub(rf"(--(?:api[-_]key|hf[-_]token)[=\s\0]+)[^\s\0]+{more}", r"\1***", text)
 
 
 def _template_file(plan: Plan) -> Path:
-    """The profile's template; with INSTRUCTION set, a copy in LOG_DIR that carries it."""
+    """The profile's template; if INSTRUCTION is set, a copy in LOG_DIR that contains it."""
     if not plan.cfg.instruction:
         return KIT_DIR / "profiles" / plan.profile.template
     return plan.cfg.log_path / f"template-{plan.cfg.port}.jinja"
 
 
 def explain(plan: Plan) -> str:
-    """What `start_rerank.sh cfg` prints: every setting, every choice, the exact command."""
+    """The output of `start_rerank.sh cfg`: every setting, every choice, the exact command."""
     cfg = plan.cfg
     lines = ["# settings (argument > environment > .env > default)"]
     for key, item in FIELDS.items():
@@ -121,9 +121,9 @@ def explain(plan: Plan) -> str:
 
 
 def server_commands(plan: Plan) -> tuple[list[list[str]], dict[str, str]]:
-    """(argv of each `vllm serve`, their environment). The first is the service, the others engines beside it.
+    """(argv of each `vllm serve`, their environment). The first is the service, the others are engines beside it.
 
-    The API key travels in the environment, not in the process list.
+    The API key is in the environment, because everybody can read the process list.
     """
     make_adapted(plan.checkpoint, plan.profile, Path(plan.engine["model"]))
     if plan.cfg.instruction and plan.template is not None:
@@ -154,26 +154,26 @@ def _write_once(path: Path, text: str) -> None:
 
 
 def with_kit_on_path(env: dict[str, str]) -> dict[str, str]:
-    """The environment with the kit's folder first on PYTHONPATH: vLLM imports the guard from there."""
+    """The environment with the kit's folder first on PYTHONPATH, from where vLLM imports the guard."""
     others = [folder for folder in env.get("PYTHONPATH", "").split(os.pathsep) if folder not in ("", str(KIT_DIR))]
     return {**env, "PYTHONPATH": os.pathsep.join([str(KIT_DIR), *others])}
 
 
 def _free_port() -> int:
-    """A port of loopback that is free and stays so until vLLM binds it, a minute later.
+    """A loopback port that is free now and stays free until vLLM binds it, up to a minute later.
 
-    From below the kernel's range for outgoing connections: clients of this host take ports from that all the time.
+    Chosen below the ephemeral range, so that no outgoing connection takes it before vLLM binds.
     """
     for _ in range(100):
         port = random.SystemRandom().randrange(20000, 32000)
         with socket.socket() as found, suppress(OSError):
             found.bind(("127.0.0.1", port))
             return port
-    raise ConfigError("no free port between 20000 and 32000 on 127.0.0.1 for the engines of this service")
+    raise ConfigError("no port between 20000 and 32000 on 127.0.0.1 is free for the engines of this service")
 
 
 def become_server(plan: Plan) -> None:
-    """Replace this process by `vllm serve`, or by a supervisor of several that act as one, here or on several hosts."""
+    """Replace this process by `vllm serve`, or by a supervisor if the service has several servers or hosts."""
     commands, env = server_commands(plan)
     if len(commands) > 1 or has_other_nodes(plan.cfg):
         supervisor = [sys.executable, "-P", "-m", "rerank_kit.serving.supervisor", "foreground"]
@@ -184,7 +184,7 @@ def become_server(plan: Plan) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """`cfg` explains, `check` validates, `vllm` names the release, `exec` becomes the server."""
+    """`cfg` explains the plan, `check` validates it, `vllm` prints the release, `exec` becomes the server."""
     if len(argv) != 1 or argv[0] not in ("cfg", "check", "vllm", "exec"):
         print("usage: python -m rerank_kit.serving.command cfg | check | vllm | exec", file=sys.stderr)
         return 2
@@ -198,7 +198,7 @@ def main(argv: list[str]) -> int:
         elif argv[0] == "check":
             vllm_command()
             serve_args(plan)
-            if not is_headless(plan.cfg):  # that listens on nothing
+            if not is_headless(plan.cfg):  # a headless node listens on no port
                 check_network(plan.cfg)
                 hold_port(plan.cfg).close()
                 check_port(plan.cfg)
@@ -212,7 +212,7 @@ def main(argv: list[str]) -> int:
     except ConfigError as exc:
         print(f"ConfigError: {exc}", file=sys.stderr)
         return 6
-    except OSError as exc:  # a folder, the weights or LOG_DIR belong to somebody else
+    except OSError as exc:  # another user owns the folder, the weights or LOG_DIR
         print(f"ConfigError: {exc.filename}: {exc.strerror}", file=sys.stderr)
         return 6
     return 0

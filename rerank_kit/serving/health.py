@@ -1,7 +1,7 @@
-"""Is the service of this configuration ready, loading or dead, and why? Asked by start_rerank.sh and the supervisor.
+"""Finds out whether the configured service is ready, loading or dead, and why. start_rerank.sh and the supervisor ask.
 
-Standard library only, and one process for a whole wait: the machine is busy loading the model. status.py shows the
-whole picture.
+Standard library only, and one process for a whole wait, because the machine is busy loading the model. status.py
+reports the complete state.
 """
 
 import http.client
@@ -22,16 +22,16 @@ from rerank_kit.serving.log_causes import phase, read_log, root_cause
 from rerank_kit.settings import ConfigError, EnvConfig, get_config
 
 READY, DIED, LOADING = 0, 1, 4  # exit codes
-WARMING = "warming up"  # a supervisor's state between the first score and ready
+WARMING = "warming up"  # the supervisor's state between the first score and ready
 BUSY = "busy: it scores, and refuses further calls for now (429)"
 
-PROBE_PAIRS = 4  # that the supervisor scores on each of several engines, every 10 s
+PROBE_PAIRS = 4  # pairs that the supervisor scores on each of several engines, every 10 s
 
 
 def request(
     cfg: EnvConfig, method: str, path: str, body: dict | None = None, timeout_s: float = 5.0
 ) -> tuple[int, bytes]:
-    """One HTTP call to the own service, past any proxy.
+    """One HTTP call to this configuration's service, without a proxy.
 
     Returns:
         (status, body).
@@ -41,7 +41,7 @@ def request(
     """
     url = urlsplit(cfg.service_url)
     if url.scheme == "https":
-        # The certificate has the name that clients use; this goes to the host's own port.
+        # The certificate has the name that clients use, and this call goes to a local address.
         context = ssl._create_unverified_context()
         connection = http.client.HTTPSConnection(url.hostname, url.port, timeout=timeout_s, context=context)
     else:
@@ -58,7 +58,7 @@ def request(
 
 
 def probe(cfg: EnvConfig, timeout_s: float = 60.0, n_docs: int = 1) -> str | None:
-    """Score n_docs pairs. None when the score is a finite number, BUSY for a refusal by load, else what is wrong."""
+    """Score n_docs pairs. Returns None if the score is finite, BUSY after a 429, else the fault."""
     body = {"model": cfg.served_model_name, "query": "ping", "documents": ["pong"] * n_docs}
     try:
         status, data = request(cfg, "GET", "/health", timeout_s=5)
@@ -80,12 +80,12 @@ def probe(cfg: EnvConfig, timeout_s: float = 60.0, n_docs: int = 1) -> str | Non
 
 
 def warm_up(cfg: EnvConfig, n_calls: int = 32, n_docs: int = 64, timeout_s: float = 120.0) -> int:
-    """Score a burst of made-up documents, so that no user's call meets what is compiled on first use.
+    """Score a burst of made-up documents, so that no user's call waits for kernels that are compiled on first use.
 
-    On an H100 the first burst after a start took up to 10 s for that, after which the guard refused calls.
+    On an H100 the first burst after a start took up to 10 s because of that, and the guard then refused calls.
 
     Returns:
-        Calls that were answered with scores.
+        Number of calls that were answered with scores.
     """
     rng = random.Random(0)
     words = [f"{a}{b}" for a in ("ca", "do", "en", "mi", "pro") for b in ("pital", "main", "gine", "nute", "cess")]
@@ -103,7 +103,7 @@ def warm_up(cfg: EnvConfig, n_calls: int = 32, n_docs: int = 64, timeout_s: floa
 
 
 def healthy(cfg: EnvConfig) -> int:
-    """0 when /health answers 200, else 1 with the reason: for a container's health check, which must not score."""
+    """Print the answer of /health and return 0 if it is 200, else 1. A container's health check must not score."""
     try:
         status = request(cfg, "GET", "/health")[0]
     except (OSError, http.client.HTTPException) as exc:
@@ -113,7 +113,7 @@ def healthy(cfg: EnvConfig) -> int:
 
 
 def listens(cfg: EnvConfig) -> bool:
-    """Something accepts connections on the service's port."""
+    """Whether something accepts connections on the service's port."""
     url = urlsplit(cfg.service_url)
     try:
         with socket.create_connection((url.hostname, url.port), timeout=2):
@@ -123,7 +123,7 @@ def listens(cfg: EnvConfig) -> bool:
 
 
 def samples(cfg: EnvConfig) -> list[tuple[str, str, float]]:
-    """The server's metrics: (name, labels as they stand in braces, value); empty without an answer."""
+    """The server's metrics: (name, text of the labels, value); empty without an answer."""
     try:
         status, data = request(cfg, "GET", "/metrics")
     except (OSError, http.client.HTTPException):
@@ -142,10 +142,10 @@ def metrics(cfg: EnvConfig) -> dict[str, float]:
 
 
 def progress(cfg: EnvConfig) -> dict[str, tuple[float, bool]]:
-    """{engine: (a number that grows while it scores, it has pairs now)}; empty = the server does not tell.
+    """{engine: (a counter that grows while it scores, whether it holds pairs)}; empty if the server has no metrics.
 
-    Engines are those of vLLM's own metrics; without them (--disable-log-stats) the guard's count of answered pairs
-    stands for all under the name "".
+    The engines are those of vLLM's metrics. Without these (--disable-log-stats) there is one entry "" with the guard's
+    count of answered pairs.
     """
     steps, held, pairs = {}, {}, None
     for name, labels, value in samples(cfg):
@@ -162,22 +162,22 @@ def progress(cfg: EnvConfig) -> dict[str, tuple[float, bool]]:
 
 
 def pid_file(cfg: EnvConfig) -> Path:
-    """PID and start time of the supervisor, which leads the service's session, and its this_machine()."""
+    """The file with PID, start time and this_machine() of the supervisor, which leads the service's session."""
     return cfg.log_path / f"rerank-{cfg.port}.pid"
 
 
 def state_file(cfg: EnvConfig) -> Path:
-    """What the supervisor knows, as JSON."""
+    """The file with the supervisor's State as JSON."""
     return cfg.log_path / f"rerank-{cfg.port}.state"
 
 
 def log_file(cfg: EnvConfig) -> Path:
-    """Output of the server and its supervisor."""
+    """The file with the output of the server and its supervisor."""
     return cfg.log_path / f"rerank-{cfg.port}.log"
 
 
 def supervised_state(cfg: EnvConfig, pid: int) -> str | None:
-    """The state by the supervisor `pid`; None when that process writes none (start_rerank.sh run)."""
+    """The state that the supervisor `pid` wrote; None if it writes none (start_rerank.sh run)."""
     try:
         known = json.loads(state_file(cfg).read_text("utf-8"))
         return known["state"] if known["pid"] == pid else None
@@ -186,9 +186,9 @@ def supervised_state(cfg: EnvConfig, pid: int) -> str | None:
 
 
 def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
-    """Wait until a scored probe answers, the process dies, or the time is over; progress on stderr.
+    """Wait until a probe is scored, the process dies, or timeout_s is over; progress goes to stderr.
 
-    `log` may be /dev/null, for a server whose output goes elsewhere (journal, container).
+    `log` may be /dev/null if the output of the server goes elsewhere (journal, container).
 
     Returns:
         READY, DIED or LOADING.
@@ -199,12 +199,12 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
     while True:
         waited = time.monotonic() - begin
         if not is_alive(pid):
-            cause = root_cause(read_log(log)) if log.is_file() else "its own output says why"
+            cause = root_cause(read_log(log)) if log.is_file() else "see the server's own output"
             print(f"[ERR] died after {waited:.0f} s: {cause}", file=sys.stderr)
             return DIED
         now = phase(read_log(log)) if log.is_file() else "loading"
         if is_headless(cfg) and not log.is_file():
-            print(f"{describe_node(cfg)} is started; its own output says when it is registered at the head")
+            print(f"{describe_node(cfg)} is started; its own output shows when it has registered at the head")
             return READY
         if is_headless(cfg) and supervised_state(cfg, pid) == "ready":
             print(f"ready after {waited:.0f} s: {describe_node(cfg)} is registered at the head")
@@ -214,11 +214,11 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
         now = WARMING if open_now and supervised_state(cfg, pid) == WARMING else now
         since, looked = looked, time.monotonic()
         spent[now] = spent.get(now, 0.0) + looked - since
-        if open_now:  # a server that loads must not be asked for scores
+        if open_now:  # a loading server must not be asked for scores
             last = probe(cfg)
             answered = answered or (time.monotonic() if last in (None, BUSY) else 0.0)
-            # A supervisor must have seen it too: a death before that is a failed start to it. Where it cannot say so
-            # (full disk), its silence does not count for long.
+            # The supervisor must have seen the score too, because it takes an earlier death for a failed start. If it
+            # cannot write its state (full disk), this waits 5 s for it.
             state = supervised_state(cfg, pid)
             seen = state in ("ready", None) or (state != WARMING and time.monotonic() - answered > 5)
             if last in (None, BUSY) and seen:
@@ -236,7 +236,7 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """`wait PID LOG`: until the process PID scores, with progress from the log. `healthy`: does /health answer 200?"""
+    """`wait PID LOG` waits until the process PID scores, and shows progress from the log. `healthy` checks /health."""
     try:
         cfg = get_config()
     except ConfigError as exc:

@@ -1,11 +1,11 @@
-"""What the server's log says: what it is doing, and why it died, in one line."""
+"""Reads the server's log: what the server is doing, and why it died, in one line."""
 
 import re
 from pathlib import Path
 
 from rerank_kit.serving.peers import NO_HEAD
 
-# What the log says while vLLM starts, in the order in which it happens.
+# Log lines of a starting vLLM, in the order of their appearance.
 PHASES = (
     (r"in headless mode, with head node address", "waiting for the head"),
     (r"Starting to load model", "loading weights"),
@@ -16,9 +16,9 @@ PHASES = (
     (r"Starting vLLM (API )?server|Application startup complete", "opening the port"),
 )
 
-# First match in the log wins; the more specific stands first.
+# The first pattern that matches is the cause, so the more specific ones come first.
 CAUSES = (
-    (r"(?i)no space left on device", "no space left on a disk: free some, or move LOG_DIR or the caches"),
+    (r"(?i)no space left on device", "no space left on a disk: free some space, or move LOG_DIR or the caches"),
     (
         r"(?i)cuda out of memory|OutOfMemoryError|out of memory",
         "out of GPU memory: lower GPU_MEMORY_UTILIZATION or MAX_NUM_BATCHED_TOKENS, or free the GPU",
@@ -53,15 +53,15 @@ CAUSES = (
     ),
     (r"ConfigError: .*", "the configuration cannot be used"),
     (r"(?m)^\[ERR\] .*", "the supervisor could not start it"),
-    (NO_HEAD, "the head (node 0) is not there: start it, and see DP_ADDRESS, DP_RPC_PORT and the network"),
+    (NO_HEAD, "the head (node 0) does not answer: start it, and check DP_ADDRESS, DP_RPC_PORT and the network"),
     (r"(?m)^(?!.*initialization failed\. See root cause above).*\b\w*(?:Error|Exception): .+$", "an error in vLLM"),
 )
-START_MARK = re.compile(r"^\[kit\] \S+ start ", re.MULTILINE)  # by the supervisor, before each start
+START_MARK = re.compile(r"^\[kit\] \S+ start ", re.MULTILINE)  # the supervisor writes it before each start
 QUIET = re.compile(r"^(\(\w[\w -]* pid=\d+\) )?(DEBUG|INFO|WARNING) |^\[kit\] ", re.MULTILINE)
 
 
 def phase(log_text: str) -> str:
-    """What the server is doing, from its log so far."""
+    """What the server is doing, by its log so far."""
     found = "importing vLLM"
     for pattern, name in PHASES:
         if re.search(pattern, log_text):
@@ -70,8 +70,8 @@ def phase(log_text: str) -> str:
 
 
 def root_cause(log_text: str) -> str:
-    """One line: why the server died, with the log's own words behind it."""
-    # Warnings name errors that did not happen ("this can cause ... Too many open files").
+    """One line: why the server died, followed by the log's own words in brackets."""
+    # Warnings mention errors that did not happen ("this can cause ... Too many open files").
     log_text = "\n".join(line for line in log_text.splitlines() if not QUIET.match(line))
     for pattern, meaning in CAUSES:
         match = re.search(pattern, log_text)
@@ -82,11 +82,11 @@ def root_cause(log_text: str) -> str:
             line = re.sub(r"^\(\w+ pid=\d+\)\s*|^\w+ \d\d-\d\d [\d:]+ \[[^]]*\]\s*", "", line.strip())
             line = re.sub(r"^(ERROR|WARNING|INFO) [\d: -]+\[[^]]*\]\s*", "", line)
             return f"{meaning} [{line.strip()[:240]}]"
-    return "the log names no error: the process was killed from outside, or by the kernel for its memory (see dmesg)"
+    return "the log names no error: somebody killed the process, or the kernel did for lack of memory (see dmesg)"
 
 
 def read_log(path: Path, limit: int = 4_000_000) -> str:
-    """The log since the last start, its last `limit` bytes at most; empty if there is none yet."""
+    """The log since the last start, at most its last `limit` bytes; empty if there is no log yet."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - limit))

@@ -1,4 +1,4 @@
-"""May the service listen where it is told to: strangers, TLS files, a port that is taken. Asked before it starts."""
+"""Checks before a start whether the service may listen at its address: missing key, TLS files, a taken port."""
 
 import errno
 import ipaddress
@@ -12,7 +12,7 @@ from rerank_kit.settings import KIT_DIR, ConfigError, EnvConfig, passed_on_env
 
 
 def check_network(cfg: EnvConfig) -> None:
-    """Raise ConfigError for a service that strangers could use, and for TLS files that cannot be read."""
+    """Raise ConfigError if strangers could use the service, or if the TLS files cannot be read."""
     try:
         own = ipaddress.ip_address(cfg.host).is_loopback
     except ValueError:
@@ -21,10 +21,10 @@ def check_network(cfg: EnvConfig) -> None:
         lacks = "there is no API_KEY" if not cfg.api_key else "with GUARD=0 vLLM asks for the key on /v1 paths only"
         raise ConfigError(
             f"HOST={cfg.host} opens the service to the network, and {lacks}: set API_KEY or API_KEY_FILE and GUARD=1, "
-            "or ALLOW_NO_KEY=1 where the network itself keeps strangers out"
+            "or ALLOW_NO_KEY=1 if the network itself keeps strangers out"
         )
     if not cfg.api_key and {**passed_on_env(), **os.environ}.get("VLLM_API_KEY"):
-        raise ConfigError("VLLM_API_KEY is set, which the kit's own calls do not know: set API_KEY in its place")
+        raise ConfigError("VLLM_API_KEY is set, but the kit's own calls do not send it: set API_KEY instead")
     if cfg.ssl_certfile or cfg.ssl_keyfile:
         certificate, key = tls_files(cfg)
         try:
@@ -35,18 +35,18 @@ def check_network(cfg: EnvConfig) -> None:
 
 
 def tls_files(cfg: EnvConfig) -> tuple[str, str]:
-    """Paths of certificate and key; relative ones lie beside the kit. ConfigError where one of them is not set."""
+    """Paths of certificate and key; a relative one starts at the kit's folder. ConfigError if one is not set."""
     if not (cfg.ssl_certfile and cfg.ssl_keyfile):
-        raise ConfigError("SSL_CERTFILE and SSL_KEYFILE belong together: set both, or none")
+        raise ConfigError("SSL_CERTFILE and SSL_KEYFILE belong together: set both or neither")
     certificate, key = (KIT_DIR / Path(name).expanduser() for name in (cfg.ssl_certfile, cfg.ssl_keyfile))
     return str(certificate), str(key)
 
 
 def check_port(cfg: EnvConfig) -> None:
-    """Raise ConfigError when the address cannot be bound: in use, not of this host, or not permitted."""
+    """Raise ConfigError if the address cannot be bound: it is in use, not of this host, or not permitted."""
     family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # Connections of an earlier server may linger; a listening socket still makes the bind fail.
+        # Connections of an earlier server may linger. With this option only a listening socket makes the bind fail.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((cfg.host, cfg.port))
@@ -63,10 +63,10 @@ def check_port(cfg: EnvConfig) -> None:
 
 
 def _is_reserved(cfg: EnvConfig, family: int) -> bool:
-    """Another process has bound the port and does not listen: no list shows such a socket.
+    """Whether another process has bound the port without listening yet. /proc/net and ss do not list such a socket.
 
-    Two that load for one port both succeed in binding it; with several API processes (SO_REUSEPORT) both would then
-    listen, and the kernel would deal the calls out between two models.
+    Two loading servers can both bind one port. With several API processes (SO_REUSEPORT) both would then listen, and
+    the kernel would distribute the calls over two models.
     """
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:
@@ -75,7 +75,7 @@ def _is_reserved(cfg: EnvConfig, family: int) -> bool:
             taken = exc.errno == errno.EADDRINUSE
         else:
             return False
-    for name in ("tcp", "tcp6"):  # connections of an earlier server, which may linger
+    for name in ("tcp", "tcp6"):  # connections of an earlier server may linger
         with suppress(OSError):
             rows = Path(f"/proc/net/{name}").read_text().splitlines()[1:]
             taken = taken and not any(int(row.split()[1].rpartition(":")[2], 16) == cfg.port for row in rows)
@@ -83,13 +83,13 @@ def _is_reserved(cfg: EnvConfig, family: int) -> bool:
 
 
 def hold_port(cfg: EnvConfig) -> socket.socket:
-    """Reserve HOST:PORT among the services of the kit, for as long as the returned socket is open.
+    """Reserve HOST:PORT among the services of the kit for as long as the returned socket is open.
 
-    vLLM binds its port only some seconds after the start, and listens when it has loaded. An abstract Unix name belongs
-    to the network namespace, as ports do, and is free again when its owner is dead, however it died.
+    vLLM binds its port some seconds after the start, and listens only when it has loaded. An abstract Unix socket name
+    belongs to the network namespace, as ports do, and is released when its owner dies in any way.
 
     Raises:
-        ConfigError: another one loads or serves there.
+        ConfigError: another service of the kit loads or serves at this address.
     """
     holder = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

@@ -1,4 +1,4 @@
-"""Are the other hosts of a multi-node service still there? Seen by the TCP connections between the nodes."""
+"""Detects lost hosts of a multi-node service by the TCP connections between the nodes."""
 
 import ipaddress
 import os
@@ -12,12 +12,12 @@ from pathlib import Path
 from rerank_kit.engine.nodes import head_address, is_headless
 from rerank_kit.settings import EnvConfig
 
-LOST_AFTER_S = 5.0  # without a connection; ZeroMQ reconnects a dropped one within a second
+LOST_AFTER_S = 5.0  # without a connection; ZeroMQ restores a dropped one within a second
 LOOK_EVERY_S = 1.0
 CONNECT_S = 3.0
-# Of one segment, each after twice the time: 0.2 + 0.4 + ... = 12.6 s without an answer.
+# Retransmits of one segment, with doubling intervals: 0.2 + 0.4 + ... = 12.6 s without an answer.
 MOST_RETRANSMITS = 6
-# What vLLM says when the head was not there for five minutes (HANDSHAKE_TIMEOUT_MINS in vllm/v1/engine/core.py).
+# vLLM logs this when the head did not answer for five minutes (HANDSHAKE_TIMEOUT_MINS in vllm/v1/engine/core.py).
 NO_HEAD = r"Did not receive response from front-end.*"
 HEAD_LOST = "the head is lost"
 ESTABLISHED, LISTEN = "01", "0A"
@@ -35,14 +35,14 @@ def _endpoint(text: str) -> tuple[str, int]:
 
 
 def connections(pids: list[int]) -> tuple[dict[tuple, int], set[int]]:
-    """The processes' TCP connections to others than these processes, and the ports on which they listen.
+    """TCP connections from these processes to other processes, and the ports on which these processes listen.
 
     Returns:
-        ({(own address, own port, other address, other port): retransmits of its oldest segment}, ports).
+        ({(own address, own port, other address, other port): retransmits of the oldest segment}, ports).
     """
     inodes = set()
     for pid in pids:
-        with suppress(OSError):  # ended
+        with suppress(OSError):  # the process has ended
             for fd in Path(f"/proc/{pid}/fd").iterdir():
                 with suppress(OSError):
                     if found := re.fullmatch(r"socket:\[(\d+)\]", os.readlink(fd)):
@@ -60,7 +60,7 @@ def connections(pids: list[int]) -> tuple[dict[tuple, int], set[int]]:
 
 
 def accepts(address: str, port: int, timeout_s: float = CONNECT_S) -> bool:
-    """Something listens there."""
+    """Whether something listens there."""
     try:
         with socket.create_connection((address, port), timeout=timeout_s):
             return True
@@ -69,19 +69,19 @@ def accepts(address: str, port: int, timeout_s: float = CONNECT_S) -> bool:
 
 
 class Peers(threading.Thread):
-    """Watches the connections of this node's vLLM to the other nodes, from the first ready on.
+    """Watches the connections of this node's vLLM to the other nodes, from the first time that it is ready.
 
-    On the head the others connect to it: one that is gone, or does not acknowledge what is sent, is lost. A headless
-    node connects to the head and asks, too, whether the head still listens there: an idle connection tells nothing.
+    The other nodes connect to the head. A node is lost when its connection is gone or it does not acknowledge data. A
+    headless node also checks that the head still listens, because an idle connection does not show a lost head.
     """
 
     def __init__(self, cfg: EnvConfig, pids):
         super().__init__(daemon=True)
-        self.cfg, self.pids = cfg, pids  # pids() = the processes of this vLLM
+        self.cfg, self.pids = cfg, pids  # pids() returns the processes of this vLLM
         self.head = head_address(cfg)
-        self.ready = False  # headless: vLLM's engines are connected to the head
+        self.ready = False  # on a headless node: its engines are connected to the head
         self.baseline: set[tuple] = set()
-        self.why = ""  # the others are lost: why
+        self.why = ""  # why the other nodes count as lost; empty = they do not
         self.stopped = threading.Event()
         self.start()
 
@@ -91,7 +91,7 @@ class Peers(threading.Thread):
             now = self._now()
             if not self.baseline:
                 if is_headless(self.cfg) and now:
-                    # The first ones come one after the other: wait until they stay the same.
+                    # The first connections open one by one: wait until their set is stable.
                     self.stopped.wait(LOOK_EVERY_S)
                     if set(self._now()) == set(now):
                         self.watch(now)
@@ -106,23 +106,23 @@ class Peers(threading.Thread):
                 return
 
     def hangs(self) -> str:
-        """Nothing here hangs: what can happen is lost()."""
+        """Always empty: peers get lost, see lost()."""
         return ""
 
     def lost(self) -> str:
-        """Why this node's vLLM must be started again; empty = it need not."""
+        """Why this node's vLLM must be restarted; empty = no reason."""
         if not self.why:
             return ""
         if is_headless(self.cfg):
-            return f"{HEAD_LOST}: {self.why}; its engines cannot find back to it"
-        return f"a node is lost: {self.why}; calls sent there would wait for ever, and vLLM takes no engine back"
+            return f"{HEAD_LOST}: {self.why}; its engines cannot reconnect to it"
+        return f"a node is lost: {self.why}; calls sent there would hang permanently, and vLLM takes no engine back"
 
     def watch(self, now: dict | None = None) -> None:
-        """From now on, what is connected must stay so."""
+        """Take the current connections as those that must stay."""
         self.baseline = set(self._now() if now is None else now)
 
     def _now(self) -> dict[tuple, int]:
-        """Connections between engines and API of different nodes; the handshake's and HTTP's are neither."""
+        """Connections between engines and API of different nodes, without those of the handshake and HTTP."""
         found, ports = connections(self.pids())
         if is_headless(self.cfg):
             return {key: n for key, n in found.items() if key[2] == self.head and key[3] != self.cfg.dp_rpc_port}
@@ -130,7 +130,7 @@ class Peers(threading.Thread):
         return {key: n for key, n in found.items() if key[1] in ports}
 
     def _wrong(self, now: dict[tuple, int]) -> str:
-        """What is wrong with the connections; empty = nothing."""
+        """The fault of the connections; empty = none."""
         for address in sorted({key[2] for key in self.baseline}):
             here = [key for key in now if key[2] == address]
             if len(here) < sum(key[2] == address for key in self.baseline):

@@ -1,7 +1,7 @@
-"""The state of the service of this configuration, in one line or as JSON: `sh start_rerank.sh status [--json]`.
+"""The state of the configured service, in one line or as JSON: `sh start_rerank.sh status [--json]`.
 
-Exit codes are LSB's: 0 ready, 1 dead with a PID file, 3 not running, 4 it cannot be told from here, 150 alive but not
-ready.
+Exit codes are LSB's: 0 ready, 1 dead with a PID file, 3 not running, 4 unknown (another host or user), 150 alive but
+not ready.
 """
 
 import json
@@ -23,13 +23,13 @@ READY, DEAD, NOT_RUNNING, UNKNOWN, LOADING = 0, 1, 3, 4, 150
 
 
 def gather(cfg: EnvConfig, probe_timeout_s: float = 30.0) -> dict:
-    """What is known of the service.
+    """Collect everything that is known about the service.
 
     Returns:
         state: ready, busy (ready, but refusing calls for now), loading, not answering, restarting, stopping, dead, not
-        running or unknown (of another host or user); exit_code; pid (of the supervisor) and server_pid; why: what is
-        wrong, or why it died last; supervised: something restarts it; times in seconds, memory in MiB; requests as
-        vLLM counts them, one a pair. What does not apply is None.
+        running or unknown (of another host or user); exit_code; pid (of the supervisor) and server_pid; why: the fault,
+        or the cause of the last death; supervised: whether a supervisor restarts it; times in seconds, memory in MiB;
+        requests as vLLM counts them, one for each pair. A value that does not apply is None.
     """
     known = known_state(cfg)
     try:
@@ -104,10 +104,10 @@ def known_state(cfg: EnvConfig) -> dict:
 
 
 def _leader(cfg: EnvConfig) -> tuple[int | None, bool, str]:
-    """(PID in the PID file or None, it is still that process, why this machine cannot tell).
+    """(PID in the PID file or None, whether that process lives, why this machine cannot know).
 
     Raises:
-        PermissionError: the file is another user's.
+        PermissionError: the file belongs to another user.
     """
     try:
         pid, since, *where = pid_file(cfg).read_text().split()
@@ -136,7 +136,7 @@ def _same(pid: int | None, since: int | None) -> bool:
 
 
 def _memory_mib(pids: list[int]) -> int | None:
-    """Memory that the processes have for themselves (RssAnon)."""
+    """Private memory of the processes (RssAnon)."""
     kib = 0
     for pid in pids:
         with suppress(OSError):
@@ -147,7 +147,7 @@ def _memory_mib(pids: list[int]) -> int | None:
 
 
 def _gpu_memory_mib(pids: list[int]) -> int | None:
-    """GPU memory of the processes, as nvidia-smi tells it; None without a GPU, or where it hides PIDs (containers)."""
+    """GPU memory of the processes by nvidia-smi; None without a GPU, or in containers, where it hides PIDs."""
     if not pids:
         return None
     command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
@@ -172,7 +172,7 @@ def _duration(seconds: float) -> str:
 
 
 def one_line(now: dict) -> str:
-    """The line that an operator reads."""
+    """The state as one line for an operator."""
     if now["exit_code"] == NOT_RUNNING:
         return "not running"
     if now["exit_code"] == UNKNOWN:
@@ -209,7 +209,7 @@ def one_line(now: dict) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """`[--json]`, or `server-pid`: the PID of a server that runs without its supervisor."""
+    """Print the state (`[--json]`), or the PID of a server that runs without its supervisor (`server-pid`)."""
     if argv not in ([], ["--json"], ["server-pid"]):
         print("usage: python -m rerank_kit.serving.status [--json] | server-pid", file=sys.stderr)
         return 2

@@ -1,10 +1,10 @@
 """Keeps one service running: starts it, restarts it after a crash or a hang, rotates its log, stops it.
 
-A service is one `vllm serve`; with ENGINES_PER_GPU above 1 it is several that act as one, and die as one.
+A service is one `vllm serve`. With ENGINES_PER_GPU above 1 it is several, which start and die together.
 
-`sh start_rerank.sh start` runs this in a session of its own; the server and all its processes are in that session. What
-it does stands in the log, what it knows in LOG_DIR/rerank-PORT.state (JSON, read by status). RESTART=no: a server that
-dies stays down. Standard library only: it must outlive whatever breaks in the server.
+`sh start_rerank.sh start` runs the supervisor in a session of its own, and all processes of the server are in that
+session. The supervisor logs what it does, and writes its state to LOG_DIR/rerank-PORT.state (JSON), which status reads.
+With RESTART=no a dead server stays down. Standard library only: the supervisor must survive any fault of the server.
 """
 
 import ctypes
@@ -41,31 +41,31 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 @dataclass
 class State:
-    """What status shows; times are seconds since the epoch."""
+    """The content of the state file; times are seconds since the epoch."""
 
     state: str  # starting | warming up | ready | backoff | stopping | failed
-    pid: int  # of the supervisor
+    pid: int  # PID of the supervisor
     server_pid: int = 0
     server_born: int = 0
-    began: float = field(default_factory=time.time)  # of the supervisor
+    began: float = field(default_factory=time.time)  # start of the supervisor
     server_began: float = 0.0
     ready_since: float = 0.0
     restarts: int = 0
     next_start: float = 0.0
-    why: str = ""  # the last death, in one line
+    why: str = ""  # cause of the last death, in one line
     died: float = 0.0
     vllm: str = ""
     model: str = ""  # folder of the checkpoint
     profile: str = ""
     version: str = ""  # X-Rerank-Version
     url: str = ""
-    node: str = ""  # of several hosts: which one this is
-    command: list[str] = field(default_factory=list)  # what was started, without secrets
+    node: str = ""  # which node this is, if there are several hosts
+    command: list[str] = field(default_factory=list)  # the command of the server, without secrets
     env: dict[str, str] = field(default_factory=dict)
 
 
 class Supervisor:
-    """The loop around one service. Single-threaded but for Watch."""
+    """The loop around one service. Only Watch and Peers run in other threads."""
 
     def __init__(self, plan: Plan, foreground: bool = False):
         self.cfg, self.log, self.foreground = plan.cfg, log_file(plan.cfg), foreground
@@ -79,15 +79,15 @@ class Supervisor:
         self.header = f"vLLM {version}: {shlex.join(['vllm', *shown_args(plan)])}"
         self.header += f" and {plan.engines - 1} more for its engines" if plan.engines > 1 else ""
         self.header += "".join(f" {k}={shlex.quote(v)}" for k, v in sorted(plan.env.items()))
-        # On a CPU nothing is compiled on first use, and a burst would take many seconds.
+        # On a CPU no kernels are compiled on first use, and the burst would take many seconds.
         self.warm = not plan.machine.is_cpu
         self.asked_to_stop = False
         self.crashes: list[float] = []  # monotonic times, within RESTART_WINDOW_S
         self.servers: list[int] = []  # the first is the service, the others are engines beside it
-        self.umask = os.umask(0o077)  # log, state and old logs are for their owner
+        self.umask = os.umask(0o077)  # only the owner may read log, state and old logs
 
     def run(self) -> int:
-        """0 after a stop; 1 when the service is down for good."""
+        """Run until stopped (returns 0) or until the service stays down (returns 1)."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_stop)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -119,7 +119,7 @@ class Supervisor:
                 return self._end()
 
     def _end(self) -> int:
-        """After a stop: nothing is left that status could take for a death."""
+        """Remove state and PID file after a stop, so that status does not report a death."""
         self._note("stopped")
         state_file(self.cfg).unlink(missing_ok=True)
         with suppress(OSError, IndexError):
@@ -128,20 +128,20 @@ class Supervisor:
         return 0
 
     def _verdict(self, was_ready: bool, why: str) -> str:
-        """Why there is no further start; empty = there is one."""
+        """Why the server is not started again; empty = it is."""
         if self.cfg.restart == "no":
             return "stays down: RESTART=no"
         if is_headless(self.cfg) and re.search(f"{HEAD_LOST}|{NO_HEAD}", why):
-            return ""  # as long as it takes until the head is there
+            return ""  # without limit: the head may be down for long
         if not was_ready and not self.state.restarts:
-            return "stays down: it was never ready, a restart would meet the same cause"
+            return "stays down: it was never ready, and a restart would fail for the same reason"
         if len(self.crashes) > self.cfg.restart_max:
             limit = f"RESTART_MAX={self.cfg.restart_max} restarts in RESTART_WINDOW_S={self.cfg.restart_window_s} s"
             return f"stays down: {limit} were not enough"
         return ""
 
     def _back_off(self) -> bool:
-        """Wait before the next start; False when a stop was asked for meanwhile."""
+        """Wait before the next start; False if a stop was requested meanwhile."""
         wait_s = min(LONGEST_BACKOFF_S, 2.0 ** min(10, len(self.crashes) - 1))
         end = time.monotonic() + wait_s
         self._save(restarts=self.state.restarts + 1, next_start=time.time() + wait_s)
@@ -152,12 +152,12 @@ class Supervisor:
 
     def _start(self) -> None:
         self._note(f"start {self.header}")
-        _ended.clear()  # PIDs come again
+        _ended.clear()  # PIDs are reused
         unignore = [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE]
         self.servers = []
         commands, env = server_commands(self.plan)
         env = {**env, "GUARD_RESTARTS": str(self.state.restarts)}  # for /metrics
-        os.umask(self.umask)  # caches that the server fills may be shared with others
+        os.umask(self.umask)  # other users may share the caches that the server fills
         try:
             for argv in commands:  # all, or none: what is spawned before a failure is killed with the rest
                 self.servers.append(os.posix_spawn(argv[0], argv, env, setsigdef=unignore))
@@ -173,7 +173,7 @@ class Supervisor:
         )
 
     def _watch_until_death(self) -> str | None:
-        """Why the server died, or None after a stop that was asked for."""
+        """Why the server died, or None after a requested stop."""
         peers = watch = None
         next_rotation = 0.0
         try:
@@ -185,7 +185,7 @@ class Supervisor:
                     self._stop_server()
                     return None
                 for number, status in ended:
-                    if status is not None:  # vLLM's front does not notice the death of an engine beside it
+                    if status is not None:  # vLLM's API process does not notice that an engine of another group died
                         who = f"engine process {number + 1} of {len(ended)}: " if number else ""
                         return who + describe_end(status, None if self.foreground else read_log(self.log))
                 if watch is not peers and watch.warming and self.state.state == "starting":
@@ -207,35 +207,35 @@ class Supervisor:
                 thread.stopped.set()
 
     def _hangs(self, watch: Watch | Peers) -> str:
-        """Why this server counts as dead although it lives; empty = it does not."""
+        """Why this live server counts as dead; empty = it does not."""
         if hung := watch.hangs():
             return f"{hung} for HEALTH_TIMEOUT_S={self.cfg.health_timeout_s} s, killed"
-        # The first start has start's own deadline, at which it is left alone.
+        # The first start is not limited here: `start` has a deadline of its own and leaves the server running.
         loading_s = time.time() - self.state.server_began
         if self.state.restarts and not watch.ready and loading_s > self.cfg.start_timeout_s:
             return f"it hung: not ready after START_TIMEOUT_S={self.cfg.start_timeout_s} s, killed"
         return ""
 
     def _stop_server(self) -> None:
-        """TERM to the server alone: it drains, then ends its engine. KILL there would orphan the GPU workers."""
-        # A server that loads has no calls, and vLLM does not hear TERM while it imports and loads.
+        """Send TERM to the server only: it drains, then ends its engine. KILL would orphan the GPU workers."""
+        # A loading server has no calls, and vLLM does not react to TERM while it imports and loads.
         limit_s = self.cfg.stop_timeout_s + END_OF_ENGINE_S if self.state.ready_since else END_OF_LOADING_S
         self._save(state="stopping")
         self._note(f"stopping: calls in flight get {self.cfg.stop_timeout_s} s")
         end = time.monotonic() + limit_s
-        for pid in self.servers:  # the engines beside it only when it has drained
+        for pid in self.servers:  # the engines of other groups follow when it has drained
             if is_alive(pid):
                 os.kill(pid, signal.SIGTERM)
             while time.monotonic() < end and is_alive(pid):
                 reap(pid)
                 time.sleep(TICK_S)
-        # What its end takes along (the engine) is nearly gone by now.
+        # Its engine ends with it and needs a moment.
         end = time.monotonic() + 2
         while time.monotonic() < end and rest_of_session():
             reap(0)
             time.sleep(TICK_S)
         if left := rest_of_session():
-            self._note(f"killing what is left: {' '.join(map(str, left))}")
+            self._note(f"killing remaining processes: {' '.join(map(str, left))}")
             kill_rest()
 
     def _on_stop(self, *_) -> None:
@@ -258,7 +258,7 @@ class Supervisor:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of what a killed server leaves, so that nothing stays behind as a zombie."""
+    """Become the parent of processes that a killed server leaves, so that none remains as a zombie."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
@@ -267,7 +267,7 @@ _ended: dict[int, int] = {}
 
 
 def reap(pid: int) -> int | None:
-    """Collect every child that has ended; the wait status of `pid` if it is one of them, else None."""
+    """Collect every child that has ended. Returns the wait status of `pid` if it is one of them, else None."""
     with suppress(ChildProcessError):
         while (found := os.waitpid(-1, os.WNOHANG))[0]:
             _ended[found[0]] = found[1]
@@ -275,13 +275,13 @@ def reap(pid: int) -> int | None:
 
 
 def describe_end(status: int, log_text: str | None) -> str:
-    """One line: how the server ended and why; log_text: None where it wrote to our own output."""
+    """One line: how the server ended, and why. log_text is None if the server shared our own output."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         how = f"killed by signal {number} ({signal.Signals(number).name})"
     else:
         how = f"exit code {os.waitstatus_to_exitcode(status)}"
-    return f"{how}: {'its own output says why' if log_text is None else root_cause(log_text)}"
+    return f"{how}: " + ("see the server's own output" if log_text is None else root_cause(log_text))
 
 
 def describe_error(exc: Exception) -> str:
@@ -292,12 +292,12 @@ def describe_error(exc: Exception) -> str:
 
 
 def rest_of_session() -> list[int]:
-    """PIDs in this session but our own."""
+    """PIDs of this session without our own."""
     return [pid for pid in session_pids(os.getsid(0)) if pid != os.getpid()]
 
 
 def kill_rest() -> None:
-    """KILL what is left of the server and wait until it is gone: the next start needs the memory."""
+    """KILL the remaining processes of the server and wait for their end: the next start needs their memory."""
     end = time.monotonic() + 30
     while (left := rest_of_session()) and time.monotonic() < end:
         for pid in left:
@@ -308,7 +308,7 @@ def kill_rest() -> None:
 
 
 def rotate(log: Path, keep: int) -> None:
-    """log.1 becomes log.2 and so on; `keep` old ones stay, the log's own place is free for a copy or a new file."""
+    """Rename log.1 to log.2 and so on, so that log.1 is free. At most `keep` old logs remain."""
     with suppress(FileNotFoundError):
         log.with_name(f"{log.name}.{keep}").unlink()
     for number in range(keep - 1, 0, -1):
@@ -317,10 +317,10 @@ def rotate(log: Path, keep: int) -> None:
 
 
 def rotate_if_large(log: Path, limit: int, keep: int) -> bool:
-    """Copy a log above `limit` bytes to log.1 and empty it; True if it was.
+    """Copy a log above `limit` bytes to log.1 and empty it. Returns True if it did.
 
-    The server keeps the file open (append mode), so it cannot be renamed. Lines written between the copy and the
-    truncation, milliseconds, are lost. Without room for the copy the log is emptied all the same: a full disk is worse.
+    The server keeps the file open (append mode), so it cannot be renamed. Lines written in the milliseconds between
+    copy and truncation are lost. Without room for the copy the log is emptied all the same: a full disk is worse.
     """
     try:
         if not limit or log.stat().st_size <= limit:
@@ -336,14 +336,14 @@ def rotate_if_large(log: Path, limit: int, keep: int) -> bool:
 
 
 def _held_port(cfg: EnvConfig):
-    """The port of a service is its own while this is open; a headless node has none."""
+    """A context that reserves the port of a service; a headless node has no port."""
     return nullcontext() if is_headless(cfg) else hold_port(cfg)
 
 
 def run_in_foreground(cfg: EnvConfig) -> int:
-    """For `start_rerank.sh run` with several servers: supervise them in a session of its own, without restarts.
+    """Supervise the servers of `start_rerank.sh run` in a session of their own, without restarts.
 
-    This process waits and hands TERM and INT on; systemd or a container runtime restarts it.
+    This process waits and forwards TERM and INT. systemd or a container runtime restarts it.
     """
     plan = plan_service(replace(cfg, restart="no"))
     with _held_port(cfg):
@@ -354,16 +354,16 @@ def run_in_foreground(cfg: EnvConfig) -> int:
             os._exit(Supervisor(plan, foreground=True).run())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os.kill(child, signal.SIGTERM))
-    while True:  # as PID 1 of a container it gets other processes' children too
+    while True:  # as PID 1 of a container it inherits children of other processes
         pid, status = os.wait()
         if pid == child:
             return os.waitstatus_to_exitcode(status)
 
 
 def main(argv: list[str]) -> int:
-    """Without arguments: become a session of its own and run until stopped.
+    """Without arguments: start a session and run until stopped.
 
-    `rotate`: make place for a new log. `foreground`: stay in the caller's session.
+    `rotate`: rename the old log to make room for a new one. `foreground`: see run_in_foreground().
     """
     try:
         cfg = get_config()
@@ -378,7 +378,7 @@ def main(argv: list[str]) -> int:
         if argv:
             print("usage: python -m rerank_kit.serving.supervisor [rotate | foreground]", file=sys.stderr)
             return 2
-        os.setsid()  # a closing terminal does not reach it, and stop finds all that is in it
+        os.setsid()  # protects it from a closing terminal, and stop finds every process by the session
         plan = plan_service(cfg)
         with _held_port(cfg):
             return Supervisor(plan).run()

@@ -1,4 +1,4 @@
-"""Asks a running server for scores, and tells busy from hung."""
+"""Probes a running server and distinguishes busy from hung."""
 
 import threading
 import time
@@ -10,17 +10,17 @@ PROBE_EVERY_S = 10.0
 
 
 class Watch(threading.Thread):
-    """Asks the server for a score every PROBE_EVERY_S, so that the loop below never waits for an answer.
+    """Probes the server every PROBE_EVERY_S in a thread, so that the supervisor's loop never waits for an answer.
 
-    Alive is a server that scores, or that refuses or is slow because it is busy: then its counters grow. One whose API
-    answers while an engine hangs is not. Each engine is judged by its own counter: it is suspect while that stands
-    still although a probe got no answer, or although the engine holds pairs.
+    A server is alive if it answers the probe with a score, or if it refuses or times out while its engines' counters
+    grow (busy). Each engine has its own counter, because the API may answer while one engine hangs. An engine is
+    suspect while its counter does not grow although a probe got no answer or the engine holds pairs.
     """
 
     def __init__(self, cfg: EnvConfig, warm: bool, n_engines: int = 1):
         super().__init__(daemon=True)
         self.cfg, self.warm = cfg, warm
-        # vLLM deals the pairs of a call out to its engines: each gets some.
+        # vLLM distributes the pairs of a call over its engines, so each gets some.
         self.n_docs = 1 if n_engines == 1 else PROBE_PAIRS * n_engines
         limit = cfg.health_timeout_s or 10 * PROBE_EVERY_S
         self.every_s = min(PROBE_EVERY_S, limit / 4)
@@ -36,7 +36,7 @@ class Watch(threading.Thread):
                 continue
             try:
                 seen = self._look(seen)
-            except Exception as exc:  # no thread to be had, say; without this thread no hang would ever be seen
+            except Exception as exc:  # e.g. no thread can be started; without this loop no hang is detected
                 print(f"[kit] the probe failed: {type(exc).__name__}: {exc}", flush=True)
 
     def _look(self, seen: dict[str, float]) -> dict[str, float]:
@@ -51,9 +51,9 @@ class Watch(threading.Thread):
         return seen
 
     def _judge(self, now: dict, seen: dict[str, float], answered: bool, asked_at: float) -> dict[str, float]:
-        """Bring suspect_since up to date; returns the counters for the next time.
+        """Update suspect_since. Returns the counters for the next call.
 
-        now: progress(). Without any counter, an answered probe is all the progress there is.
+        now: the result of progress(). Without counters, an answered probe is the only sign of progress.
         """
         counters = {engine: count for engine, (count, _) in now.items()} or {"": seen.get("", 0.0) + answered}
         for engine, count in counters.items():
@@ -67,7 +67,7 @@ class Watch(threading.Thread):
         return counters
 
     def hangs(self) -> str:
-        """Which engine hangs, in words; empty = none."""
+        """One line about the hung engines; empty = none hangs."""
         limit, now = self.cfg.health_timeout_s, time.monotonic()
         hung = sorted(engine for engine, since in dict(self.suspect_since).items() if now - since > limit)
         if not limit or not hung:

@@ -190,7 +190,7 @@ def test_unit_wait_ends_when_the_server_dies(fake):
         waited = run(*shlex.split(unit_command("ExecStartPost")), env=env, cwd=KIT)
         # Long before START_TIMEOUT_S, which is 30 here.
         assert (waited.returncode, time.monotonic() - begin < 20) == (1, True)
-        assert "died" in waited.stderr and "its own output says why" in waited.stderr
+        assert "died" in waited.stderr and "see the server's own output" in waited.stderr
 
 
 def test_unit_wait_ends_at_the_deadline(fake):

@@ -33,11 +33,11 @@ NODES = {"dp": 4, "dp_local": 2, "dp_address": "10.0.0.1"}
         ({"dp": 2, "dp_local": 1}, "DP_LOCAL=1 is for several hosts: set DP_ADDRESS"),
         ({"dp": 2, "dp_address": "10.0.0.1"}, "set DP_LOCAL"),
         (NODES | {"dp": 3}, "DP=3 copies with DP_LOCAL=2"),
-        (NODES | {"dp": 2}, "no two or more equal hosts"),
+        (NODES | {"dp": 2}, "do not make two or more equal hosts"),
         (NODES | {"node_rank": 2}, "make 2 hosts: allowed is 0 (the head) to 1"),
         (NODES | {"node_rank": 1, "api_server_count": 4}, "API_SERVER_COUNT=4: node 1 has no API"),
         (NODES | {"dp_address": "8.8.8.8"}, "public address"),
-        (NODES | {"dp_address": "no.such.host.invalid"}, "is no address of node 0"),
+        (NODES | {"dp_address": "no.such.host.invalid"}, "is not an address"),
     ],
 )
 def test_node_settings_that_do_not_fit_are_refused(settings, said):
@@ -188,7 +188,7 @@ def test_wait_on_a_headless_node_in_the_foreground_has_nothing_to_ask(capsys):
 def test_a_head_starts_only_where_it_can_listen_for_its_nodes(kit):
     kit.settings |= {"DP": 2, "DP_LOCAL": 1, "DP_ADDRESS": "192.0.2.1"}
     done = kit("start")
-    assert done.returncode == 6 and "DP_ADDRESS is the address of this host" in done.stderr
+    assert done.returncode == 6 and "DP_ADDRESS must be the address" in done.stderr
 
 
 # --- two network namespaces as two hosts ---
@@ -405,7 +405,7 @@ def test_two_hosts_score_as_one(hosts, expected):
         assert hosts.scores(query, DOCUMENTS) == pytest.approx(expected[query], abs=1e-4)
     assert all(n >= 20 for n in hosts.by_engine().values()), hosts.by_engine()
     check = hosts.kit("A", "check")
-    assert check.returncode == 0 and "2 engines score the same pair alike" in check.stdout
+    assert check.returncode == 0 and "2 engines for the same pair agree" in check.stdout
     assert hosts.kit("B", "check").returncode == 6
     line = hosts.kit("B", "status")
     assert line.returncode == 0 and line.stdout.startswith("ready: registered at the head, node 1 of 2")

@@ -91,12 +91,12 @@ def test_steps_fit_the_engines_and_cfg_says_why(checkpoints):
     plans = (one, three, own, plan(checkpoints))
     steps = [(p.engine["max_num_batched_tokens"], p.engine["max_num_seqs"]) for p in plans]
     assert steps == [(24576, 256), (8192, 256), (999, 7), (4096, 128)]
-    assert "max_num_batched_tokens: 8192 (smaller steps" in explain(three)
+    assert "max_num_batched_tokens: 8192 (small steps" in explain(three)
     assert "max_num_seqs: 256 (256 pairs a step unless set)\nquantization: off" in explain(three)
     said = "max_num_batched_tokens: 999 (MAX_NUM_BATCHED_TOKENS)\nmax_num_seqs: 7 (MAX_NUM_SEQS)\nquantization: fp8 ("
     assert said in explain(own)
     engine_plan._plan_steps(three, three.engine["max_model_len"] - 1, 8, "small")
-    assert "max_num_batched_tokens: 2048 (no less than max_model_len)" in explain(three)
+    assert "max_num_batched_tokens: 2048 (at least max_model_len)" in explain(three)
 
 
 def test_first_gpus_are_taken_when_none_are_named(checkpoints):
@@ -118,7 +118,7 @@ def test_first_gpus_are_taken_when_none_are_named(checkpoints):
         (CPU, {"engines_per_gpu": 8, "dp": 2}, ("16.0 GiB of KV cache do not fit",)),
         (GPU4, {"engines_per_gpu": 8, "gpu_memory_utilization": 0.4}, ("ENGINES_PER_GPU=8 leaves 0.0 GiB",)),
         (CPU, {"instruction": "x", "model": "bert"}, ("takes none",)),
-        (CPU, {"extra_args": "'open"}, ("EXTRA_ARGS", "shell words")),
+        (CPU, {"extra_args": "'open"}, ("EXTRA_ARGS", "shell syntax")),
     ],
 )
 def test_refusals_name_the_numbers(checkpoints, on, settings, said):

@@ -57,7 +57,7 @@ def test_another_template_is_found(cfg, monkeypatch):
 
     changed(monkeypatch, one_token_less)
     found = faults(cfg)
-    assert list(found) == ["prompt"] and "another template is served" in found["prompt"]
+    assert list(found) == ["prompt"] and "the service uses another template" in found["prompt"]
 
 
 def test_a_head_that_was_not_loaded_is_found(cfg, monkeypatch):

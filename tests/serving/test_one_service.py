@@ -207,7 +207,7 @@ def test_a_file_of_another_user_is_a_configuration_error(monkeypatch, capsys, tm
 def test_a_key_that_only_vllm_knows_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("VLLM_API_KEY", "abc")
     check_network(EnvConfig(api_key="k"))
-    with pytest.raises(ConfigError, match="set API_KEY in its place") as caught:
+    with pytest.raises(ConfigError, match="set API_KEY instead") as caught:
         check_network(EnvConfig())
     assert "abc" not in str(caught.value)
     monkeypatch.delenv("VLLM_API_KEY")
@@ -264,7 +264,7 @@ def test_ctrl_c_while_start_waits_says_what_goes_on(kit):
         time.sleep(1)
         os.killpg(start.pid, signal.SIGINT)  # as a terminal does
         said = start.communicate(timeout=20)[1]
-    assert start.returncode == 130 and "the server goes on loading" in said
+    assert start.returncode == 130 and "the server continues to load" in said
     assert alive(kit.server_pid) and kit("stop").returncode == 0
 
 

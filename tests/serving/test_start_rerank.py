@@ -85,7 +85,7 @@ def test_stop_kills_what_ignores_term(kit):
     pids = session_of(kit.pid)
     done = kit("stop", STOP_TIMEOUT_S=0)
     assert done.returncode == 0 and len(pids) == 2 and not any(map(alive, pids))
-    assert "killing what is left" in kit.log
+    assert "killing remaining processes" in kit.log
 
 
 def test_stop_leaves_no_process_of_a_family(kit):
@@ -120,7 +120,7 @@ def test_start_after_everything_was_killed_cleans_up_first(kit):
     assert len(session_of(pid)) == 1
     assert kit("status").returncode == 1
     done = kit("start")
-    assert done.returncode == 0 and "killing what a dead server left" in done.stderr
+    assert done.returncode == 0 and "killing processes that a dead server left" in done.stderr
     assert session_of(pid) == []
 
 
@@ -165,7 +165,7 @@ SHELLS = ["dash", "busybox sh", "bash --posix"]
 def taker(folder, then):
     """A script that takes a lock as start_rerank.sh does, then goes on; 7 = refused, and why."""
     text = (KIT / "start_rerank.sh").read_text()
-    functions = text[text.index("born() {") : text.index("# PID of our supervisor")]
+    functions = text[text.index("born() {") : text.index("server_pid() {")]
     functions += text[text.index("take_lock() {") : text.index("# --- setup")]
     head = f"LOG_DIR={folder} LOCK_FILE={folder}/lock PORT=1\ndie() {{ printf '%s\\n' \"$2\"; exit 7; }}\n"
     return f"{head}{functions}\n{then}"
@@ -208,7 +208,7 @@ def test_a_lock_that_cannot_be_had_says_why(tmp_path, shell):
     done = subprocess.run(
         [*shell.split(), "-c", taker(tmp_path, "take_lock")], capture_output=True, text=True, timeout=20
     )
-    assert done.returncode == 7 and "irectory" in done.stdout and "remove it" in done.stdout, done.stdout
+    assert done.returncode == 7 and "irectory" in done.stdout and "remove the file" in done.stdout, done.stdout
     (tmp_path / "lock").rmdir()
     stub = tmp_path / "flock"
     stub.write_text("#!/bin/sh\necho 'No locks available' >&2\nexit 1\n")
@@ -285,7 +285,7 @@ def test_run_serves_in_the_foreground_and_ends_on_term(kit):
         ({"MODEL_PATH": "/no/model"}, 6, "MODEL_PATH='/no/model' does not exist"),
         ({"PORT": "many"}, 6, "PORT='many' (environment) is not an integer"),
         ({"CUDA_VISIBLE_DEVICES": "0"}, 6, "asks for a GPU"),
-        ({"PYTHON": "no-such-python"}, 5, "PYTHON=no-such-python is no program"),
+        ({"PYTHON": "no-such-python"}, 5, "PYTHON=no-such-python is not a program"),
     ],
 )
 def test_bad_configuration_is_one_clear_line(kit, settings, code, said):

@@ -98,7 +98,7 @@ def test_several_engines_live_and_die_as_one_service(kit):
     until(has(kit, state="ready", restarts=2))
     assert len(session_of(leader)) == 4
     assert kit("stop").returncode == 0 and session_of(leader) == []
-    assert "killing what is left" not in kit.log
+    assert "killing remaining processes" not in kit.log
 
 
 def test_engines_of_one_service_are_told_of_each_other(kit, tmp_path):
@@ -179,7 +179,7 @@ def test_watch_outlives_an_error_of_its_own(monkeypatch, capfd):
 
 
 def test_an_end_in_the_foreground_is_not_explained_by_an_old_log():
-    assert supervisor.describe_end(256, None) == "exit code 1: its own output says why"
+    assert supervisor.describe_end(256, None) == "exit code 1: see the server's own output"
     assert "its own output" not in supervisor.describe_end(256, "torch.OutOfMemoryError: CUDA out of memory")
 
 
