@@ -1,14 +1,15 @@
 """Finds better settings for the service of this host by restarting it (--tune).
 
-How it searches: one setting after the other, those first that the verdict of the present settings points to, each in
-steps of two as long as it gains (coordinate search). A restart takes most of the time, so a candidate that is clearly
-worse is left after one window, and close ones get more. The search ends in time for the proof: the best settings and
-the present ones in turns, each turn a start of its own, as a search picks winners by luck too.
+The search changes one setting at a time, by factors of two while throughput grows (coordinate search). It begins with
+the settings that the verdict on the present ones points to. A restart takes most of the time, so a candidate that is
+clearly worse is dropped after one window, and close ones get more. A search also picks winners by luck, so time is
+kept for a proof, which measures the best and the present settings in turns, with a new start each turn.
 
-What it promises: every start and stop goes through start_rerank.sh, with candidates in the environment, so that .env is
-never written; the service is put back as it was found, also after Ctrl-C and after candidates that do not start;
-settings that change the scores by more than the tolerance are rejected. What was measured stands in
-LOG_DIR/tune-PORT.json after each step; the same command goes on from there.
+Guarantees:
+- Every start and stop goes through start_rerank.sh. Candidates are set in the environment; .env is never written.
+- The service is put back as it was found, also after Ctrl-C and after candidates that do not start.
+- Settings that change the scores by more than the tolerance are rejected.
+- LOG_DIR/tune-PORT.json holds the measurements after each step, and the same command continues from there.
 """
 
 import argparse
@@ -56,7 +57,7 @@ class Meter:
         self.fixed = texts_of(argparse.Namespace(**{**vars(args), "seed": 0, "repeat": None}), rows.about["model_root"])
 
     async def ready(self) -> None:
-        """After a start: what was known of the old processes is not true any more. Raises RuntimeError."""
+        """Forget what was known of the old processes after a start. Raises RuntimeError."""
         await check(self.bench, [self.endpoint])
         self.bench.server_pids = server_processes(self.args.base_url)
 
@@ -99,7 +100,7 @@ class Meter:
 
 
 class Tuner:
-    """The search and its proof, over anything that starts (service) and measures (meter).
+    """The search and its proof. service: anything that starts; meter: anything that measures.
 
     What is known is `state`, a dict that is saved after each step; a search that is taken up again replays its path on
     what was measured.
@@ -140,7 +141,7 @@ class Tuner:
             return 0.0, None
         self.running = None
         settings = settings_of(values, self.start, self.extra_args)
-        # A candidate that dies under load shall stay down: that is its result.
+        # No restart of a candidate that dies under load, since the death is its result.
         wrong = await self.service.start(settings | ({"RESTART": "no"} if settings else {}))
         if not wrong:
             self.running = values
@@ -179,7 +180,7 @@ class Tuner:
                     await (self.judge_rate if self.slo else self.judge)(out, best)
                 await self.others(before, ours)
             except RuntimeError as exc:
-                self.running = None  # it may be dead: the next start begins anew
+                self.running = None  # it may be dead, so the next candidate needs a start
                 out |= {"outcome": "failed", "why": str(exc)}
         out["measure_s"] = self.clock() - began
         self.state["tried"].append(out)
@@ -192,7 +193,7 @@ class Tuner:
         after, sent = await self.meter.served(), self.meter.bench.answered - ours
         if None not in (before, after) and after - before > 1.02 * sent + OTHER_PAIRS:
             came = after - before - sent
-            raise Trouble(f"others use the service ({came:.0f} pairs came that are not of this search): ended")
+            raise Trouble(f"others use the service ({came:.0f} pairs came from outside this search): search ended")
 
     async def judge(self, out: dict, best: dict | None) -> None:
         """Windows of load until it is clear whether they are better than the best's."""
@@ -203,7 +204,7 @@ class Tuner:
         for _ in range(MOST_WINDOWS if best else MOST_WINDOWS - 1):
             row = await self.meter.window(out["label"])
             if not row or not row["ok"]:
-                raise RuntimeError(f"no good answer under load: {row and row['errors']}")
+                raise RuntimeError(f"no call succeeded under load: {row and row['errors']}")
             lost = 1 - row["ok"] / calls_of(row)
             if lost > 0.01 and best:
                 out |= {"outcome": "failed", "why": f"{lost:.0%} of the calls were refused or failed"}
@@ -235,7 +236,7 @@ class Tuner:
         else:
             row = await self.meter.window(out["label"])
             if not row or not row["req/s"]:
-                raise RuntimeError("no good answer under load")
+                raise RuntimeError("no call succeeded under load")
             out["bound"], rate = row["bound"], 0.7 * row["req/s"]
         low, _, _ = await highest_rate(held, float(f"{rate:.3g}"), MOST_PROBES // 2)
         if not low:
@@ -293,7 +294,7 @@ class Tuner:
                             break
                     if best is not begin:
                         break
-        self.state["ended"] = "no step gains any more"
+        self.state["ended"] = "no further step improves the result"
         return best
 
     async def visit(self, values: dict, best: dict | None) -> dict:
@@ -316,13 +317,13 @@ class Tuner:
             self.running = None
             restart_s, wrong = await self.started(record["settings"])
             if wrong:
-                raise Trouble(f"{record['label']} started before and does not now: {wrong}")
+                raise Trouble(f"{record['label']} started before but does not start now: {wrong}")
             began = self.clock()
             await self.meter.ready()
             before, ours = await self.meter.served(), self.meter.bench.answered
             worst, wrong = await self.parity()
             if wrong:
-                raise Trouble(f"{record['label']}: {wrong}, which it was not before")
+                raise Trouble(f"{record['label']}: {wrong}, which did not happen before")
             label = f"turn {len(turns) // 2 + 1}: {record['label']}"
             if self.slo:
                 value, _, _ = await highest_rate(self.meter.held(label), record["values"][0], MOST_PROBES // 2)
@@ -349,10 +350,10 @@ class Tuner:
             if len(tried) == 1:
                 need = self.spent_s() + self.cost_s() * (1 + 2 * TURNS[1])
                 return [*out, f"tune: nothing was tried: a candidate and its proof need about {need:.0f} s (--budget)"]
-            return [*out, "tune: no measurable gain: nothing was better than the present settings, keep them"]
+            return [*out, "tune: no measurable gain: no candidate was better, so keep the present settings"]
         if not all(map(statistics.mean, sides.values())):
             self.state["gain"] = (0.0, None, False)
-            return [*out, "tune: no rate held in the proof: a longer SLO, or windows (--seconds) that are longer"]
+            return [*out, "tune: no rate held the SLO in the proof: use a larger SLO or longer windows (--seconds)"]
         change, half = difference(sides["present"], sides["best"])
         percent = 100 / statistics.mean(sides["present"])
         self.state["gain"] = (change * percent, half * percent, change > half)
@@ -392,7 +393,7 @@ def knob_names(text: str) -> list[str]:
     """argparse type of --tune: names of knobs with commas."""
     names = text.split(",")
     if wrong := [name for name in names if name not in NAMES]:
-        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is nothing to tune: {', '.join(NAMES)}")
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} cannot be tuned; choose from: {', '.join(NAMES)}")
     return names
 
 
@@ -451,7 +452,7 @@ class Session:
         shown = await self.service.shown()
         start, knobs = knobs_of(shown, cfg, args.tune)
         if not knobs:
-            raise Trouble("nothing of this can be turned here: see --tune in docs/benchmarking.md")
+            raise Trouble("none of these settings can be tuned here: see --tune in docs/benchmarking.md")
         key = same_search(args, shown, start, knobs)
         known = load_state(self.path, key)
         # Also a search with other arguments may have been killed and left its candidate running.
@@ -464,7 +465,7 @@ class Session:
         tuner.tolerance = args.score_tolerance
         if known:
             n = len(known["tried"])
-            say(f"[INFO] going on with the search in {self.path}, {n} settings known; delete that file for a new one")
+            say(f"[INFO] resuming the search in {self.path}, {n} settings measured; delete that file to start over")
             tuner.state = known
             if not left:  # nothing of that search runs: what counts is what was found now
                 tuner.state["was_running"] = running
@@ -504,7 +505,7 @@ class Session:
         """Leave the service as it was found. None = done, else what went wrong."""
         tuner, wrong = self.tuner, None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: say("[INFO] wait: the service is being put back as it was"))
+            signal.signal(number, lambda *_: say("[INFO] please wait: the service is being put back as it was"))
         if not tuner.state["was_running"]:
             say("[INFO] the service did not run before: stopping it")
             asyncio.run(self.service.stop())

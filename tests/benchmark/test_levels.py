@@ -115,7 +115,7 @@ def test_slo_text_says_how_sure_it_is():
     assert "(5.0%, below 10.7% with" in text and "an overload below 2.0% would not show" in text
     assert "client" not in text and "NOT" not in text
     rows[1]["client_limited"] = True
-    assert slo_text("x", 95, 570.0, rows, 21.5, 22.6, True).startswith("the client was the limit at 22.6")
+    assert slo_text("x", 95, 570.0, rows, 21.5, 22.6, True).startswith("the client was the bottleneck at 22.6")
     text = slo_text("x", 95, 570.0, rows[:1], 21.5, math.inf, False)
     assert "in 1 window (" in text and "no rate was too high; NOT confirmed" in text
     assert slo_text("x", 95, 570.0, rows, 0.0, 9.0, False) == "x did not hold even at 9 calls/s"

@@ -252,7 +252,7 @@ def test_the_client_gets_more_processes_where_it_is_the_limit(cpu, given, made, 
         assert bench_rerank.main(["--base-url", service.url, *argv, *given]) == 0
     assert processes == made
     assert [row["level"] for row in json.loads(out.read_text())["rows"]] == [1, 8, 16]  # made again: one row
-    assert capsys.readouterr().err.count("the client was the limit, again with") == len(made) - 3
+    assert capsys.readouterr().err.count("the client was the bottleneck; measuring again with") == len(made) - 3
 
 
 class Dies(Texts):

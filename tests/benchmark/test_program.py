@@ -486,7 +486,7 @@ def test_saturate_ends_where_no_call_is_answered(tmp_path, capsys):
     with serving(after_check(status(500))) as service:
         code, out = bench(service, tmp_path, "--endpoint", "rerank", "--saturate", "--requests", "5", "--warmup", "0")
     assert code == 1 and len(out["rows"]) <= 2
-    assert "no good answer at" in capsys.readouterr().out
+    assert "no call succeeded at" in capsys.readouterr().out
 
 
 def test_a_full_disk_does_not_end_a_measurement(tmp_path, capsys):
@@ -539,7 +539,7 @@ def test_a_full_disk_does_not_end_a_measurement(tmp_path, capsys):
         (["--fail-over", "5"], "--fail-over"),
         (["--target-pairs-s", "0"], "'0'"),
         (["--processes", "0"], "'0'"),
-        (["--tune", "PORT"], "'PORT' is nothing to tune: ENGINES_PER_GPU, API_SERVER_COUNT"),
+        (["--tune", "PORT"], "'PORT' cannot be tuned; choose from: ENGINES_PER_GPU, API_SERVER_COUNT"),
         (["--tune", "--budget", "30"], "'30' is not a time"),
         (["--tune", "--concurrency", "1,2"], "--concurrency"),
         (["--tune", "--rate", "5"], "--tune"),

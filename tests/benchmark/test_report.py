@@ -172,7 +172,7 @@ def test_cost_of_a_million_pairs_and_gpus_for_a_target():
     assert "1000.0 pairs/s" in lines[0] and "1.00 per million pairs" in lines[0]
     assert "1 GPUs for 1000 pairs/s" in lines[0] and "6 GPUs for 5001 pairs/s" in lines[0]
     assert "0.40 per million pairs" in lines[1] and "3 GPUs for 5001 pairs/s" in lines[1]
-    assert "the client was the limit" in lines[1] and "the client was the limit" not in lines[0]
+    assert "the client was the bottleneck" in lines[1] and "the client was the bottleneck" not in lines[0]
     assert "every copy as fast as this one" in lines[-1]
     lines = cost_lines({"server_flags": "m --tensor-parallel-size 2 --data-parallel-size=4"}, rows, None, [1001.0])
     assert "16 GPUs for 1001 pairs/s" in lines[0] and not any("million" in line for line in lines)
@@ -218,7 +218,7 @@ def test_compare_says_better_worse_and_no_measurable_difference():
     assert compare(other, base, fail_over=0)[1] == []  # better is no regression
     assert not any("client" in line for line in lines)
     limited = {"rows": runs([100, 101, 99], client_limited=True)}
-    assert "rerank closed 8: the client was the limit in some runs" in "".join(compare(base, limited)[0])
+    assert "rerank closed 8: the client was the bottleneck in some runs" in "".join(compare(base, limited)[0])
     slower = {"rows": runs([100, 101, 99], p50=60.0)}
     assert "worse (+20.0" in compare({"rows": runs([100, 101, 99], p50=50.0)}, slower, 5)[1][0]
 
