@@ -18,7 +18,7 @@ STEPS_AHEAD = 6  # engine steps of work that the engine holds; a refill takes le
 
 @dataclass(eq=False)
 class Batch:
-    """N prompts given to the engine; outputs[i] belongs to prompts[i], None where the engine gave none."""
+    """N prompts given to the engine. outputs[i] belongs to prompts[i]; None = no output."""
 
     prompts: Sequence[Prompt]
     outputs: list = field(default_factory=list)
@@ -82,7 +82,7 @@ class Feeder:
             if output.finish_reason is None and output.pooling_output is None:
                 continue
             batch, index, n_tokens = self._where.pop(output.request_id, (None, 0, 0))
-            if batch is not None:  # not of an earlier run that was interrupted
+            if batch is not None:  # not from an earlier, interrupted run
                 batch.outputs[index] = output.pooling_output
                 batch.n_left -= 1
                 self._n_tokens -= n_tokens
@@ -102,7 +102,7 @@ class Feeder:
 
 
 def ahead(items: Iterator, n_ahead: int = 4) -> Iterator:
-    """The same items, made by a thread of their own, n_ahead of them at most before they are asked for."""
+    """The same items, made by a thread of their own, at most n_ahead in advance."""
     ready: queue.Queue = queue.Queue(n_ahead)
     end = object()
     stop = threading.Event()
