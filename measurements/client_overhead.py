@@ -1,4 +1,4 @@
-"""What rerank() costs over the bare HTTP exchange: same bytes, same server, one call at a time.
+"""Overhead of rerank() over the bare HTTP exchange: same bytes, same server, one call at a time.
 
     python measurements/client_overhead.py --docs 32 --chars 1000 --rounds 600
 

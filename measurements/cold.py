@@ -5,7 +5,7 @@ python measurements/cold.py --model FOLDER [--pairs 24000] [--doc-tokens 128] [-
 Two rows. "end_to_end": score_shards() with the real engine; every run has its own documents, the prefix cache
 is emptied in between, starting is not counted. "host": the same with an engine core that answers at once with a made-up
 score, after the requests were encoded and the outputs decoded as for the real one: what the Python side can feed.
-Runs on CPU and GPU; the program of another checkout measures that one.
+Runs on CPU and GPU. It measures the checkout that it lies in.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def main() -> int:
     parser.add_argument("--doc-tokens", type=int, default=128)
     parser.add_argument("--docs-per-query", type=int, default=32)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--host-only", action="store_true", help="leave the real engine out")
+    parser.add_argument("--host-only", action="store_true", help="skip the real engine")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args()
     args.model = args.model.resolve()

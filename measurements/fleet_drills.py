@@ -119,7 +119,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; default: all")
     names = parser.parse_args(argv).names
     if unknown := set(names) - set(known):
-        parser.error(f"{sorted(unknown)[0]!r} is none of {', '.join(known)}")
+        parser.error(f"{sorted(unknown)[0]!r} is unknown: choose from {', '.join(known)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the services must not outlive this program
     named = [d for d in DRILLS if d.__name__ in names]
     rows, chosen = {}, named or DRILLS

@@ -115,7 +115,7 @@ def bodies(openapi: dict):
     def one(draw):
         path = draw(st.sampled_from([*ROUTES]))
         body = draw(known[path])
-        if draw(st.booleans()):  # a fuzzed query is seldom one that is scored
+        if draw(st.booleans()):  # a fuzzed query is rarely valid
             fields = ("query", "documents") if ROUTES[path] == "results" else ("text_1", "text_2")
             body |= {fields[0]: draw(texts), fields[1]: draw(st.lists(texts, min_size=1, max_size=4))}
         if draw(st.integers(0, 3)):

@@ -352,7 +352,7 @@ def parse(argv=None):
     add = parser.add_argument
     add("--model", type=Path, action="append", required=True, help="checkpoint folder; several are measured in turn")
     add("--ways", default=",".join(WAYS))
-    add("--dtypes", help="of bf16,float32; default: bf16 on a GPU, both on a CPU that has it")
+    add("--dtypes", help="precisions, of bf16,float32; default: bf16 on a GPU; on a CPU both, if it has bf16")
     add("--lengths", help="tokens a document; default 128,512 on a GPU, 128 on a CPU")
     add("--pairs", type=int, help="pairs a run; default 4096 on a GPU, 64 on a CPU")
     add("--docs", type=int, default=32, help="documents a query")
@@ -375,7 +375,7 @@ def parse(argv=None):
 
 
 def defaults(args) -> None:
-    """Fill in what was not given, by machine."""
+    """Fill in defaults that depend on the machine."""
     from rerank_kit.engine.machine import cpu_has_bf16, probe_machine
 
     machine = probe_machine()
@@ -400,7 +400,7 @@ def main() -> int:
         Path(args.out).write_text(json.dumps(report), "utf-8")
         return 0
     defaults(args)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the way under way is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running way is also ended
     args.folder = Path(tempfile.mkdtemp(prefix="peers-"))
     rows = []
     try:

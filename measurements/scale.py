@@ -73,7 +73,7 @@ class Arrangement:
 
 
 def parse_arrangement(model: str, text: str) -> Arrangement:
-    """Raises ValueError for what is no setting."""
+    """Raises ValueError for an unknown setting."""
     settings, replicas = {}, 1
     for word in shlex.split(text):
         key, sep, value = word.partition("=")
@@ -88,7 +88,7 @@ def parse_arrangement(model: str, text: str) -> Arrangement:
 
 
 class Cards:
-    """The GPUs (or, on a CPU, numbers): handed out so that no two arrangements have the same one, or freely."""
+    """The GPUs (on a CPU: numbers), handed out exclusively or shared."""
 
     def __init__(self, names: list[str], shared: bool):
         self.names, self.shared, self.free, self.changed = names, shared, list(names), threading.Condition()
@@ -117,7 +117,7 @@ class Run:
         self.args, self.cards = args, cards
         self.out = Path(args.out).resolve()
         self.logs = self.out.with_suffix(".logs")
-        self.measuring = threading.Lock()  # one load at a time, but for --together
+        self.measuring = threading.Lock()  # one load at a time, except with --together
         self.all_up = threading.Barrier(len(args.arrangements)) if args.start_all else None
         self.met = threading.Event()
         self.loaded: set[str] = set()  # arrangements under load now
@@ -125,7 +125,7 @@ class Run:
         self.children: set[subprocess.Popen] = set()
 
     def one(self, it: Arrangement) -> None:
-        """Start, compare, load, stop; what goes wrong is in it.error."""
+        """Start, compare, load, stop. A failure is stored in it.error."""
         try:
             it.cards = self.cards.take(it.gpus)
             it.ports = free_ports(it.replicas)
@@ -144,7 +144,7 @@ class Run:
         try:
             if not it.error:
                 with nullcontext() if self.args.together else self.measuring:
-                    # Waiting for the others does not count.
+                    # Time spent waiting for the others is not counted.
                     self.load(it, time.monotonic() + self.args.limit_s if self.all_up else end)
         except Exception as exc:
             it.error = f"{type(exc).__name__}: {exc}"
@@ -289,7 +289,7 @@ class Run:
 
 
 def free_ports(n: int) -> list[int]:
-    """Free ports of this host, different for all callers."""
+    """Free ports of this host; every caller gets different ones."""
     held = [socket.socket() for _ in range(n)]
     with _ports_lock:
         ports = []
@@ -414,7 +414,7 @@ def table(arrangements: list[Arrangement]) -> list[dict]:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table for people."""
+    """The table as text."""
 
     def cell(name: str, value) -> str:
         if value is None:
@@ -437,7 +437,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
 
-    add("--model", action="append", required=True, help="folder of a checkpoint; several times for several models")
+    add("--model", action="append", required=True, help="folder of a checkpoint; repeat it for several models")
     add("--arrange", nargs="+", required=True, metavar="TEXT", help='e.g. "DP=1" "TP=2" "DP=2" "replicas=2"')
 
     def lengths(text: str) -> list[tuple[int, list[int] | None]]:
@@ -448,18 +448,18 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--tokens",
         type=lengths,
         default=[(128, None)],
-        help="tokens a document, e.g. 128,512 (default: 128); 512:16/64 = that length with its own calls in flight",
+        help="tokens per document, e.g. 128,512 (default: 128); 512:16/64 sets the calls in flight for one length",
     )
     add("--query-tokens", type=int, default=16)
     add("--words", action="store_true", help="lengths in words, for tokenizers without English words (test models)")
     add("--docs", type=int, default=32, help="documents a call")
     add("--concurrency", type=numbers, default=[16, 64], help="calls in flight (default: 16,64)")
-    add("--per-gpu", type=numbers, help="calls in flight for each GPU of the arrangement, in place of --concurrency")
+    add("--per-gpu", type=numbers, help="calls in flight per GPU of the arrangement, instead of --concurrency")
     add("--seconds", type=float, default=8.0, help="length of a level")
     add("--processes", type=int, help="client processes; default: as bench_rerank.py chooses")
     add("--extra-args", default="", help="EXTRA_ARGS of every service")
     add("--limit-s", type=float, default=420, help="time limit of one arrangement from start to stop, in seconds")
-    add("--gpus", help="which GPUs to use, e.g. 0,1 (default: all)")
+    add("--gpus", help="GPUs to use, e.g. 0,1 (default: all)")
     add("--cpu", action="store_true", help="use the CPU build; arrangements count GPUs as if there were any")
     add("--start-all", action="store_true", help="start all at once on shared GPUs, load one after the other")
     add("--meet", metavar="FOLDER:N", help="with --start-all: load only when N runs with this folder have started all")

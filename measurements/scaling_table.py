@@ -22,7 +22,7 @@ RESULTS, DOC = KIT / "docs" / "results", KIT / "docs" / "scaling.md"
 
 @dataclass
 class Assumed:
-    """What is not measured: (default, meaning) of each number."""
+    """Assumptions that are not measured: (default, meaning) of each."""
 
     utilisation: float = 0.7  # planned share of the measured throughput; above it queues grow fast
     efficiency: float = 1.0  # throughput of N GPUs / N x that of one; replicas share nothing but the host
@@ -208,7 +208,7 @@ def tables() -> dict[str, str]:
 
 
 def filled_in(text: str) -> str:
-    """The document with every table between its marks made anew."""
+    """The document with every generated table replaced."""
     for name, table in tables().items():
         marks = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text, n = re.subn(marks, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text, flags=re.S)
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--write", action="store_true", help="put the tables into docs/scaling.md")
     parser.add_argument("--target-pairs-s", type=float, help="a plan for this rate")
-    parser.add_argument("--pairs-s-gpu", type=float, help="of one GPU, by bench_rerank.py; default: the 0.6B model's")
+    parser.add_argument("--pairs-s-gpu", type=float, help="from bench_rerank.py; default: the 0.6B model's")
     parser.add_argument("--docs", type=int, default=32, help="documents a call")
     parser.add_argument("--doc-tokens", type=int, default=128, help="tokens a document")
     for one in fields(Assumed):

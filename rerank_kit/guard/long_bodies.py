@@ -164,7 +164,7 @@ def split_payload(fitter: Fitter, payload: dict, most: int = 0) -> tuple[Split |
     instruction, parts, n = _instruction(payload), [], 0
     pairs = _pairs(fitter, payload, fields)
     for query, document in pairs:
-        # Each document still to come is one window at least.
+        # Each remaining document makes at least one window.
         room = most - n - (len(pairs) - len(parts) - 1) if most else 0
         try:
             parts.append(fitter.windows(query, document, instruction, max(1, room) if most else 0))
@@ -181,11 +181,11 @@ def split_payload(fitter: Fitter, payload: dict, most: int = 0) -> tuple[Split |
     used = queries if first != "query" else [payload[first]] * len(queries)
     old = old_queries if len(old_queries) == len(documents) else old_queries * len(documents)
     cut = sorted({owner for owner, query in zip(owners, used, strict=True) if query != old[owner]})
-    # A document without room beside its query is lost as a whole.
+    # A document with no room beside its query is lost completely.
     cut = sorted({*cut, *(i for i, (_, w, is_cut) in enumerate(parts) if is_cut and len(w) == 1)})
     if owners == list(range(len(documents))):
         return None, cut
-    payload.pop("top_n", None)  # the best documents may be several windows each: all are asked for
+    payload.pop("top_n", None)  # the best documents may have several windows each, so all windows are requested
     return Split(owners, documents, top_n), cut
 
 

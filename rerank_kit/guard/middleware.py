@@ -85,8 +85,8 @@ class Guard:
         self.paths = PATHS | extra
         key = os.environ.get("VLLM_API_KEY")
         self.key_hash = hashlib.sha256(key.encode()).digest() if key else None
-        # vLLM gives its API processes a folder in common (for metrics): there they count together. Without it each
-        # admits its share.
+        # vLLM gives its API processes a shared folder (for metrics), through which they count together. Without it
+        # each admits its share.
         n_processes, folder = _setting("API_SERVERS") or 1, os.environ.get("PROMETHEUS_MULTIPROC_DIR")
         share = 1 if folder else n_processes
         max_pairs = math.ceil(_setting("MAX_PAIRS_IN_FLIGHT") / share)
@@ -101,7 +101,7 @@ class Guard:
         logging.getLogger(SCORE_LOGGER).addFilter(_once(SCORE_WARNING))
         self.long = LongDocuments(self.limits.max_docs, self.encode, self._take_windows)
         self.takes_instruction = os.environ.get("GUARD_TAKES_INSTRUCTION", "1") != "0"
-        # Of several API processes the parent ends those that still work after --shutdown-timeout: be done before it.
+        # With several API processes the parent ends those still working after --shutdown-timeout, so finish before it.
         self.early_s = 2.0 if n_processes > 1 else 0.0
         self.draining = False
         self.tasks = set()  # of all calls, also of clients that still send or do not read their answer
@@ -143,7 +143,7 @@ class Guard:
         async def watched_receive():
             message = await receive()
             if message["type"] == "http.disconnect" and not call.status:
-                call.aborted = True  # vLLM cancels the call and answers into the void
+                call.aborted = True  # vLLM cancels the call; nobody reads the answer
             return message
 
         try:
@@ -194,7 +194,7 @@ class Guard:
             raise Refusal(404, "path", text)
 
     async def _admit(self, call: Call, receive) -> bytes | None:
-        """Read, check and complete one scoring call and take its pairs. None = the client left; or Refusal."""
+        """Read, check and complete one scoring call, and count its pairs in. None = the client left. Raises Refusal."""
         if self.draining:
             raise self._stopping()
         self.limits.check_length(call.headers.get(b"content-length", b"0"))

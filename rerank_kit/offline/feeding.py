@@ -1,8 +1,8 @@
 """The engine of a vllm.LLM fed request by request, so that it never waits for the next call of LLM.classify().
 
-LLM.classify() takes a list and gives all of it back: between two lists the engine is idle, and for each pair the
-caller's one thread validates, clones, wraps and unwraps. Here a request is a copy of one that vLLM itself has made, and
-its result is the tensor that the engine sends.
+LLM.classify() returns when its whole list is done, so the engine is idle between two lists. Its one thread also
+validates, clones, wraps and unwraps each pair. Here a request is a copy of one that vLLM itself has made, and its
+result is the tensor that the engine sends.
 """
 
 import itertools
@@ -88,7 +88,7 @@ class Feeder:
                 self._n_tokens -= n_tokens
 
     def abort(self) -> None:
-        """Take back what is not done yet."""
+        """Abort the requests that are not done."""
         if self._where:
             self.core.abort_requests(list(self._where))
         self._where.clear()

@@ -1,4 +1,4 @@
-"""Stand-in for the vllm program, for ends that the real one reaches rarely. FAKE_MODE says what it does:
+"""Stand-in for the vllm program, for outcomes that are rare with the real one. FAKE_MODE selects the behaviour:
 ok, die (FAKE_LOG on stderr), slow (never ready, ignores TERM), stubborn (ignores TERM), family (a child outlives it).
 FAKE_WARM_S: each call of 64 documents, as in the burst before ready, takes that many seconds.
 FAKE_LOAD_S: it binds the port at once and listens that many seconds later, as vLLM does while it loads.

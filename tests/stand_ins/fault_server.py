@@ -66,7 +66,7 @@ class Request:
         ]
         rows.sort(key=lambda row: row["relevance_score"], reverse=True)
         usage = {"prompt_tokens": len(rows), "total_tokens": len(rows)}
-        rows = rows[: data.get("top_n") or len(rows)]  # 0 means all, as in vLLM
+        rows = rows[: data.get("top_n") or len(rows)]  # 0 = all, as in vLLM
         return {"id": f"score-{n}", "model": data["model"], "usage": usage, "results": rows}
 
 
@@ -118,7 +118,7 @@ def send(data: bytes | None = None, share: float = 1.0, end: str = "close"):
 
 
 def drip(start: int = 0, every_s: float = 0.05):
-    """The right answer: the first bytes at once, then one byte at a time, without end in sight."""
+    """The correct answer: the first bytes at once, then one byte at a time, very slowly."""
 
     def behave(server, connection, request) -> bool:
         whole = http(200, json.dumps(request.results()).encode() + b" " * 2000, {"Content-Length": 99999})

@@ -79,7 +79,7 @@ class Replica:
         return int((Path(self.settings["LOG_DIR"]) / f"rerank-{self.port}.pid").read_text().split()[0])
 
     def signal(self, name: str, title: str = "") -> None:
-        """A signal to all processes of the session, or to the one whose title has this word."""
+        """Signal all processes of the session, or the one whose title has this word."""
         hit = 0
         for pid in session_of(self.leader):
             with suppress(ProcessLookupError, FileNotFoundError):
@@ -300,7 +300,7 @@ class Load:
 
     @property
     def wrong(self) -> list[dict]:
-        """Answers with a score that its version does not give."""
+        """Answers with a score that differs from their version's."""
         return [call for call in self.calls if not call["error"] and call["wrong"] > TOLERANCE]
 
     def summary(self) -> dict:

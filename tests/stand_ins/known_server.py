@@ -56,7 +56,7 @@ class Service:
         return web.json_response(good(endpoint, len(documents))) if said is None else said
 
     async def metrics(self, request):
-        """Of a server where each pair waits 30 ms and a quarter of the tokens is cached; 0 at first."""
+        """Counters of a server where each pair waits 30 ms and a quarter of the tokens is cached; initially 0."""
         pairs = max(0, len(self.documents) - 60)
         text = "# TYPE x y\n"
         for name, value in (
@@ -127,7 +127,7 @@ def slow(seconds):
 
 
 def after_check(behave):
-    """Good for the first call (the check), then as `behave` says."""
+    """A good answer to the first call (the check), then `behave`."""
 
     async def wrapped(service, endpoint, body):
         return None if len(service.bodies) == 1 else await behave(service, endpoint, body)
