@@ -312,7 +312,7 @@ def test_slo_search_finds_the_capacity_of_the_server(tmp_path, capsys):
     assert code == 0 and rows[0]["mode"] == "closed" and {row["mode"] for row in rows[1:]} == {"open"}
     found = float(re.search(r"p95 <= 100 ms held up to ([\d.]+) calls/s", text)[1])
     assert 15 < found < 54  # quiet: 45
-    assert re.search(r"missed there in \d windows", text) and "would not show" in text
+    assert re.search(r"missed the SLO there in \d windows", text) and "do not show an overload" in text
     at = [row for row in rows if row["level"] == found]
     assert len(at) >= 2 and len(rows) <= 21
     assert at[1]["window_s"] == pytest.approx(3.0) and at[-1]["slo_held"]

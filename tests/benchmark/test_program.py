@@ -381,10 +381,10 @@ def test_input_sends_the_users_own_calls(tmp_path, capsys):
     row = out["rows"][0]
     assert row["ok"] == 5 and row["pairs/s"] * row["window_s"] == pytest.approx(pairs, rel=0.01)
     assert "calls.jsonl: 6 calls of 3.5 documents" in out["texts"]
-    assert "came again" not in capsys.readouterr().err
+    assert "sent again" not in capsys.readouterr().err
     with serving(slow(0.01)) as service:
         bench(service, tmp_path, *argv, "--requests", "6")
-    assert "the file's 6 calls came again" in capsys.readouterr().err
+    assert "the file's 6 calls were sent again" in capsys.readouterr().err
     file.write_text("{}")
     with serving() as service:
         assert bench_rerank.main(["--base-url", service.url, "--input", str(file)]) == 2

@@ -286,7 +286,7 @@ def test_the_beginning_of_a_line_is_cut_off(tmp_path, left):
 
 def test_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ConfigError, match="is no file"):
+    with pytest.raises(ConfigError, match="is not a regular file"):
         files.find_shard(tmp_path / "pipe", tmp_path / "out.jsonl")
 
 
