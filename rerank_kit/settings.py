@@ -3,7 +3,7 @@
 Every key is defined once, as a field of EnvConfig, with its type, default and one line of help.
 `.env.example`, `start_rerank.sh cfg` and the README table are printed from these fields.
 
-Standard library only: the script asks this file for values before anything is installed.
+Standard library only: start_rerank.sh reads the settings through this module before anything is installed.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-KIT_DIR = Path(__file__).resolve().parents[1]  # of start_rerank.sh, .env, profiles/ and log/
-# Settings of the libraries below us may stand in .env too; the script exports them to the server.
+KIT_DIR = Path(__file__).resolve().parents[1]  # the folder of start_rerank.sh, .env, profiles/ and log/
+# .env may also set variables of other libraries; start_rerank.sh exports them to the server.
 PASSED_ON = re.compile(
     r"^(HF_|HUGGINGFACE_|MODELSCOPE_|VLLM_|NCCL_|GLOO_|TORCH|OMP_|MKL_|PIP_|UV_|OTEL_|PYTORCH_|TRITON_|CUDA_)"
     r"|^(PYTHON|DO_NOT_TRACK|LD_PRELOAD|TMPDIR|XDG_CACHE_HOME|HTTPS?_PROXY|NO_PROXY|https?_proxy|no_proxy)$"
@@ -24,7 +24,7 @@ PASSED_ON = re.compile(
 
 
 class ConfigError(ValueError):
-    """A setting that cannot be used. The message names the key, its source and what is allowed."""
+    """A setting that cannot be used. The message names the key, its source and the allowed values."""
 
 
 def _key(default, help, group, *, choices=None, low=None, high=None, secret=False):
@@ -37,62 +37,62 @@ class EnvConfig:
     """All settings, checked. None means "not set"; rerank_kit.engine then chooses by model and machine."""
 
     # fmt: off
-    model_path: str | None = _key(None, "checkpoint to serve: a local folder, or a Hugging Face / ModelScope id", "model")
-    model_path_tiny: str | None = _key(None, "checkpoint of vllm_usage_tiny.py; unset: MODEL_PATH, else Qwen/Qwen3-Reranker-0.6B", "model")
-    model_profile: str | None = _key(None, "profile in profiles/ (without .json); unset: chosen from the checkpoint", "model")
+    model_path: str | None = _key(None, "checkpoint to serve: a local folder or a Hugging Face / ModelScope id", "model")
+    model_path_tiny: str | None = _key(None, "checkpoint of vllm_usage_tiny.py. Default: MODEL_PATH, or Qwen/Qwen3-Reranker-0.6B when that is unset too", "model")
+    model_profile: str | None = _key(None, "name of a file in profiles/, without .json. Default: chosen by the checkpoint's files", "model")
     served_model_name: str = _key("qwen3-reranker", "model name that clients send", "model")
-    instruction: str | None = _key(None, "default task instruction; unset: the profile's own", "model")
+    instruction: str | None = _key(None, "task instruction of calls that bring none. Default: the profile's own", "model")
     host: str = _key("127.0.0.1", "address to listen on; 0.0.0.0 opens the service to the network", "service")
-    port: int = _key(11438, "port of server, client, benchmark", "service", low=1, high=65535)
-    api_key: str | None = _key(None, "key that clients must send (Authorization: Bearer ...)", "service", secret=True)
+    port: int = _key(11438, "port of the server; client and benchmark call it too", "service", low=1, high=65535)
+    api_key: str | None = _key(None, "key that clients must send, as Authorization: Bearer KEY", "service", secret=True)
     api_key_file: str | None = _key(None, "file that holds the key; used when API_KEY is unset", "service")
-    log_dir: str = _key("log", "folder of logs and PID files; relative to the kit", "service")
-    start_timeout_s: int = _key(900, "seconds that start waits for a scored probe", "service", low=1)
-    stop_timeout_s: int = _key(30, "seconds that calls in flight get to finish on stop", "service", low=0)
-    restart: str = _key("yes", "yes: a server that died or hangs is started again; no: it stays down (systemd and Kubernetes restart by themselves)", "service", choices=("yes", "no"))
-    restart_max: int = _key(5, "most restarts in RESTART_WINDOW_S; then the service stays down", "service", low=0)
-    restart_window_s: int = _key(600, "seconds within which restarts are counted", "service", low=1)
+    log_dir: str = _key("log", "folder of logs and PID files; a relative path starts at the kit's folder", "service")
+    start_timeout_s: int = _key(900, "seconds that start waits for the first scored probe", "service", low=1)
+    stop_timeout_s: int = _key(30, "seconds that stop gives calls in flight to finish", "service", low=0)
+    restart: str = _key("yes", "yes: the supervisor restarts a server that died or hangs; no: the server stays down, for systemd and Kubernetes, which restart it themselves", "service", choices=("yes", "no"))
+    restart_max: int = _key(5, "limit on restarts within RESTART_WINDOW_S; beyond it the service stays down", "service", low=0)
+    restart_window_s: int = _key(600, "seconds of the window in which restarts are counted", "service", low=1)
     health_timeout_s: int = _key(120, "seconds without any score after which a server counts as hung; 0 = never", "service", low=0)
-    log_max_mib: int = _key(100, "MiB above which the log is rotated while the server runs; 0 = never", "service", low=0)
-    log_keep: int = _key(5, "old logs that are kept", "service", low=0, high=1000)
-    allow_no_key: int = _key(0, "1: a HOST that others reach is served without a key", "service", low=0, high=1)
+    log_max_mib: int = _key(100, "size in MiB above which the log of a running server is rotated; 0 = never", "service", low=0)
+    log_keep: int = _key(5, "number of rotated logs that are kept", "service", low=0, high=1000)
+    allow_no_key: int = _key(0, "1: serve without a key even if HOST is open to the network", "service", low=0, high=1)
     ssl_certfile: str | None = _key(None, "TLS certificate (PEM, with its chain); needs SSL_KEYFILE", "service")
     ssl_keyfile: str | None = _key(None, "private key of SSL_CERTFILE (PEM)", "service")
-    startup_check: int = _key(1, "1: start checks prompt, head and known answers before it says ready; 0: a scored probe only", "service", low=0, high=1)
-    cuda_visible_devices: str | None = _key(None, "GPUs to use, e.g. 0,1; unset: the first TP x DP", "gpu")
+    startup_check: int = _key(1, "1: start reports ready only when prompt, head and known answers are right; 0: when a probe is scored", "service", low=0, high=1)
+    cuda_visible_devices: str | None = _key(None, "GPUs to use, e.g. 0,1. Default: the first TP x DP", "gpu")
     tp: int = _key(1, "tensor parallel size: one model over several GPUs", "gpu", low=1)
-    dp: int = _key(1, "data parallel size: copies of the model", "gpu", low=1)
-    engines_per_gpu: int | None = _key(None, "engine processes that share each GPU; more than 1 pays for small models on large GPUs", "gpu", low=1, high=8)
-    dp_address: str | None = _key(None, "address of node 0, where the DP copies are on several hosts; unset: one host", "nodes")
-    dp_local: int | None = _key(None, "copies on each host; DP is the sum of all hosts", "nodes", low=1)
-    node_rank: int = _key(0, "0: the head (API and its own copies); 1, 2 ...: a host with copies only", "nodes", low=0)
-    dp_rpc_port: int = _key(29550, "port of node 0 on which the others register; more ports are open between the nodes", "nodes", low=1, high=65535)
-    gpu_memory_utilization: float | None = _key(None, "share of the memory that vLLM may take (0-1)", "engine", low=0.01, high=1)
-    max_model_len: int | None = _key(None, "longest prompt in tokens (query + document + template)", "engine", low=16)
-    max_num_batched_tokens: int | None = _key(None, "most tokens in one engine step", "engine", low=16)
-    max_num_seqs: int | None = _key(None, "most pairs in one engine step", "engine", low=1)
+    dp: int = _key(1, "data parallel size: number of copies of the model", "gpu", low=1)
+    engines_per_gpu: int | None = _key(None, "engine processes on each GPU; more than 1 is faster for small models on large GPUs. Default: chosen by model and machine", "gpu", low=1, high=8)
+    dp_address: str | None = _key(None, "address of node 0 when the DP copies are on several hosts. Default: one host", "nodes")
+    dp_local: int | None = _key(None, "copies on each host; DP is the sum over all hosts", "nodes", low=1)
+    node_rank: int = _key(0, "0: the head node (API and its own copies); 1, 2 ...: a node with copies only", "nodes", low=0)
+    dp_rpc_port: int = _key(29550, "port of node 0 at which the other nodes register; the nodes open further ports between them", "nodes", low=1, high=65535)
+    gpu_memory_utilization: float | None = _key(None, "share of GPU memory that vLLM may take, 0 to 1 (CPU build: of the host's memory). Default: 0.85 on a GPU", "engine", low=0.01, high=1)
+    max_model_len: int | None = _key(None, "longest prompt in tokens (query + document + template). Default: the model's own limit, 4096 at most", "engine", low=16)
+    max_num_batched_tokens: int | None = _key(None, "limit on tokens in one engine step. Default: chosen by model and machine", "engine", low=16)
+    max_num_seqs: int | None = _key(None, "limit on pairs in one engine step. Default: chosen by model and machine", "engine", low=1)
     dtype: str = _key("auto", "precision of weights and activations", "engine", choices=("auto", "bfloat16", "float16", "half", "float32", "float"))
-    quantization: str | None = _key(None, "vLLM quantization method, e.g. fp8", "engine")
-    api_server_count: int | None = _key(None, "API processes (tokenizing, HTTP) of one service", "engine", low=1)
-    extra_args: str = _key("", "more arguments for vllm serve, as in a shell", "engine")
-    base_url: str | None = _key(None, "where clients find the service; unset: http://HOST:PORT/v1", "client")
-    timeout_s: float = _key(120.0, "seconds a client waits for an answer", "client", low=0.001)
-    connect_timeout_s: float = _key(5.0, "seconds a client waits for a connection", "client", low=0.001)
-    pool_size: int = _key(150, "connections a client keeps open; as many as its threads", "client", low=1)
-    retries: int = _key(2, "retries of failed connects and of 429, 502, 503, 504", "client", low=0, high=20)
-    client_batch_size: int = _key(64, "most documents a client puts into one request; longer lists are split", "client", low=1)
-    client_concurrency: int = _key(8, "most requests in flight of one split list or of rerank_many", "client", low=1)
-    guard: int = _key(1, "1: load the guard into the server (limits, defaults, key on every path); 0: bare vLLM", "guard", low=0, high=1)
-    max_docs_per_call: int = _key(1000, "most documents in one call; 0 = off", "guard", low=0)
-    max_body_bytes: int = _key(33554432, "most bytes of one call's body; 0 = off", "guard", low=0)
-    max_chars_per_field: int = _key(500000, "most characters of one query, document or instruction; 0 = off", "guard", low=0)
-    max_pairs_in_flight: int | None = _key(None, "most pairs taken at a time (429 beyond); unset: what is served in MAX_WAIT_S", "guard", low=1)
-    max_wait_s: float = _key(10.0, "longest estimated seconds before a call's first pair starts (429 beyond); 0 = off", "guard", low=0)
-    max_tokens_per_doc: int | None = _key(None, "cuts documents of calls that say nothing themselves; unset: vLLM does not cut", "guard", low=1)
-    max_tokens_per_query: int | None = _key(None, "cuts queries of calls that say nothing themselves; unset: vLLM does not cut", "guard", low=1)
-    long_documents: str = _key("truncate", "pairs longer than MAX_MODEL_LEN: truncate as the model card does, error, or chunk (best of overlapping windows)", "guard", choices=("truncate", "error", "chunk"))
-    allow_paths: str = _key("", "further paths to open, e.g. /tokenize,/docs; the key guards them too", "guard")
-    slow_call_ms: float = _key(30000.0, "log one line for a scoring call that takes longer; 0 = off", "guard", low=0)
+    quantization: str | None = _key(None, "vLLM quantization method, e.g. fp8; it changes scores", "engine")
+    api_server_count: int | None = _key(None, "API processes (HTTP, tokenizing) of one service. Default: chosen by model and machine", "engine", low=1)
+    extra_args: str = _key("", "further arguments for vllm serve, quoted as in a shell", "engine")
+    base_url: str | None = _key(None, "URL at which clients find the service. Default: http://HOST:PORT/v1", "client")
+    timeout_s: float = _key(120.0, "seconds that a client waits for an answer", "client", low=0.001)
+    connect_timeout_s: float = _key(5.0, "seconds that a client waits for a connection", "client", low=0.001)
+    pool_size: int = _key(150, "connections that a client keeps open; at least the number of calling threads", "client", low=1)
+    retries: int = _key(2, "number of retries after a failed connect or a 429, 502, 503 or 504", "client", low=0, high=20)
+    client_batch_size: int = _key(64, "limit on documents in one request; the client splits longer lists", "client", low=1)
+    client_concurrency: int = _key(8, "limit on requests in flight of one split list or one rerank_many call", "client", low=1)
+    guard: int = _key(1, "1: load the guard into the server (limits, defaults, key check on every path); 0: bare vLLM", "guard", low=0, high=1)
+    max_docs_per_call: int = _key(1000, "limit on documents in one call; 0 = no limit", "guard", low=0)
+    max_body_bytes: int = _key(33554432, "limit on bytes in one request body; 0 = no limit", "guard", low=0)
+    max_chars_per_field: int = _key(500000, "limit on characters in one query, document or instruction; 0 = no limit", "guard", low=0)
+    max_pairs_in_flight: int | None = _key(None, "limit on pairs in flight; more get 429. Default: as many as are served within MAX_WAIT_S", "guard", low=1)
+    max_wait_s: float = _key(10.0, "limit on the estimated seconds before a call's first pair starts; a longer wait gets 429; 0 = no limit", "guard", low=0)
+    max_tokens_per_doc: int | None = _key(None, "default for max_tokens_per_doc when a call does not set it. Default: no cut", "guard", low=1)
+    max_tokens_per_query: int | None = _key(None, "default for max_tokens_per_query when a call does not set it. Default: no cut", "guard", low=1)
+    long_documents: str = _key("truncate", "pairs longer than MAX_MODEL_LEN: truncate cuts them as the model card does, error refuses them, chunk scores overlapping windows and takes the best", "guard", choices=("truncate", "error", "chunk"))
+    allow_paths: str = _key("", "further paths to serve, e.g. /tokenize,/docs; they need the key too", "guard")
+    slow_call_ms: float = _key(30000.0, "milliseconds above which a scoring call is logged; 0 = never", "guard", low=0)
     # fmt: on
 
     @property
@@ -103,7 +103,7 @@ class EnvConfig:
     @property
     def service_url(self) -> str:
         """Base URL of the service that this configuration starts, without a trailing slash."""
-        # An address to listen on everywhere is not one to connect to.
+        # Nobody can connect to a wildcard address: it is only one to listen on.
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         scheme = "https" if self.ssl_certfile else "http"
         return f"{scheme}://[{host}]:{self.port}/v1" if ":" in host else f"{scheme}://{host}:{self.port}/v1"
@@ -132,7 +132,7 @@ def load_env(path: Path | str | None = None) -> dict[str, str]:
         {key: text}. Accepts `export `, quotes, comments, CRLF and a byte order mark.
 
     Raises:
-        ConfigError: a line that is no KEY=VALUE, with its number.
+        ConfigError: a line is not KEY=VALUE; the message has its number.
     """
     path = Path(path or os.environ.get("KIT_ENV_FILE") or KIT_DIR / ".env")
     values = {}
@@ -149,7 +149,7 @@ def load_env(path: Path | str | None = None) -> dict[str, str]:
         key, sep, value = line.partition("=")
         key, value = key.strip(), value.strip()
         if not sep or not re.fullmatch(r"[A-Za-z_]\w*", key):
-            # The line may hold a key without its name: show no more than its number.
+            # The line may hold an API key without its name: show its number only.
             raise ConfigError(f"{path.name} line {number} is not KEY=VALUE")
         if value[:1] in ("'", '"'):
             end = value.find(value[0], 1)
@@ -163,7 +163,7 @@ def load_env(path: Path | str | None = None) -> dict[str, str]:
 
 
 def _parse(key: str, text: str, source: str):
-    """Text of one key to its type; ConfigError names key, source and what is allowed."""
+    """Convert the text of one key to its type. ConfigError names key, source and the allowed values."""
     field = FIELDS[key]
     meta = field.metadata
     kind = int if "int" in str(field.type) else float if "float" in str(field.type) else str
@@ -187,10 +187,10 @@ def get_config(env_file: Path | str | None = None, **overrides) -> EnvConfig:
 
     Args:
         env_file: see load_env().
-        overrides: values by field name (max_model_len=2048); None = not given.
+        overrides: values by field name, e.g. max_model_len=2048; None = not given.
 
     Raises:
-        ConfigError: one line for every setting that cannot be used.
+        ConfigError: the message has a line for every setting that cannot be used.
     """
     file_values = load_env(env_file)
     values, errors = {}, []
@@ -216,7 +216,7 @@ def get_config(env_file: Path | str | None = None, **overrides) -> EnvConfig:
         except ConfigError as exc:
             errors.append(str(exc))
     if not re.fullmatch(r"[!-~]*", values.get("api_key") or ""):
-        errors.append("API_KEY=*** holds white space or other than ASCII characters: no HTTP header can carry it")
+        errors.append("API_KEY=*** holds white space or non-ASCII characters: no HTTP header can carry it")
     if errors:
         raise ConfigError("\n".join(errors))
     return EnvConfig(**values)
@@ -234,7 +234,7 @@ def _read_key(name: str) -> str:
 
 
 def warnings_of(env_file: Path | str | None = None) -> list[str]:
-    """Keys in .env that nothing reads, each with the nearest known one."""
+    """A warning for each key in .env that no code reads, with the nearest known key."""
     out = []
     for key in load_env(env_file):
         if key not in FIELDS and not PASSED_ON.search(key):
@@ -244,13 +244,13 @@ def warnings_of(env_file: Path | str | None = None) -> list[str]:
 
 
 def passed_on_env(env_file: Path | str | None = None) -> dict[str, str]:
-    """Variables of other libraries in .env (HF_*, VLLM_*, ...) that the environment does not set."""
+    """Variables of other libraries (HF_*, VLLM_*, ...) that .env sets and the environment does not."""
     return {k: v for k, v in load_env(env_file).items() if PASSED_ON.search(k) and k not in {*os.environ, *FIELDS}}
 
 
 def env_example() -> str:
     """Text of .env.example: every key with its default, commented out."""
-    lines = ["# Copy to .env and uncomment what you change. Argument > environment > .env > default."]
+    lines = ["# Copy to .env and uncomment what you change. Precedence: argument > environment > .env > default."]
     for group, fields in _groups().items():
         lines.append(f"\n# --- {group} ---")
         for key, field in fields:
@@ -295,7 +295,7 @@ _cache: dict[str, EnvConfig] = {}
 
 
 def __getattr__(name: str):
-    """CFG, MODEL_PATH and MODEL_PATH_TINY are read on first use: importing this module does nothing."""
+    """CFG, MODEL_PATH and MODEL_PATH_TINY are read on first use, so an import reads no file."""
     if name not in ("CFG", "MODEL_PATH", "MODEL_PATH_TINY"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if "CFG" not in _cache:
@@ -311,7 +311,7 @@ def __getattr__(name: str):
 
 
 def main(argv: list[str]) -> int:
-    """What start_rerank.sh and the documentation ask: shell | warnings | example | table | get KEY."""
+    """Print settings for start_rerank.sh and the documentation: shell | warnings | example | table | get KEY."""
     asked = argv[0] if argv else "table"
     try:
         if asked == "shell":

@@ -1,6 +1,7 @@
 """Shared fixtures: seeded tiny checkpoints and one real service for the whole session."""
 
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -9,10 +10,12 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +30,50 @@ sys.path[:0] = [str(Path(__file__).parent / "stand_ins"), str(Path(__file__).par
 
 # Variables of the developer's own shell that would change what is tested.
 SETTINGS = {*settings.FIELDS, "VLLM_API_KEY", "KIT_ENV_FILE"}
+
+
+# pytest -n 2: what uses one of these fixtures is run by one process, in the order of the files; so is a file.
+# (--dist loadgroup of xdist 3.8 does nothing under pytest 9.2.)
+LANES = {"keyed_service": "keyed", "fleet": "fleet", "service": "service", "fork_server": "service"}
+# What takes longest comes first; real servers need both cores, so that the other process sleeps most of the time then.
+FIRST = ("service", "test_supervisor", "test_start_rerank", "test_one_service", "test_nodes", "fleet", "keyed")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Sort the tests by lane, and tell the process that deals them out."""
+    if not hasattr(config, "workerinput"):
+        return
+    lanes = {item: next((LANES[f] for f in LANES if f in item.fixturenames), item.path.stem) for item in items}
+    items.sort(key=lambda item: FIRST.index(lanes[item]) if lanes[item] in FIRST else len(FIRST))
+    file = Path(config.workerinput["lanes"])
+    file.write_text(json.dumps({item.nodeid: lane for item, lane in lanes.items()}))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    if LANES_FOLDER not in node.config.stash:
+        node.config.stash[LANES_FOLDER] = tempfile.TemporaryDirectory()
+        node.config.add_cleanup(node.config.stash[LANES_FOLDER].cleanup)
+    node.workerinput["lanes"] = f"{node.config.stash[LANES_FOLDER].name}/{node.gateway.id}"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByLane(LoadScopeScheduling):
+        lanes = None
+
+        def _split_scope(self, nodeid):
+            if not self.lanes:
+                self.lanes = json.loads(next(Path(config.stash[LANES_FOLDER].name).iterdir()).read_text())
+            return self.lanes[nodeid]
+
+    config.option.loadscopereorder = False
+    return ByLane(config, log)
+
+
+LANES_FOLDER = pytest.StashKey[tempfile.TemporaryDirectory]()
 
 
 @pytest.fixture(autouse=True)
@@ -63,10 +110,22 @@ def closed_sessions():
     calls._aliases.clear()
 
 
+def _ports():
+    """Ports for the tests of this process: none that the kernel gives to a connection, none of another process's."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    low = 12_000 + worker % 4 * 5_000
+    start = os.getpid() * 100 % 5_000
+    return (low + (start + n) % 5_000 for n in itertools.count())
+
+
+_next_port = _ports()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    for port in _next_port:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def until(what, timeout_s: float = 30):
@@ -158,6 +217,30 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     }
 
 
+@pytest.fixture(scope="session")
+def fork_server():
+    """A process that has imported vLLM; what it runs starts many seconds sooner (forking_vllm.py)."""
+    from forking_vllm import ForkServer
+
+    server = ForkServer(kit_environment())
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def forked_python(fork_server, tmp_path_factory) -> Path:
+    """PYTHON of a service that nobody kills: its `vllm serve` runs in a fork, outside the supervisor's session."""
+    return fork_server.environment(tmp_path_factory.mktemp("forked") / "env")
+
+
+@pytest.fixture(scope="session")
+def quick_python(tmp_path_factory) -> Path:
+    """PYTHON of a service whose `vllm serve` imports vLLM once and forks its engine and workers."""
+    from forking_vllm import quick_environment
+
+    return quick_environment(tmp_path_factory.mktemp("quick") / "env")
+
+
 @dataclass
 class Service:
     """A real service under test."""
@@ -192,7 +275,7 @@ def service(checkpoints, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def keyed_service(checkpoints, tmp_path_factory):
+def keyed_service(checkpoints, quick_python, tmp_path_factory):
     """Settings of a second real service with TLS, a key and two engines, open to the network.
 
     test_integrations.py calls it; then test_keyed_service.py kills it, and last stops it.
@@ -211,6 +294,7 @@ def keyed_service(checkpoints, tmp_path_factory):
         "STARTUP_CHECK": 0,
         "ENGINES_PER_GPU": 2,
         "API_SERVER_COUNT": 1,
+        "PYTHON": quick_python,
     }
     started = run_kit("start", **settings)
     assert started.returncode == 0, started.stdout + started.stderr
@@ -219,14 +303,14 @@ def keyed_service(checkpoints, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def fleet(checkpoints, tmp_path_factory):
+def fleet(checkpoints, quick_python, tmp_path_factory):
     """Two real services with a key behind a real nginx (http and TLS), and a collector of their traces (fleet.py)."""
     from fleet import Fleet
     from otlp_collector import Collector
 
     collector = Collector()
     folder = tmp_path_factory.mktemp("fleet")
-    made = Fleet(folder, checkpoints["qwen3"], **tracing(collector.url))
+    made = Fleet(folder, checkpoints["qwen3"], **tracing(collector.url), PYTHON=quick_python)
     made.collector, made.other_model = collector, checkpoints["qwen3_untied"]
     try:
         yield made.start()

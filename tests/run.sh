@@ -1,9 +1,29 @@
 #!/bin/sh
 # The whole test suite from nothing: sets up .venv as a user would, adds the test tools, checks style, runs pytest.
-#   sh tests/run.sh [pytest arguments]
+#   sh tests/run.sh [--coverage] [pytest arguments]
+# Without a file, -m or -n the suite runs in two parts: two tests at a time, then those that measure time, alone.
+#   sh tests/run.sh                                   all but what needs a GPU or many minutes
+#   sh tests/run.sh --coverage                        and print the lines of the kit that no test reaches (slower)
+#   sh tests/run.sh -x --durations=25                 options of pytest
+#   sh tests/run.sh tests/docs/test_docs.py              one file; also FILE::TEST
+#   sh tests/run.sh -m soak                           what runs for many minutes; -m gpu: what needs a GPU
 set -eu
 KIT=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd -P)
 cd "$KIT"
+
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
+
+COVERAGE='' WHOLE=yes
+[ "${1:-}" != --coverage ] || { COVERAGE=yes; shift; }
+for word in "$@"; do
+  case $word in
+    -h | --help) usage; exit 0 ;;
+    -m* | -n* | -p) WHOLE='' ;;
+    -*) ;;
+    *) [ ! -e "${word%%::*}" ] || WHOLE='' ;;
+  esac
+done
+
 sh start_rerank.sh setup
 PY=$(sh start_rerank.sh python)
 "$PY" -m pip --disable-pip-version-check install --quiet -r requirements-dev.txt
@@ -27,4 +47,15 @@ fi
 "$PY" -m ruff check .
 "$PY" -m ruff format --check .
 shellcheck start_rerank.sh deploy/switch_model.sh tests/run.sh .ci/run
-exec "$PY" -m pytest -m "not gpu and not soak" "$@"
+
+# Exit code of pytest; 5, nothing to run, is none of a part.
+part() { "$PY" -m pytest "$@" || { code=$?; [ "$code" = 5 ] || FAILED=$code; }; }
+
+if [ -z "$WHOLE" ]; then
+  [ -z "$COVERAGE" ] || set -- --cov "$@"
+  exec "$PY" -m pytest -m "not gpu and not soak" "$@"
+fi
+FAILED=0
+part -m "not gpu and not soak and not timing" -n 2 ${COVERAGE:+--cov --cov-report=} "$@"
+part -m "timing and not gpu and not soak" ${COVERAGE:+--cov --cov-append} "$@"
+exit "$FAILED"

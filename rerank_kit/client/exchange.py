@@ -354,8 +354,10 @@ def exchange(session: PooledSession, step: Step) -> Answer | Failure:
 
 def new_async_session(base_url: str, headers: dict[str, str], pool_size: int, *, reuse: bool = True):
     """An aiohttp.ClientSession with at most pool_size connections; further calls wait for one."""
-    import aiohttp
-
+    try:
+        import aiohttp
+    except ModuleNotFoundError as exc:
+        raise ConfigError('arerank and ascore need aiohttp: pip install "rerank-kit[async]"') from exc
     _need("aiohttp", aiohttp.__version__, 3, 11)
     trace = aiohttp.TraceConfig(trace_config_ctx_factory=lambda trace_request_ctx: trace_request_ctx)
     trace.on_connection_create_start.append(_on_connect)

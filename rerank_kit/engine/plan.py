@@ -103,6 +103,11 @@ def _checked(cfg: EnvConfig, model: str | Path | None) -> str | Path:
         raise ConfigError("MODEL_PATH is not set: write MODEL_PATH=/folder/of/the/checkpoint (or a hub id) into .env")
     if re.search(r"--api[-_]server[-_]count", cfg.extra_args):  # the guard of each must know their number
         raise ConfigError("EXTRA_ARGS holds --api-server-count: set API_SERVER_COUNT in its place")
+    if "server_guard.Guard" in cfg.extra_args:
+        raise ConfigError(
+            "EXTRA_ARGS holds --middleware server_guard.Guard, which is rerank_kit.guard.Guard now: take it out, "
+            "GUARD=1 loads the guard"
+        )
     return model
 
 

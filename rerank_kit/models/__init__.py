@@ -1,1 +1,1 @@
-"""What a checkpoint is: its files, its family (profile), its prompt, what fits, and the reference that proves its scores."""
+"""What a checkpoint is: its files, its family (profile), its prompt, its length limit, the reference for its scores."""

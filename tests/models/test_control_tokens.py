@@ -9,9 +9,9 @@ import pytest
 import tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rerank_kit.models.profiles import all_profiles
 
 from rerank_kit.models.pair import Pair
+from rerank_kit.models.profiles import all_profiles
 from rerank_kit.models.reference import CAUSAL
 
 # Every family that has a template: how its tokenizer is made, its profile.

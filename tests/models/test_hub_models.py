@@ -8,16 +8,16 @@ import pytest
 import tiny_hub_models
 import tiny_models
 import torch
-from rerank_kit.engine.plan import plan_service
-from rerank_kit.serving.command import server_commands
-from rerank_kit.engine.machine import Machine
-from rerank_kit.models.checkpoint import read_checkpoint
-from rerank_kit.models.profiles import all_profiles, find_profile
 from transformers import AutoTokenizer
 
-from rerank_kit.settings import ConfigError, get_config
+from rerank_kit.engine.machine import Machine
+from rerank_kit.engine.plan import plan_service
+from rerank_kit.models.checkpoint import read_checkpoint
 from rerank_kit.models.pair import Pair
+from rerank_kit.models.profiles import all_profiles, find_profile
 from rerank_kit.models.reference import qwen3_vl_prompt_ids, reference_scores
+from rerank_kit.serving.command import server_commands
+from rerank_kit.settings import ConfigError, get_config
 
 CPU = Machine("0.32.0+cpu", (), (0, 1), 64 * 2**30)
 MODELS = {

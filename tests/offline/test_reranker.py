@@ -445,8 +445,8 @@ def test_encoder_cuts_pairs_of_encoders_at_the_longer_side(checkpoints):
         assert prompt.cut == (len(query + document) > 10)
 
 
-def run_program(name, *args, timeout_s=300, **settings):
-    command = [sys.executable, str(KIT / name), *map(str, args)]
+def run_program(name, *args, timeout_s=300, python=(sys.executable,), **settings):
+    command = [*python, str(KIT / name), *map(str, args)]
     return subprocess.run(command, env=kit_environment(**settings), capture_output=True, text=True, timeout=timeout_s)
 
 
@@ -497,8 +497,11 @@ def test_the_example_says_which_document_has_no_score(capsys):
 
 
 @pytest.mark.server
-def test_real_file_run_interrupted_and_resumed(checkpoints, tmp_path):
-    """Kill the real run with Ctrl-C, run it again: each line once, scores as the reference computes them."""
+def test_real_file_run_interrupted_and_resumed(checkpoints, fork_server, tmp_path):
+    """Kill the real run with Ctrl-C, run it again: each line once, scores as the reference computes them.
+
+    The first run is no fork: it is the suite's one real start of vllm.LLM.
+    """
     documents = ["The capital of China is Beijing.", "中国的首都是北京。", "Gravity attracts bodies."]
     rows = [{"query": f"question {n}", "document": documents[n % 3], "id": n} for n in range(4096 * 3)]
     rows[5] = {"query": "no document", "id": 5}
@@ -520,7 +523,7 @@ def test_real_file_run_interrupted_and_resumed(checkpoints, tmp_path):
     done_before = lines_done(output).lines
     assert first.returncode == 130 and "the same command goes on" in said, said[-2000:]
     assert 0 < done_before < len(rows) and "line 6: field 'document'" in said
-    second = run_program("vllm_usage.py", "--input", source, "--output", output, **settings)
+    second = run_program("vllm_usage.py", "--input", source, "--output", output, python=fork_server.command, **settings)
     assert second.returncode == 1, "line 6 has no score: " + second.stderr[-2000:]
     assert f"going on after line {done_before}" in second.stderr
     out = read_rows(output)
@@ -538,8 +541,8 @@ def test_real_file_run_interrupted_and_resumed(checkpoints, tmp_path):
 
 
 @pytest.mark.server
-def test_tiny_prints_the_example_ranked(checkpoints):
-    done = run_program("vllm_usage_tiny.py", MODEL_PATH_TINY=checkpoints["qwen3"])
+def test_tiny_prints_the_example_ranked(checkpoints, fork_server):
+    done = run_program("vllm_usage_tiny.py", python=fork_server.command, MODEL_PATH_TINY=checkpoints["qwen3"])
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("- score=")]
     scores = [float(line.split("=")[1].split()[0]) for line in lines]

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 from conftest import KIT, http, kit_environment
@@ -36,7 +35,7 @@ def pairs_of(instruction):
 
 
 @pytest.fixture(scope="module")
-def offline(checkpoints, tmp_path_factory):
+def offline(checkpoints, fork_server, tmp_path_factory):
     """{instruction: (scores, token ids)} of every pair by vllm.LLM, in a process of its own."""
     out = tmp_path_factory.mktemp("offline") / "out.json"
     code = """
@@ -60,7 +59,7 @@ if __name__ == "__main__":
     script.write_text(code)
     env = kit_environment(MODEL_PATH=checkpoints["qwen3"], DTYPE="float32", MAX_MODEL_LEN=1024, PYTHONPATH=KIT)
     asked = json.dumps([(instruction, TEXTS) for instruction in INSTRUCTIONS])
-    command = [sys.executable, str(script), str(out)]
+    command = [*fork_server.command, str(script), str(out)]
     done = subprocess.run(command, input=asked, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip(INSTRUCTIONS, json.loads(out.read_text()), strict=True))
@@ -172,9 +171,9 @@ def test_templates_exist_and_name_every_control_token():
         assert (f'"{token}"' in text) == token.startswith("<|"), token
 
 
-def test_tiny_check_compares_with_transformers(checkpoints):
+def test_tiny_check_compares_with_transformers(checkpoints, fork_server):
     env = kit_environment(MODEL_PATH_TINY=checkpoints["qwen3_untied"], DTYPE="float32")
-    command = [sys.executable, str(KIT / "vllm_usage_tiny.py"), "--check"]
+    command = [*fork_server.command, str(KIT / "vllm_usage_tiny.py"), "--check"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "in float32" in done.stdout and "largest difference" in done.stdout
