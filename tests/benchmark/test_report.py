@@ -177,7 +177,7 @@ def test_cost_of_a_million_pairs_and_gpus_for_a_target():
     lines = cost_lines({"server_flags": "m --tensor-parallel-size 2 --data-parallel-size=4"}, rows, None, [1001.0])
     assert "16 GPUs for 1001 pairs/s" in lines[0] and not any("million" in line for line in lines)
     unknown = cost_lines({"server_flags": None}, rows, None, [5001.0])
-    assert "6 copies of this service for 5001" in unknown[0] and "GPUs are not known" in unknown[-1]
+    assert "6 copies of this service for 5001" in unknown[0] and "GPUs are not visible" in unknown[-1]
     nothing = a_row() | {"pairs/s": 0.0}
     assert "5 pairs/s cannot be reached" in cost_lines({}, [nothing], 1.0, [5.0])[0]
 

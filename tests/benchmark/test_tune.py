@@ -296,7 +296,7 @@ def test_a_proof_in_which_nothing_holds_is_no_gain_and_no_crash():
     turns = [{"side": side, "value": 0.0, "score_difference": 0.0} for side in ("present", "best") * 2]
     tuner.began = 0.0
     tuner.state |= {"tried": [record, record], "turns": turns, "ended": "no further step improves the result"}
-    assert tuner.result(record)[-1].startswith("tune: no rate held in the proof")
+    assert tuner.result(record)[-1].startswith("tune: no rate held the SLO in the proof")
     assert tuner.state["gain"] == (0.0, None, False)
 
 
