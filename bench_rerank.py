@@ -33,7 +33,7 @@ from rerank_kit.benchmark.tune import tune
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 done; 1 no server, no good answer, or a regression; 2 usage; 130 Ctrl-C (what was measured is printed)."""
+    """0 done; 1 no server, no call succeeded, or a regression; 2 usage; 130 Ctrl-C (what was measured is printed)."""
     args, api_key, connect_timeout_s = parse_args(sys.argv[1:] if argv is None else argv)
     if args.compare:
         return run_compare(args.compare, args.fail_over, args.html)

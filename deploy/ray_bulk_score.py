@@ -1,10 +1,10 @@
-"""Score a folder of shards as a Ray Data pipeline: one OfflineReranker an actor, one actor a GPU x TP.
+"""Score a folder of shards as a Ray Data pipeline: one OfflineReranker per actor, one actor per TP GPUs.
 
 python deploy/ray_bulk_score.py --input FOLDER --output FOLDER                        Ray on this machine
 python deploy/ray_bulk_score.py --input FOLDER --output FOLDER --address HOST:6379    a Ray cluster
 
-Shards and outputs are those of `vllm_usage.py --input FOLDER`, line for line, and a second run goes on where the first
-stopped, by whichever of the two. On a cluster every node sees this folder of scripts, the model and both folders at the
+Shards and outputs are those of `vllm_usage.py --input FOLDER`, line for line, and either program continues where an
+earlier run of the two stopped. On a cluster every node sees this folder of scripts, the model and both folders at the
 same paths. Needs `pip install "ray[data]"` beside vLLM; see docs/bulk.md.
 """
 
@@ -60,7 +60,7 @@ class ShardScorer:
 
 
 def n_actors(resources: dict, tp: int, asked: int | None) -> int:
-    """Actors that the cluster has GPUs for; one where it has none."""
+    """Number of actors that the cluster has GPUs for; 1 without GPUs."""
     return asked or max(1, int(resources.get("GPU", 0)) // tp)
 
 
@@ -75,8 +75,8 @@ def main() -> int:
     parser.add_argument("--input", type=Path, required=True, metavar="FOLDER", help="*.jsonl and *.jsonl.gz")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--model", help="folder or hub id; default: the configured one")
-    parser.add_argument("--address", help="of a Ray cluster (HOST:6379, ray://..., auto); default: Ray on this machine")
-    parser.add_argument("--actors", type=int, help="default: GPUs of the cluster / TP; 1 without GPUs")
+    parser.add_argument("--address", help="Ray cluster (HOST:6379, ray://..., auto); default: Ray on this machine")
+    parser.add_argument("--actors", type=int, help="default: GPUs of the cluster / TP, or 1 without GPUs")
     args = parser.parse_args()
     sys.path.insert(0, str(KIT))
     from rerank_kit.offline.files import shard_files

@@ -1,11 +1,11 @@
 #!/bin/sh
 # Which version of the model answers behind nginx: rerank_a or rerank_b of nginx-upstream.conf (docs/fleet.md).
 #   sh switch_model.sh show             the choice in force, and every replica with its state and version
-#   sh switch_model.sh to a|b           all calls to one version; also the way back
+#   sh switch_model.sh to a|b           send all calls to one version; also for rollback
 #   sh switch_model.sh canary a|b N     N % (1-99) of the client addresses to it, the others to the other version
 # Nothing is changed unless every replica of the chosen version is ready, all have one version id, and nginx accepts the
-# files. Environment: NGINX_DIR (/etc/nginx) holds the files, NGINX (nginx) is the command, ANYWAY=1 is content with one
-# ready replica (a way back in need). Exit codes: 0 done, 1 not done, 2 usage.
+# files. Environment: NGINX_DIR (/etc/nginx) holds the files, NGINX (nginx) is the command, ANYWAY=1 accepts a single
+# ready replica (for an emergency rollback). Exit codes: 0 done, 1 not done, 2 usage.
 set -u
 
 DIR=${NGINX_DIR:-/etc/nginx}
@@ -71,7 +71,7 @@ apply() {
     mv "$FILE.old" "$FILE"
     cat "$FILE.err" >&2
     rm -f "$FILE.err"
-    die 1 "nginx refused it: the old choice stays"
+    die 1 "nginx rejected the new files: the old choice stays in force"
   fi
 }
 

@@ -1,10 +1,10 @@
-"""What rerank() costs over the bare HTTP exchange: same bytes, same server, one call at a time.
+"""Overhead of rerank() over the bare HTTP exchange: same bytes, same server, one call at a time.
 
     python measurements/client_overhead.py --docs 32 --chars 1000 --rounds 600
 
-The server is a process of its own that answers every request with the same bytes at once. In each round every way
-sends one call, in random order, so that a busy machine slows all alike; the table shows medians and the median of
-the differences within a round.
+The server runs in its own process and answers every request at once with the same bytes. In each round every client
+sends one call, in random order, so that a busy machine slows all of them alike. The table shows medians, and medians
+of the differences within a round.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def main() -> int:
         plain.getresponse().read()
 
     session = requests.Session()
-    session.trust_env = False  # as the kit's: looking up proxies costs more than all the rest
+    session.trust_env = False  # as in the kit's client, since looking up proxies costs more than everything else
 
     def by_requests() -> None:
         session.post(f"{url}/rerank", data=body, headers=headers, timeout=120)

@@ -1,11 +1,11 @@
-"""How fast is the cold path, end to end from file to file, and how fast would it be with an engine that costs nothing?
+"""Throughput of offline scoring from file to file, with the real engine and with one that takes no time.
 
 python measurements/cold.py --model FOLDER [--pairs 24000] [--doc-tokens 128] [--runs 3] [--json FILE]
 
 Two rows. "end_to_end": score_shards() with the real engine; every run has its own documents, the prefix cache
 is emptied in between, starting is not counted. "host": the same with an engine core that answers at once with a made-up
 score, after the requests were encoded and the outputs decoded as for the real one: what the Python side can feed.
-Runs on CPU and GPU; the program of another checkout measures that one.
+Runs on CPU and GPU. It measures the checkout that it lies in.
 """
 
 import argparse
@@ -30,11 +30,11 @@ from rerank_kit.offline.files import Shard, score_shards
 from rerank_kit.offline.reranker import OfflineReranker
 from rerank_kit.settings import get_config
 
-STEP = 1024  # outputs that the engine without cost gives at a time, as an H100 does
+STEP = 1024  # outputs per step of the engine that takes no time; as on an H100
 
 
 class FreeEngine:
-    """Stands for the engine core of a loaded vllm.LLM while `with` lasts: every request is answered at once."""
+    """Replaces the engine core of a loaded vllm.LLM inside `with`; every request is answered at once."""
 
     def __init__(self, engine_core, size: int):
         from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
@@ -106,12 +106,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder")
     parser.add_argument("--pairs", type=int, default=24000, help="pairs of one run")
-    parser.add_argument("--host-pairs", type=int, default=24000, help="pairs of one run with the engine without cost")
+    parser.add_argument("--host-pairs", type=int, default=24000, help="pairs of one run with the engine of no cost")
     parser.add_argument("--doc-tokens", type=int, default=128)
     parser.add_argument("--docs-per-query", type=int, default=32)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--host-only", action="store_true", help="leave the real engine out")
-    parser.add_argument("--json", type=Path, help="write the results here too")
+    parser.add_argument("--host-only", action="store_true", help="skip the real engine")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args()
     args.model = args.model.resolve()
     plan = plan_engine(get_config(), args.model)
@@ -159,4 +159,4 @@ def main() -> int:
 if __name__ == "__main__":  # vLLM's workers import this file again
     code = main()
     sys.stdout.flush()
-    os._exit(code)  # as vllm_usage.leave(): the interpreter's teardown can abort with vLLM 0.26
+    os._exit(code)  # as offline.program.leave(): the interpreter's teardown can abort with vLLM 0.26

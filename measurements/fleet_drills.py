@@ -1,4 +1,4 @@
-"""What happens to two services behind nginx: kills, hangs, rolling restarts, reloads, each under load.
+"""Failure drills of two services behind nginx, under load: kills, hangs, rolling restarts, reloads.
 
     python measurements/fleet_drills.py [nginx] [client] [DRILL ...]
 
@@ -37,7 +37,7 @@ def answers_again(port: int, timeout_s: float = 240) -> None:
 
 
 def kill_session(replicas: list[Replica], nginx: Nginx) -> None:
-    """The host is gone; 5 s later somebody starts it."""
+    """The host fails; it is started again 5 s later."""
     replicas[1].signal("KILL")
     time.sleep(5)
     replicas[1].start()
@@ -56,7 +56,7 @@ def kill_api(replicas: list[Replica], nginx: Nginx) -> None:
 
 
 def stop_session(replicas: list[Replica], nginx: Nginx) -> None:
-    """A host that hangs: it takes connections and never answers. After 70 s it goes on."""
+    """The host hangs: it accepts connections and never answers. After 70 s it resumes."""
     replicas[1].signal("STOP")
     time.sleep(70)
     replicas[1].signal("CONT")
@@ -64,14 +64,14 @@ def stop_session(replicas: list[Replica], nginx: Nginx) -> None:
 
 
 def stop_engine(replicas: list[Replica], nginx: Nginx) -> None:
-    """The engine hangs, its supervisor sees that after HEALTH_TIMEOUT_S."""
+    """The engine hangs. Its supervisor detects that after HEALTH_TIMEOUT_S."""
     replicas[1].signal("STOP", "EngineCore")
     time.sleep(20)
     answers_again(replicas[1].port)
 
 
 def roll(replicas: list[Replica], nginx: Nginx) -> None:
-    """As docs/fleet.md says: the next one only when nginx asks the one before it again."""
+    """Restarts one replica after the other, as in docs/fleet.md: the next when nginx uses the previous one again."""
     for number, replica in enumerate(replicas):
         if number:
             time.sleep(FAIL_TIMEOUT_S)
@@ -88,7 +88,7 @@ DRILLS = (kill_session, kill_engine, kill_api, stop_session, stop_engine, roll, 
 
 
 def drill(what, replicas: list[Replica], nginx: Nginx, urls: tuple[str, ...], known: dict) -> dict:
-    """One drill under load: what clients felt, and the seconds until the second replica was ready and asked again."""
+    """One drill under load: the clients' results, and seconds until the second replica was ready and used again."""
     address, back = f"127.0.0.1:{replicas[1].port}", None
     load = Load(urls, known)
     try:
@@ -98,7 +98,7 @@ def drill(what, replicas: list[Replica], nginx: Nginx, urls: tuple[str, ...], kn
         through = time.time()
         load.wait_for(20)
         while urls == nginx.urls and back is None:  # nginx leaves it out for fail_timeout
-            assert time.time() < through + 60, "nginx does not ask it any more"
+            assert time.time() < through + 60, "nginx does not send it calls again"
             time.sleep(0.5)
             good = [x["at"] for x in nginx.log(through) if x["replica"].endswith(address) and x["status"] == 200]
             back = good[0] - began if good else None
@@ -119,8 +119,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}; default: all")
     names = parser.parse_args(argv).names
     if unknown := set(names) - set(known):
-        parser.error(f"{sorted(unknown)[0]!r} is none of {', '.join(known)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the services must not outlive it
+        parser.error(f"{sorted(unknown)[0]!r} is unknown: choose from {', '.join(known)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the services must not outlive this program
     named = [d for d in DRILLS if d.__name__ in names]
     rows, chosen = {}, named or DRILLS
     with tempfile.TemporaryDirectory() as scratch:
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> int:
         try:
             fleet.start()
             use_client(nginx.certificate)
-            direct = (",".join(f"{r.url}/v1" for r in reversed(replicas)),)  # the one that fails is asked first
+            direct = (",".join(f"{r.url}/v1" for r in reversed(replicas)),)  # the failing one comes first
             for way, urls in (("nginx", nginx.urls), ("client", direct)):
                 for what in chosen:
                     other = {"nginx": "client", "client": "nginx"}[way]

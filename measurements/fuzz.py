@@ -1,12 +1,12 @@
-"""Thousands of bodies, right and wrong, against a real service: none may cost a 5xx, a hang or a wrong score.
+"""Sends thousands of valid and invalid bodies to a real service. None may cause a 5xx, a hang or a wrong score.
 
     python measurements/fuzz.py [--bodies 20000] [--seed 1] [--model FOLDER | --url http://127.0.0.1:11438 --key KEY]
 
 Starts a service of its own (without --model, of a seeded tiny Qwen3-Reranker) and sends over real sockets: bodies
 built from the OpenAPI description of /v1/rerank and /v1/score, most of them with one or two faults, and each of the
 hand-made ones in HORRORS. Every answer must come whole, in time and as JSON: 200 with one finite score for each
-document, or an error below 500, or a refusal on purpose (429 or 503 with Retry-After). A probe is scored before and
-after; its scores must be the same bits. Exit code 1 and the smallest body found when something is wrong.
+document, an error below 500, or a deliberate refusal (429 or 503 with Retry-After). A probe is scored before and
+after, and its scores must be bit-identical. Exit code 1 and the smallest body found when something is wrong.
 --url: a running service, which needs ALLOW_PATHS=/openapi.json.
 """
 
@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 
 KIT = Path(__file__).resolve().parents[1]
 ROUTES = {"/v1/rerank": "results", "/v1/score": "data", "/rerank": "results", "/v2/rerank": "results", "/score": "data"}
-ANSWER_S = 60  # without an answer that long, a body counts as one that hangs the service
+ANSWER_S = 60  # a body without an answer for that long counts as a hang
 PROBE = {"query": "What is the capital of China?", "documents": ["Beijing.", "Gravity attracts bodies.", "首都 😀"]}
 JSON_TYPE = "application/json"
 
@@ -83,7 +83,7 @@ def from_schema(schema: dict, parts: dict, depth: int = 0):
 
 
 def with_fault(body: dict, rng: random.Random, value) -> dict:
-    """The body with one fault: a field of another type, missing, or one that nobody knows."""
+    """The body with one fault: a field of another type, missing, or unknown."""
     body = dict(body)
     name = rng.choice(
         [*body, "documents", "query", "top_n", "max_tokens_per_doc", "long_documents", "chat_template_kwargs"]
@@ -115,18 +115,18 @@ def bodies(openapi: dict):
     def one(draw):
         path = draw(st.sampled_from([*ROUTES]))
         body = draw(known[path])
-        if draw(st.booleans()):  # a fuzzed query is seldom one that is scored
+        if draw(st.booleans()):  # a fuzzed query is rarely valid
             fields = ("query", "documents") if ROUTES[path] == "results" else ("text_1", "text_2")
             body |= {fields[0]: draw(texts), fields[1]: draw(st.lists(texts, min_size=1, max_size=4))}
         if draw(st.integers(0, 3)):
-            body.pop("model", None)  # else it is another model's name, and ends there
+            body.pop("model", None)  # a wrong model name would end the call early
         for _ in range(draw(st.sampled_from([0, 1, 1, 2]))):
             value = draw(junk | st.sampled_from(sorted(RAW)))
             body = with_fault(body, draw(st.randoms(use_true_random=False)), value)
         data = json.dumps(body, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
         for marker, raw in RAW.items():
             data = data.replace(b'"%s"' % marker.encode(), raw)
-        if not draw(st.integers(0, 30)):  # broken off, or with a key twice
+        if not draw(st.integers(0, 30)):  # cut short, or with a duplicate key
             data = data[: draw(st.integers(0, len(data)))] if draw(st.booleans()) else b'{"query":1,' + data[1:]
         return path, draw(types), data
 
@@ -240,7 +240,7 @@ class Sender:
                 return answer.status, dict(answer.getheaders()), answer.read()
             except (OSError, http.client.HTTPException) as exc:
                 self.close()
-                if not again or isinstance(exc, TimeoutError):  # a kept connection may have been idle too long
+                if not again or isinstance(exc, TimeoutError):  # the server may have closed an idle connection
                     raise Wrong(f"no answer: {exc!r}") from exc
         raise AssertionError("not reached")
 
@@ -266,7 +266,7 @@ class Sender:
             if not values or not all(isinstance(value, float) and math.isfinite(value) for value in values):
                 raise Wrong(f"200 with the scores {values[:9]}")
             if len({row["index"] for row in rows}) != len(rows):
-                raise Wrong("200 with an index twice")
+                raise Wrong("200 with a duplicate index")
         elif not (400 <= status < 500 and status != 429) and "retry-after" not in headers:
             raise Wrong(f"{status}: {body[:300]!r}")
         elif not answer["error"]["message"]:
@@ -293,7 +293,7 @@ class Sender:
 
 
 def broken_requests(sender: Sender) -> int:
-    """What no HTTP library sends: lies about the length, and clients that leave. The service must answer or close."""
+    """Requests that no HTTP library sends: wrong lengths, and clients that leave. The service must answer or close."""
     body = b'{"query":"q","documents":["a"]}'
     head = b"POST /v1/rerank HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     if "Authorization" in sender.headers:
@@ -368,8 +368,8 @@ def main() -> int:
     parser.add_argument("--bodies", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--model", help="checkpoint folder; default: a seeded tiny one")
-    parser.add_argument("--url", help="a running service in place of one of its own")
-    parser.add_argument("--key", default="", help="the API key of --url")
+    parser.add_argument("--url", help="use this running service instead of starting one")
+    parser.add_argument("--key", default="", help="API key of the service at --url")
     args = parser.parse_args()
     sys.path[:0] = [str(KIT), str(KIT / "tests"), str(KIT / "tests" / "stand_ins")]
     from conftest import free_port, run_kit

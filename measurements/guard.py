@@ -7,12 +7,12 @@ the load of the peak and ten times as many clients. Closed loop: a client waits 
 for Retry-After (1 s without that header) and sends another call. With the guard there is a third load, "rude": ten
 times as many clients that send again at once. The peak is the best number of clients of the first server, by a search.
 Every call has its own query and documents. Goodput counts pairs of complete answers only. Progress: stderr; table and
-verdict: stdout; exit code 1 when the guard keeps less than 95 % of the peak or refuses slower than 50 ms (p99).
+verdict: stdout; exit code 1 if the guard keeps less than 95 % of the peak, or its refusals exceed 50 ms (p99).
 
 The generator is kept on one core and the engine's threads of the CPU build on the others, as vLLM itself leaves a core
-to the API process: else the refused clients, not the guard, take the engine's time. Calls are small, so that one call
-more or less in a turn is 1 %. On a machine that others use too, the wall clock says little. So pairs per core-second
-that other programs left free stand beside the goodput, and both ratios to the peak are medians over the turns.
+to the API process. Otherwise the refused clients, not the guard, would take the engine's time. Calls are small, so one
+call more or less in a turn is 1 %. On a shared machine the wall clock is unreliable. So the table also shows pairs per
+core-second left free by other programs, and both ratios to the peak are medians over the turns.
 """
 
 import argparse
@@ -124,7 +124,7 @@ async def _time_calls(body: bytes, n_calls: int) -> tuple[float, float]:
     scope = {"type": "http", "method": "POST", "path": "/v1/rerank", "headers": headers}
     times = {Guard(null_app): [], null_app: []}
     for _ in range(n_calls):
-        for app, taken in times.items():  # in turns: noise of the machine hits both
+        for app, taken in times.items():  # in turns, so that noise of the machine affects both
             start = time.perf_counter()
             await app(dict(scope), receive, send)
             taken.append(time.perf_counter() - start)
@@ -250,7 +250,7 @@ async def closed_loop(args, server, bodies, n_clients: int, seconds: float, ramp
         level.core_s = -free_core_seconds(server)
         await asyncio.sleep(seconds)
         level.core_s += free_core_seconds(server)
-        for task in tasks:  # what still waits is cancelled: it would only prolong the run
+        for task in tasks:  # waiting calls are cancelled; they would only prolong the run
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     level.seconds = seconds
@@ -301,7 +301,7 @@ async def find_peak(args, label: str, server, bodies) -> int:
 
 
 async def measure(args, label: str, server, bodies, loads: tuple[str, ...]) -> dict[str, tuple[Level, list[float]]]:
-    """{load: (Level, [of_peak by time, by free core-second])}; loads in turns, so that all see the same machine."""
+    """{load: (Level, [of_peak by time, by free core-second])}; loads in turns, since the machine's speed varies."""
     args.clients = [await find_peak(args, label, server, bodies)]
     peak = args.clients[0]
     total = {load: Level(peak if load == "peak" else 10 * peak) for load in loads}
@@ -324,7 +324,7 @@ async def measure(args, label: str, server, bodies, loads: tuple[str, ...]) -> d
 
 
 def verdict(args, found: dict[str, tuple[Level, list[float]]]) -> int:
-    """Say whether the guard kept what it promises; 1 = it did not."""
+    """Print whether the guard met its aims; 1 = it did not."""
     level, (by_time, by_core) = found["x10"]
     refused_ms = sorted(level.refused_ms)[math.ceil(0.99 * len(level.refused_ms)) - 1] if level.refused_ms else 0.0
     print(
@@ -337,18 +337,18 @@ def verdict(args, found: dict[str, tuple[Level, list[float]]]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", help="folder of the checkpoint, or minilm; without it only the guard's cost")
+    parser.add_argument("--model", help="folder of the checkpoint, or minilm; default: only the guard's cost")
     parser.add_argument("--name", default="qwen3-reranker", help="served model name")
     parser.add_argument("--port", type=int, help="default: a free one")
-    parser.add_argument("--serve-args", help="more for vllm serve, as in a shell; on CPU: 0.3 of the memory, bf16")
+    parser.add_argument("--serve-args", help="arguments of vllm serve; default on a CPU: 0.3 of the memory, bf16")
     parser.add_argument("--generator-core", type=int, help="core of this program; default: the first")
     parser.add_argument("--api-servers", type=int, default=1, help="--api-server-count")
     parser.add_argument("--docs", type=int, default=32, help="documents a call")
     parser.add_argument("--words", type=int, default=24, help="words a document")
     parser.add_argument("--clients", type=int, nargs="+", default=[4, 8], help="numbers of clients to search the peak")
     parser.add_argument("--seconds", type=float, default=8, help="length of one measurement")
-    parser.add_argument("--ramp", type=float, default=5, help="seconds of overload before it counts")
-    parser.add_argument("--turns", type=int, default=3, help="how often peak and overload take turns")
+    parser.add_argument("--ramp", type=float, default=5, help="seconds of overload before measuring")
+    parser.add_argument("--turns", type=int, default=3, help="turns of peak and overload")
     parser.add_argument("--queued", type=int, default=128, help="--max-num-queued-reqs of the second server")
     parser.add_argument("--max-wait", type=float, default=2.0, help="MAX_WAIT_S of the guard")
     parser.add_argument("--max-pairs", type=int, default=0, help="MAX_PAIRS_IN_FLIGHT of the guard; 0 = unset")
@@ -357,7 +357,7 @@ def main() -> int:
     parser.add_argument("--start-timeout", type=float, default=600)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is also stopped
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print("\n".join([*guard_cost(), *limits_cost()]))
     if not args.model:
@@ -395,7 +395,7 @@ def main() -> int:
     began, failed = time.monotonic(), 0
     print(f"vllm {version('vllm')}, {args.docs} documents of {args.words} words a call, seed {args.seed}")
     where = f"generator on core {mine}, engine's threads on {sorted(args.engine_cores)}"
-    print(f"{where}, the rest where it likes; API processes {args.api_servers}")
+    print(f"{where}, the rest unpinned; API processes {args.api_servers}")
     print(f"{args.turns} turns of {args.seconds:g} s each; goodput and offered load in pairs/s\n\n{HEAD}", flush=True)
     pool = make_bodies(1000, args.docs, args.words, args.name, args.seed)
 

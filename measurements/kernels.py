@@ -1,11 +1,11 @@
-"""Where does the GPU's time go? Shares by kind of kernel while the engine scores, with one table and one JSON.
+"""GPU time by kind of kernel while the engine scores; writes a table and a JSON file.
 
     MAX_NUM_BATCHED_TOKENS=24576 python measurements/kernels.py --model FOLDER [--pairs 4096] [--json FILE]
 
 One engine in this process scores pre-tokenized pairs; torch.profiler records its kernels, not what launches them.
-"gemm" is what the ceiling of a model's own matrix products counts: gemm share x busy share is the part of that ceiling
-that one engine reaches, whatever the rest costs. "busy" is the sum of all kernels over the time; an engine alone leaves
-gaps between steps, several engines on one GPU fill them. Needs a GPU.
+"gemm" is the time of the model's matrix products. gemm share x busy share is the part of their ceiling that one engine
+reaches. "busy" is the time of all kernels over the wall time. One engine leaves gaps between its steps; several engines
+on one GPU fill them. Needs a GPU.
 """
 
 import argparse
@@ -22,7 +22,7 @@ sys.path[:0] = [str(KIT), str(KIT / "tests" / "stand_ins")]
 
 from pair_texts import make_pairs
 
-KINDS = {  # in this order: a fused kernel's name holds the names of what is fused
+KINDS = {  # order matters: the name of a fused kernel contains several of these
     "kv cache": r"reshape_and_cache|kv_cache",
     "norm, rope, activation (fused by Inductor)": r"triton",
     "attention": r"flash|fmha|attention|attn",
@@ -54,9 +54,9 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=4096)
     parser.add_argument("--doc-tokens", type=int, default=128)
     parser.add_argument("--docs-per-query", type=int, default=32)
-    parser.add_argument("--json", type=Path, help="write the result here too")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
     args = parser.parse_args()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the kernels of this process are what is recorded
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # only kernels of this process are recorded
     from torch.profiler import ProfilerActivity, profile
 
     from rerank_kit.engine.plan import plan_engine

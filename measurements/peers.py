@@ -1,16 +1,16 @@
-"""The same seeded pairs scored by the kit and by its peers, each in a process of its own, one table.
+"""Compares the kit with other ways to score the same seeded pairs, each in its own process.
 
 python measurements/peers.py --model FOLDER [--model FOLDER ...] [--json FILE]
 
-  kit                    vllm_usage.OfflineReranker (texts in, floats out) with the kit's choices for this machine
-  llm_score              bare vllm.LLM(...).score() with the documented three settings and else vLLM's defaults
+  kit                    OfflineReranker (texts in, floats out) with the kit's choices for this machine
+  llm_score              bare vllm.LLM(...).score() with the three documented settings, otherwise vLLM's defaults
   transformers           sorted by length, right-padded, every --batch-sizes; the best is reported
   sentence_transformers  CrossEncoder, or SentenceTransformer for an embedding model; every --batch-sizes, the best
   --service NAME=URL     an HTTP service that has /rerank (kit, bare vllm serve ...): bench_rerank.py's loop
 
 Throughput is the median over --runs runs of all pairs, after a warm-up; loading is not counted, tokenizing is. Every
 way gives its scores for the first pairs; the table shows the largest difference to transformers in float32 on the same
-pairs (without float32: in the first precision). A way that fails is reported with its reason, the rest is measured.
+pairs (without float32: in the first precision). If a way fails, its reason is reported and the others are measured.
 """
 
 import argparse
@@ -273,7 +273,7 @@ def run_way(way: str, dtype: str, model: Path, args) -> dict:
     command += ["--folder", str(args.folder), "--out", str(out), "--runs", str(args.runs)]
     command += ["--lengths", ",".join(map(str, args.lengths)), "--batch-sizes", ",".join(map(str, args.sizes))]
     log = args.folder / "log.txt"
-    with log.open("w") as file:  # no pipe: a process that outlives its parent would hold it open
+    with log.open("w") as file:  # not a pipe, which a process that outlives its parent would hold open
         child = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
         try:
             code = f"exit code {child.wait(args.timeout_s)}"
@@ -322,7 +322,7 @@ def found_version(name: str) -> str | None:
 
 
 def measure_model(model: Path, args, rows: list[dict]) -> None:
-    """Append this model's rows; the table so far goes to stderr after every way, so that an interrupt loses little."""
+    """Append this model's rows; prints the table so far to stderr after every way, so an interrupt loses little."""
     before = len(rows)
     for length in args.lengths:
         pairs = make_pairs(model / "tokenizer.json", args.pairs, length, args.docs, seed=length)
@@ -352,7 +352,7 @@ def parse(argv=None):
     add = parser.add_argument
     add("--model", type=Path, action="append", required=True, help="checkpoint folder; several are measured in turn")
     add("--ways", default=",".join(WAYS))
-    add("--dtypes", help="of bf16,float32; default: bf16 on a GPU, both on a CPU that has it")
+    add("--dtypes", help="precisions, of bf16,float32; default: bf16 on a GPU; on a CPU both, if it has bf16")
     add("--lengths", help="tokens a document; default 128,512 on a GPU, 128 on a CPU")
     add("--pairs", type=int, help="pairs a run; default 4096 on a GPU, 64 on a CPU")
     add("--docs", type=int, default=32, help="documents a query")
@@ -363,7 +363,7 @@ def parse(argv=None):
     )
     add("--concurrency", default="16,64", help="calls in flight for --service")
     add("--seconds", type=float, default=8, help="a level for --service")
-    add("--timeout-s", type=float, default=900, help="longest time of one way")
+    add("--timeout-s", type=float, default=900, help="time limit of one way")
     add("--json", type=Path)
     for name in ("--worker", "--dtype", "--folder", "--out"):  # of the processes of this program
         add(name, help=argparse.SUPPRESS)
@@ -375,7 +375,7 @@ def parse(argv=None):
 
 
 def defaults(args) -> None:
-    """Fill in what was not given, by machine."""
+    """Fill in defaults that depend on the machine."""
     from rerank_kit.engine.machine import cpu_has_bf16, probe_machine
 
     machine = probe_machine()
@@ -400,7 +400,7 @@ def main() -> int:
         Path(args.out).write_text(json.dumps(report), "utf-8")
         return 0
     defaults(args)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the way under way is ended too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running way is also ended
     args.folder = Path(tempfile.mkdtemp(prefix="peers-"))
     rows = []
     try:

@@ -1,4 +1,4 @@
-"""How does throughput grow with the GPUs? Starts arrangements of services, loads each, writes one table and one JSON.
+"""Throughput over the number of GPUs. Starts arrangements of services, loads each, writes a table and a JSON file.
 
     python measurements/scale.py --model FOLDER --arrange "DP=1" "TP=2" "DP=2" "replicas=2" --out scale
     python measurements/scale.py --model A --model B --arrange "DP=1" "TP=2" --extra-args "--load-format dummy"
@@ -8,13 +8,13 @@ An arrangement is KEY=VALUE settings of the kit or VLLM_* variables, separated b
 independent services on N ports, between which the load generator picks the one with the fewest calls in flight. It
 takes TP x DP x replicas GPUs.
 Each is started by start_rerank.sh, asked for the scores of the same 512 pairs, loaded by bench_rerank.py and stopped.
-The model's first arrangement on one GPU is what the efficiency compares with: throughput / (GPUs x its throughput),
-that at as many calls in flight for each GPU where it was measured (--per-gpu), else its best.
+Efficiency = throughput / (GPUs x throughput of the model's first arrangement on one GPU). The latter is taken at as
+many calls in flight per GPU if that was measured (--per-gpu), otherwise its best.
 
---start-all starts all arrangements at once, on GPUs that they share, and loads one after the other: the start is most
-of the time. They must fit beside each other: GPU_MEMORY_UTILIZATION, or --extra-args "--kv-cache-memory-bytes 4G".
+--start-all starts all arrangements at once on shared GPUs and loads one after the other, since starting takes most of
+the time. They must fit into memory together: GPU_MEMORY_UTILIZATION, or --extra-args "--kv-cache-memory-bytes 4G".
 --together loads arrangements on disjoint GPUs at the same time; they share CPU cores then ("beside" in the JSON).
-Needs no network and nothing but what vLLM brings.
+Needs no network and no packages but vLLM's.
 """
 
 import argparse
@@ -73,7 +73,7 @@ class Arrangement:
 
 
 def parse_arrangement(model: str, text: str) -> Arrangement:
-    """Raises ValueError for what is no setting."""
+    """Raises ValueError for an unknown setting."""
     settings, replicas = {}, 1
     for word in shlex.split(text):
         key, sep, value = word.partition("=")
@@ -88,7 +88,7 @@ def parse_arrangement(model: str, text: str) -> Arrangement:
 
 
 class Cards:
-    """The GPUs (or, on a CPU, numbers): handed out so that no two arrangements have the same one, or freely."""
+    """The GPUs (on a CPU: numbers), handed out exclusively or shared."""
 
     def __init__(self, names: list[str], shared: bool):
         self.names, self.shared, self.free, self.changed = names, shared, list(names), threading.Condition()
@@ -117,7 +117,7 @@ class Run:
         self.args, self.cards = args, cards
         self.out = Path(args.out).resolve()
         self.logs = self.out.with_suffix(".logs")
-        self.measuring = threading.Lock()  # one load at a time, but for --together
+        self.measuring = threading.Lock()  # one load at a time, except with --together
         self.all_up = threading.Barrier(len(args.arrangements)) if args.start_all else None
         self.met = threading.Event()
         self.loaded: set[str] = set()  # arrangements under load now
@@ -125,7 +125,7 @@ class Run:
         self.children: set[subprocess.Popen] = set()
 
     def one(self, it: Arrangement) -> None:
-        """Start, compare, load, stop; what goes wrong is in it.error."""
+        """Start, compare, load, stop. A failure is stored in it.error."""
         try:
             it.cards = self.cards.take(it.gpus)
             it.ports = free_ports(it.replicas)
@@ -144,7 +144,7 @@ class Run:
         try:
             if not it.error:
                 with nullcontext() if self.args.together else self.measuring:
-                    # Waiting for the others does not count.
+                    # Time spent waiting for the others is not counted.
                     self.load(it, time.monotonic() + self.args.limit_s if self.all_up else end)
         except Exception as exc:
             it.error = f"{type(exc).__name__}: {exc}"
@@ -178,7 +178,7 @@ class Run:
             "EXTRA_ARGS": args.extra_args,
             "RESTART": "no",
             "STOP_TIMEOUT_S": "5",
-            # Weights of --load-format dummy know no answers.
+            # With --load-format dummy the weights are random, so scores mean nothing.
             "STARTUP_CHECK": "0" if "dummy" in args.extra_args else "1",
         }
         if not args.cpu:
@@ -251,7 +251,7 @@ class Run:
         return get_config(os.devnull, **{FIELDS[k].name: v for k, v in settings.items() if k in FIELDS})
 
     def write(self) -> None:
-        """All that is known so far: a run that is cut short leaves what it had."""
+        """Results so far; written after each step, so a run that is cut short keeps them."""
         rows = table(self.args.arrangements)
         about = {
             "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -289,13 +289,13 @@ class Run:
 
 
 def free_ports(n: int) -> list[int]:
-    """Free ports of this host, different for all callers."""
+    """Free ports of this host; every caller gets different ones."""
     held = [socket.socket() for _ in range(n)]
     with _ports_lock:
         ports = []
         for one in held:
             while True:
-                port = random.SystemRandom().randrange(20000, 32000)  # below the range of outgoing connections
+                port = random.SystemRandom().randrange(20000, 32000)  # below the ephemeral port range
                 try:
                     if port not in _ports:
                         one.bind(("127.0.0.1", port))
@@ -373,7 +373,7 @@ def parity(it: Arrangement, all_of_them: list[Arrangement]) -> dict | None:
         return None
     gaps = [abs(a - b) for scores in it.scores for a, b in zip(scores, first.scores[0], strict=True)]
     found = {"to": first.text, "max": max(gaps), "mean": sum(gaps) / len(gaps), "pairs": len(gaps)}
-    # What drift means for a user: another document first, and pairs of documents that change their order.
+    # Effects that a user sees: another document ranked first, and pairs of documents that swap places.
     firsts = swaps = orders = 0
     for at in range(0, len(gaps), N_DOCS):
         a = first.scores[0][at % len(first.scores[0]) :][:N_DOCS]
@@ -390,7 +390,7 @@ def efficiency(it: Arrangement, row: dict, all_of_them: list[Arrangement]) -> fl
     """Throughput / (GPUs x the throughput of one GPU); None without an arrangement on one GPU of the same length."""
     base = next((one for one in all_of_them if one.model == it.model and one.gpus == 1 and one.rows), None)
     rows = [r for r in base.rows if r["tokens"] == row["tokens"]] if base else []
-    # As many calls in flight a GPU as here; a level in between is not made up.
+    # As many calls in flight per GPU as here; levels are not interpolated.
     same = [r["pairs/s"] for r in rows if r["level"] * it.gpus == row["level"]]
     best = max((r["pairs/s"] for r in rows), default=0.0)
     one = same[0] if same else best
@@ -414,7 +414,7 @@ def table(arrangements: list[Arrangement]) -> list[dict]:
 
 
 def markdown(rows: list[dict]) -> str:
-    """The table for people."""
+    """The table as text."""
 
     def cell(name: str, value) -> str:
         if value is None:
@@ -437,7 +437,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
 
-    add("--model", action="append", required=True, help="folder of a checkpoint; several times for several models")
+    add("--model", action="append", required=True, help="folder of a checkpoint; repeat it for several models")
     add("--arrange", nargs="+", required=True, metavar="TEXT", help='e.g. "DP=1" "TP=2" "DP=2" "replicas=2"')
 
     def lengths(text: str) -> list[tuple[int, list[int] | None]]:
@@ -448,19 +448,19 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "--tokens",
         type=lengths,
         default=[(128, None)],
-        help="tokens a document, e.g. 128,512 (default: 128); 512:16/64 = that length with its own calls in flight",
+        help="tokens per document, e.g. 128,512 (default: 128); 512:16/64 sets the calls in flight for one length",
     )
     add("--query-tokens", type=int, default=16)
-    add("--words", action="store_true", help="lengths are words, for a tokenizer that knows no English (test models)")
+    add("--words", action="store_true", help="lengths in words, for tokenizers without English words (test models)")
     add("--docs", type=int, default=32, help="documents a call")
     add("--concurrency", type=numbers, default=[16, 64], help="calls in flight (default: 16,64)")
-    add("--per-gpu", type=numbers, help="calls in flight for each GPU of the arrangement, in place of --concurrency")
+    add("--per-gpu", type=numbers, help="calls in flight per GPU of the arrangement, instead of --concurrency")
     add("--seconds", type=float, default=8.0, help="length of a level")
     add("--processes", type=int, help="client processes; default: as bench_rerank.py chooses")
     add("--extra-args", default="", help="EXTRA_ARGS of every service")
-    add("--limit-s", type=float, default=420, help="most seconds of one arrangement, start to stop")
-    add("--gpus", help="which GPUs to use, e.g. 0,1 (default: all)")
-    add("--cpu", action="store_true", help="the CPU build; an arrangement still counts what would be GPUs")
+    add("--limit-s", type=float, default=420, help="time limit of one arrangement from start to stop, in seconds")
+    add("--gpus", help="GPUs to use, e.g. 0,1 (default: all)")
+    add("--cpu", action="store_true", help="use the CPU build; arrangements count GPUs as if there were any")
     add("--start-all", action="store_true", help="start all at once on shared GPUs, load one after the other")
     add("--meet", metavar="FOLDER:N", help="with --start-all: load only when N runs with this folder have started all")
     add("--together", action="store_true", help="load arrangements on disjoint GPUs at the same time")
@@ -479,7 +479,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    for key in FIELDS:  # settings of this shell are none of the services'
+    for key in FIELDS:  # the services do not inherit this shell's settings
         os.environ.pop(key, None)
     n_cards = max(it.gpus for it in args.arrangements) if args.cpu else len(list_gpus())
     names = args.gpus.split(",") if args.gpus else [str(i) for i in range(n_cards)]

@@ -5,7 +5,7 @@
     python measurements/scaling_table.py --target-pairs-s 5000 --pairs-s-gpu 700 --doc-tokens 512 --price-per-hour 2
 
 Everything comes from files in docs/results: capacity.json (pairs/s of one GPU), tiers.json (measurements/tiers.py) and
-scale*.json (measurements/scale.py, several GPUs). What is assumed stands in Assumed, each with an option.
+scale*.json (measurements/scale.py, several GPUs). Assumptions are in Assumed; each has an option.
 """
 
 import argparse
@@ -22,11 +22,11 @@ RESULTS, DOC = KIT / "docs" / "results", KIT / "docs" / "scaling.md"
 
 @dataclass
 class Assumed:
-    """What is not measured: (default, meaning) of each number."""
+    """Assumptions that are not measured: (default, meaning) of each."""
 
-    utilisation: float = 0.7  # share of the measured throughput that is planned with: above it queues grow fast
+    utilisation: float = 0.7  # planned share of the measured throughput; above it queues grow fast
     efficiency: float = 1.0  # throughput of N GPUs / N x that of one; replicas share nothing but the host
-    spare: float = 0.1  # hosts beyond the need, one at least: for one that fails and for updates
+    spare: float = 0.1  # share of extra hosts, at least one, for failures and updates
     gpus_per_host: int = 8  # of one host
     latency_s: float = 1.0  # of a call at that load: gives the calls in flight
     nic_gbit_s: float = 25.0  # of a balancer
@@ -62,7 +62,7 @@ def plan(
     spare = max(1, math.ceil(needed * about.spare))
     hosts, calls = needed + spare, target / docs
     there, back = call_bytes(tiers, docs, doc_tokens)
-    # Longer calls cost more in proportion to their bytes, which is more than measured for short ones.
+    # Cost is assumed proportional to bytes, which overestimates it compared with the measured short calls.
     longer = max(1.0, there / tiers["request_bytes"])
     cpu = {name: value * longer * calls / 1000 for name, value in tiers["cpu_s_per_1000_calls"].items()}
     gbit_s = calls * (there + back) * 8 / 1e9  # a balancer receives and sends both
@@ -121,7 +121,7 @@ def capacity_table(capacity: dict) -> str:
 
 
 def tiers_table(tiers: dict, capacity: dict) -> str:
-    """Where each tier is full, for the measured call."""
+    """The capacity of each tier, for the measured call."""
     docs, cpu = tiers["documents"], tiers["cpu_s_per_1000_calls"]
     rows = []
     for name, title in (
@@ -163,14 +163,14 @@ def deployments_table(capacity: dict, tiers: dict, about: Assumed) -> str:
 
 
 def scale_table() -> str:
-    """Several GPUs, from every scale*.json; a row that says so where there is none yet."""
+    """Several GPUs, from every scale*.json; a row "not measured yet" if there is none."""
     rows = []
     for path in sorted(RESULTS.glob("scale*.json")):
         found = json.loads(path.read_text("utf-8"))
         hardware = f"{len(found['gpus'])} x {found['gpus'][0].split(',')[0]}" if found["gpus"] else "CPU"
         for row in found["table"]:
             if row["pairs/s"] is not None:
-                # Room for several services beside each other, and weights that know no answers: not the arrangement.
+                # Flags for shared GPUs and random weights; not part of the arrangement.
                 name = re.sub(
                     r"(GPU_MEMORY_UTILIZATION|STARTUP_CHECK)=\S+|--kv-cache-memory-bytes \S+", "", row["arrangement"]
                 )
@@ -208,7 +208,7 @@ def tables() -> dict[str, str]:
 
 
 def filled_in(text: str) -> str:
-    """The document with every table between its marks made anew."""
+    """The document with every generated table replaced."""
     for name, table in tables().items():
         marks = rf"(<!-- table: {name} -->\n).*?(<!-- end -->)"
         text, n = re.subn(marks, lambda m, table=table: f"{m[1]}{table}\n{m[2]}", text, flags=re.S)
@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--write", action="store_true", help="put the tables into docs/scaling.md")
     parser.add_argument("--target-pairs-s", type=float, help="a plan for this rate")
-    parser.add_argument("--pairs-s-gpu", type=float, help="of one GPU, by bench_rerank.py; default: the 0.6B model's")
+    parser.add_argument("--pairs-s-gpu", type=float, help="from bench_rerank.py; default: the 0.6B model's")
     parser.add_argument("--docs", type=int, default=32, help="documents a call")
     parser.add_argument("--doc-tokens", type=int, default=128, help="tokens a document")
     for one in fields(Assumed):

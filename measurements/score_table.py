@@ -42,7 +42,7 @@ if __name__ == "__main__":
     ]
     with open(sys.argv[1], "w") as out:
         json.dump(scores, out)
-    os._exit(0)  # as vllm_usage.leave(): the interpreter's teardown can abort
+    os._exit(0)  # as offline.program.leave(): the interpreter's teardown can abort
 """
 
 
@@ -82,7 +82,7 @@ def rows(model: Path) -> list[tuple[str, float, float, int]]:
     texts = documents()
     expected = reference_scores(model, "causal_yes_no", [Pair(QUERY, text) for text in texts], None, 1024)
     if max(expected) - min(expected) < 0.1:
-        raise RuntimeError("reference scores that do not differ prove nothing")
+        raise RuntimeError("equal reference scores prove nothing")
     ranks = sorted(range(len(texts)), key=lambda i: -expected[i])
     out = []
     for dtype, variants in VARIANTS.items():

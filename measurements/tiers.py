@@ -1,4 +1,4 @@
-"""What a call costs on its way: bytes, and CPU seconds for 1,000 calls of client, nginx, TLS and guard.
+"""Cost of a call in each tier: bytes, and CPU seconds per 1,000 calls of client, nginx, TLS and guard.
 
     python measurements/tiers.py --json docs/results/tiers.json
 
@@ -31,7 +31,7 @@ from rerank_kit.benchmark.texts import Texts
 from rerank_kit.client.calls import arerank, rerank
 
 DOCS, WORDS_A_DOC, WORDS_A_QUERY = 32, 85, 10
-# What matters of deploy/nginx.conf: keep-alive on both sides, buffers, one log line a call.
+# The parts of deploy/nginx.conf that matter here: keep-alive on both sides, buffers, one log line a call.
 NGINX = """
 daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log;
 events {{ worker_connections 1024; }}

@@ -15,7 +15,7 @@ TUNE_CONCURRENCY = 16  # calls in flight, unless --concurrency
 
 
 def numbers(kind: type, low: float, many: bool = False):
-    """argparse type: one number, or several with commas; a bad one is named."""
+    """argparse type: one number, or several separated by commas. The error names a bad one."""
 
     def parse(text: str):
         try:
@@ -46,7 +46,7 @@ def slo(text: str) -> tuple[int, float]:
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, str | None, float]:
-    """Arguments over configuration; exits 2 for what cannot be used. Returns (args, API key, connect timeout in s)."""
+    """Parse the command line; exits 2 on unusable arguments. Returns (args, API key, connect timeout in s)."""
     parser = argparse.ArgumentParser(description="Load test of the running rerank service.", allow_abbrev=False)
     add = parser.add_argument
     load, size, doc, query, repeat = (parser.add_mutually_exclusive_group() for _ in range(5))
@@ -54,44 +54,50 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, str | None, float]:
     add("--endpoint", default="rerank,score", choices=["rerank", "score", "rerank,score"], help="default: %(default)s")
     load.add_argument("--concurrency", type=numbers(int, 1, True), default=[1, 16, 50, 100, 150],
                       help="closed loop: calls in flight (default: 1,16,50,100,150)")
-    load.add_argument("--rate", type=numbers(float, 0.001, True), help="open loop: calls a second, e.g. 5,10")
+    load.add_argument("--rate", type=numbers(float, 0.001, True), help="open loop: calls per second, e.g. 5,10")
     add("--tune", nargs="?", const=list(NAMES), type=knob_names, metavar="NAMES",
-        help="restart the service of this host with other settings and find better ones (docs/benchmarking.md)")
-    add("--budget", type=budget, default=1800.0, metavar="30m", help="with --tune: time to take (default: 30m)")
+        help="search for better settings by restarting the service of this host (docs/benchmarking.md)")
+    add("--budget", type=budget, default=1800.0, metavar="30m", help="with --tune: time limit (default: 30m)")
     add("--score-tolerance", type=numbers(float, 0), default=TOLERANCE,
-        help="with --tune: reject settings that change a score by more (default: %(default)s)")
+        help="with --tune: reject settings that change any score by more than this (default: %(default)s)")
     load.add_argument("--saturate", action="store_true",
                       help="closed loop: double the calls in flight until throughput stops growing")
     load.add_argument("--slo", type=slo, metavar="p95=500ms",
-                      help="open loop: find the highest rate at which p50, p90, p95 or p99 stays below")
-    add("--constant", action="store_true", help="with --rate or --slo: even distances, not Poisson")
-    size.add_argument("--requests", type=numbers(int, 1), help="calls a level (default: 100, 3 rounds or 10 s)")
-    size.add_argument("--seconds", type=numbers(float, 0.001), help="length of a level")
-    add("--warmup", type=numbers(int, 0), help="calls before the window (default: 5, one round or 1 s)")
-    add("--runs", type=numbers(int, 1), default=1, help="make all levels so often, for --compare (default: 1)")
-    add("--processes", type=numbers(int, 1), help="client processes (default: 1, more where the client is the limit)")
-    add("--docs", type=numbers(int, 1), help="documents a call (default: 32)")
+                      help="open loop: find the highest rate that keeps p50, p90, p95 or p99 within this latency")
+    add("--constant", action="store_true", help="with --rate or --slo: constant arrivals instead of Poisson")
+    size.add_argument("--requests", type=numbers(int, 1),
+                      help="calls per level (default: 100, or more for 3 rounds (closed loop) or 10 s (open loop))")
+    size.add_argument("--seconds", type=numbers(float, 0.001), help="length of a level, instead of --requests")
+    add("--warmup", type=numbers(int, 0),
+        help="calls before the window (default: 5, or more for 1 round (closed loop) or 1 s (open loop))")
+    add("--runs", type=numbers(int, 1), default=1, help="repeat all levels N times, for --compare (default: 1)")
+    add("--processes", type=numbers(int, 1),
+        help="client processes (default: 1; more are started when the client is the bottleneck)")
+    add("--docs", type=numbers(int, 1), help="documents per call (default: 32)")
     doc.add_argument("--doc-words", type=lengths, default="100",
-                     help="words a document: 100, 64-512 (uniform) or lognormal:MEAN,SIGMA (default: %(default)s)")
-    doc.add_argument("--doc-tokens", type=lengths, help="the same in tokens")
-    query.add_argument("--query-words", type=lengths, default="10", help="words a query (default: %(default)s)")
-    query.add_argument("--query-tokens", type=lengths, help="the same in tokens")
+                     help="words per document: 100, 64-512 (uniform) or lognormal:MEAN,SIGMA (default: %(default)s)")
+    doc.add_argument("--doc-tokens", type=lengths, help="tokens per document, instead of words")
+    query.add_argument("--query-words", type=lengths, default="10", help="words per query (default: %(default)s)")
+    query.add_argument("--query-tokens", type=lengths, help="tokens per query, instead of words")
     add("--tokenizer", metavar="FOLDER", help="for lengths in tokens (default: the served model's folder)")
     add("--input", metavar="FILE", help='your own calls, JSONL: {"query": "...", "documents": ["...", ...]}')
-    add("--seed", type=numbers(int, 0), help="of texts and arrivals (default: a new one, printed)")
+    add("--seed", type=numbers(int, 0), help="seed of texts and arrivals (default: a new one per run, printed)")
     repeat.add_argument("--repeat", nargs="?", const="all", choices=["all", "query"],
-        help="measure the prefix cache: all calls are the same, or share the query")
+        help="measure the prefix cache: every call is identical (all) or has the same query (query)")
     repeat.add_argument("--shared-query", action="store_true", help="the same as --repeat query")
-    add("--base-url", help="default: BASE_URL, else HOST and PORT; of several (commas) a call takes the least busy one")
+    add("--base-url",
+        help="default: BASE_URL, else HOST and PORT; with several (commas), each call goes to the least busy one")
     add("--model", help="default: SERVED_MODEL_NAME")
     add("--timeout-s", help="seconds to wait for an answer (default: TIMEOUT_S)")
-    add("--json", metavar="FILE", help="write header and rows")
-    add("--csv", metavar="FILE", help="write rows")
-    add("--html", metavar="FILE", help="write one page with charts; with --compare: plots of all files")
-    add("--price-per-hour", type=numbers(float, 0), help="of the service: gives the cost of a million pairs")
-    add("--target-pairs-s", type=numbers(float, 0.001, True), help="how many GPUs these rates need, e.g. 1000,5000")
-    add("--compare", nargs="+", metavar="FILE", help="measure nothing: compare files of --json with the first one")
-    add("--fail-over", type=numbers(float, 0), metavar="PERCENT", help="with --compare: exit 1 on a worse change")
+    add("--json", metavar="FILE", help="write the header and the rows")
+    add("--csv", metavar="FILE", help="write the rows")
+    add("--html", metavar="FILE", help="write a page with charts; with --compare: charts of all files")
+    add("--price-per-hour", type=numbers(float, 0), help="price of the service: print the cost per million pairs")
+    add("--target-pairs-s", type=numbers(float, 0.001, True), help="print the GPUs these rates need, e.g. 1000,5000")
+    add("--compare", nargs="+", metavar="FILE",
+        help="compare files written by --json with the first one; measures nothing")
+    add("--fail-over", type=numbers(float, 0), metavar="PERCENT",
+        help="with --compare: exit 1 on a larger regression")
     # fmt: on
     args = parser.parse_args(argv)
     args.endpoint = args.endpoint.split(",")
@@ -110,7 +116,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, str | None, float]:
     unused = words & {"--json", "--csv", "--price-per-hour", "--target-pairs-s", "--tune", "--saturate", "--slo"}
     for wrong, text in (
         (args.constant and not (args.rate or args.slo), "--constant: needs --rate or --slo"),
-        (args.input and texts, f"{min(texts, default='')}: not with --input, which brings its own texts"),
+        (args.input and texts, f"{min(texts, default='')}: not with --input, which has its own texts"),
         (args.runs > 1 and (args.slo or args.saturate), "--runs: not with a search"),
         (args.tokenizer and not (args.doc_tokens or args.query_tokens), "--tokenizer: needs lengths in tokens"),
         (args.slo and args.requests, "--requests: not with --slo, give --seconds"),
@@ -139,7 +145,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, str | None, float]:
         parser.error(str(exc))
     args.argv = argv
     if args.seed is None:
-        # A seed that the server has seen finds its texts in the prefix cache: a new one for each run.
+        # With a seed used before, the prefix cache would hold the texts, so each run draws a new one.
         args.seed = random.SystemRandom().randrange(10**9)
         args.argv = [*argv, "--seed", str(args.seed)]
     return args, cfg.api_key, cfg.connect_timeout_s

@@ -32,7 +32,7 @@ def lost(rows: list[dict]) -> float:
 
 
 def _apart(a: object, b: object) -> str:
-    """Two values, of two long ones (arguments of the server) only the words that differ."""
+    """Two values as text. Of two long ones (arguments of the server), only the words that differ."""
     parts = [re.split(r" (?=--)", str(value)) for value in (a, b)]
     if min(map(len, parts)) < 3:
         return f"{a} -> {b}"
@@ -44,7 +44,7 @@ def compare(base: dict, other: dict, fail_over: float | None = None) -> tuple[li
     """Differences of two runs (contents of --json), level by level.
 
     Returns:
-        (lines to print, regressions, what cannot be judged: empty = nothing). A regression is a measurable change for
+        (lines to print, regressions, what cannot be judged; empty = nothing). A regression is a measurable change for
         the worse of more than fail_over percent of base's mean, or a share of lost calls that grew by more points.
     """
     lines, worse, untold = [], [], []
@@ -91,7 +91,7 @@ def compare(base: dict, other: dict, fail_over: float | None = None) -> tuple[li
             if fail_over is not None and sure and -change * sign > fail_over:
                 worse.append(lines[-1])
         if any(row["client_limited"] for row in rows[0] + rows[1]):
-            lines.append(f"{level}: the client was the limit in some runs, the service may differ more or less")
+            lines.append(f"{level}: the client was the bottleneck in some runs, so the difference may be wrong")
         shares = [100 * lost(runs) for runs in rows]
         if any(shares):
             lines.append(f"{level}: lost calls {shares[0]:.1f} % -> {shares[1]:.1f} %")

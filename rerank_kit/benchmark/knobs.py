@@ -1,4 +1,4 @@
-"""What can be turned on the service, in which steps, and how a setting is written (--tune)."""
+"""The settings that --tune can change, their steps, and how each is written to the environment."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from rerank_kit.settings import FIELDS, EnvConfig
 
 @dataclasses.dataclass(frozen=True)
 class Knob:
-    """One thing to turn: which values it changes, by which factor (or to which choices), within which limits."""
+    """One tunable setting: the values it changes, the factor (or the choices), and the limits."""
 
     name: str
     keys: tuple[str, ...]
@@ -41,7 +41,7 @@ class Knob:
             yield values
 
 
-# Which knobs a verdict (bench_report.verdict) points to.
+# The knobs that a verdict (report.verdict) points to.
 FIRST = {
     "cpu": ("API_SERVER_COUNT", "RENDERER_WORKERS", "ENGINES_PER_GPU"),
     "engine": ("ENGINES_PER_GPU", "STEP", "MAX_NUM_BATCHED_TOKENS", "MAX_NUM_SEQS"),
@@ -68,7 +68,7 @@ def has_renderer_workers() -> bool:
 
 
 def knobs_of(shown: dict, cfg: EnvConfig, only: list[str] | None = None) -> tuple[dict, list[Knob]]:
-    """(values in force now, what can be turned here) from read_cfg() and the configuration; only: names to keep."""
+    """(values in force, knobs that can be changed here) from read_cfg() and the configuration; only: names to keep."""
     words = shown["words"]
     on_gpu = not shown["vllm"].endswith("+cpu")
     now = {
@@ -100,7 +100,7 @@ def knobs_of(shown: dict, cfg: EnvConfig, only: list[str] | None = None) -> tupl
             now["ENGINES_PER_GPU"] = shown["engines"]
             knobs.append(Knob("ENGINES_PER_GPU", ("ENGINES_PER_GPU",), high=4))
     knobs = [k for k in sorted(knobs, key=lambda k: NAMES.index(k.name)) if not only or k.name in only]
-    # A setting of which the present value is not known cannot be stepped from.
+    # Steps need a start, so a setting with an unknown present value is left out.
     return now, [k for k in knobs if k.choices or all(now[key] for key in k.keys)]
 
 

@@ -26,7 +26,7 @@ class Call:
     sent: float
     end: float
     error: str | None  # None = a good answer
-    tokens: int  # prompt tokens by the server's count, 0 = not told
+    tokens: int  # prompt tokens counted by the server, 0 = not reported
     pairs: int
     measured: bool
 
@@ -56,7 +56,7 @@ class Bench:
         self.addresses, self.model, self.texts = base_url, model, texts
         self.base_urls = [url.strip().rstrip("/") for url in base_url.split(",")]
         self.base_url = self.base_urls[0]
-        self.in_flight = dict.fromkeys(self.base_urls, 0)  # calls by address; the one used last stands last
+        self.in_flight = dict.fromkeys(self.base_urls, 0)  # calls by address; the last used is the last key
         self.api_key, self.timeout_s, self.connect_timeout_s = api_key, timeout_s, connect_timeout_s
         self.first = 0  # number of the first call of the next level
         self.error_texts: dict[str, str] = {}
@@ -78,7 +78,7 @@ class Bench:
         await self.session.close()
 
     def twin(self) -> "Bench":
-        """The same for another process: no session, nothing found yet."""
+        """A copy for another process, without session and results."""
         twin = Bench(self.addresses, self.model, self.texts, self.api_key, self.timeout_s, self.connect_timeout_s)
         twin.first = self.first
         return twin
@@ -147,7 +147,7 @@ class Level:
     warmup: int  # calls before the window
     requests: int | None  # calls in the window
     seconds: float | None  # or: length of the window
-    constant: bool = False  # open loop: even distances, not Poisson
+    constant: bool = False  # open loop: constant arrivals instead of Poisson
     run: int = 1  # which repetition
     processes: int = 1  # of the client
     slo_ms: float | None = None  # count the calls that miss it
@@ -159,7 +159,7 @@ class Level:
     interrupted: bool = False
 
     def full(self, n: int, now: float, opened: float) -> bool:
-        """After n calls, none is to be sent (open loop: due) at `now`; opened: the window's start, 0 = not yet."""
+        """True if no call is to be sent (open loop: due) at `now` after n. opened: start of the window, 0 = not yet."""
         if not opened:
             return False
         return now >= opened + self.seconds if self.seconds else n >= self.warmup + self.requests
@@ -201,7 +201,7 @@ class Gate:
             if self.n[CLOSED] or level.full(taken, now, self.n[OPENED]):
                 self.n[CLOSED] = self.n[CLOSED] or now
                 return None
-            # A server too slow for its warm-up in --seconds gets no longer for it.
+            # The warm-up takes at most --seconds, also if the server is too slow to finish it.
             late = level.seconds and now - self.n[STARTED] > level.seconds
             if not self.n[OPENED] and (taken == level.warmup or late):
                 self.n[OPENED] = now
@@ -225,7 +225,7 @@ async def drive_closed(bench: Bench, level: Level, gate: Gate, share: int = 0) -
 
 
 async def drive_open(bench: Bench, level: Level, gate: Gate, share: int = 0) -> None:
-    """Calls due at level.level a second, at random (Poisson) or even distances, answered or not.
+    """Calls due at level.level a second, with Poisson or constant arrivals, whether or not earlier ones are answered.
 
     Each process knows the whole schedule and sends every gate.processes-th call of it.
     """
@@ -244,7 +244,7 @@ async def drive_open(bench: Bench, level: Level, gate: Gate, share: int = 0) -> 
             opened = opened or (due if k == level.warmup else 0.0)
             if k % gate.processes == share:
                 body, n_docs = bench.body(level.endpoint, k)
-                # Also when late: sleep(0) lets answers in.
+                # Also when late, since sleep(0) lets the loop read answers.
                 await asyncio.sleep(max(0.0, due - time.perf_counter()))
                 gate.n[OPENED] = opened
                 group.create_task(one(body, n_docs, due, opened > 0))
@@ -351,7 +351,7 @@ async def drive_processes(bench: Bench, level: Level, gate: Gate) -> None:
         level.interrupted |= part.interrupted
         for error, text in error_texts.items():
             bench.note_error(error, text)
-    # The busiest and the latest process tell whether the client was the limit.
+    # The busiest and the latest process decide whether the client was the bottleneck.
     level.cpu = max(part.cpu for part, _ in parts)
     level.lags_s = max(
         (part.lags_s for part, _ in parts), key=lambda lags: sorted(lags)[int(0.95 * len(lags))] if lags else 0.0

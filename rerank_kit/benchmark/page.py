@@ -32,7 +32,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def chart(title: str, x_name: str, lines: dict[str, list[tuple]], bars: list[list] = (), log_x: bool = False) -> str:
-    """An SVG of lines {name: [(x, y), ...]} or of bars [from, to, height]; y starts at 0, points without y are gaps."""
+    """An SVG of lines {name: [(x, y), ...]} or bars [from, to, height]. y starts at 0; points without y are gaps."""
     lines = {name: sorted((x, y) for x, y in points if y is not None) for name, points in lines.items()}
     xs = [x for points in lines.values() for x, _ in points] + [x for bar in bars for x in bar[:2]]
     if not xs:
@@ -62,7 +62,7 @@ def chart(title: str, x_name: str, lines: dict[str, list[tuple]], bars: list[lis
         box = f'x="{x0:.1f}" y="{y0:.1f}" width="{max(1.0, x1 - x0 - 1):.1f}" height="{y1 - y0:.1f}"'
         out.append(f'<rect {box} fill="{COLORS[0]}"><title>{left:g} to {right:g}: {height:g}</title></rect>')
     for color, points in zip(itertools.cycle(COLORS), lines.values(), strict=False):
-        # Repeated runs: a point for each, the line through their medians.
+        # Repeated runs: one point per run; the line connects their medians.
         medians = [(x, statistics.median(y for _, y in same)) for x, same in itertools.groupby(points, lambda p: p[0])]
         path = " ".join(at(*point) for point in medians)
         out.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>')
@@ -77,7 +77,7 @@ def chart(title: str, x_name: str, lines: dict[str, list[tuple]], bars: list[lis
 
 
 def tuning(state: dict) -> list[str]:
-    """The search of --tune: every candidate with what it gave and cost, a chart of them, and the turns of the proof."""
+    """The search of --tune: every candidate with its result and cost, a chart of them, and the turns of the proof."""
     head = ("", "settings", "measured", "windows", "outcome", "score difference", "start, s", "measuring, s")
     out = ["<h2>Settings tried</h2><table><tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in head) + "</tr>"]
     best, points = 0.0, {"each window": [], "best so far": []}
@@ -167,7 +167,7 @@ def page(about: dict, rows: list[dict]) -> str:
 
 
 def write_files(paths: dict[str, str | None], about: dict, rows: list[dict]) -> None:
-    """json, csv and html by these names, written anew after each level: a long run that dies leaves what it had."""
+    """Write the json, csv and html files. Called after each level, so a run that dies keeps its rows."""
     if paths.get("json"):
         _replace(Path(paths["json"]), json.dumps({**about, "rows": rows}, indent=1) + "\n")
     if paths.get("csv"):
@@ -181,7 +181,7 @@ def write_files(paths: dict[str, str | None], about: dict, rows: list[dict]) -> 
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file at once: without room for it the old one stays. What is no file (/dev/stdout) is written to."""
+    """Replace a file by rename, so a full disk keeps the old one. A device (/dev/stdout) is written directly."""
     if str(path).startswith(("/dev/", "/proc/")) or (path.exists() and not path.is_file()):
         path.write_text(text, "utf-8", newline="")
         return

@@ -114,7 +114,7 @@ async def run(args: argparse.Namespace, api_key: str | None, connect_timeout_s: 
 
 
 def run_compare(names: list[str], fail_over: float | None, page: str | None = None) -> int:
-    """Print how each file differs from the first. 1 = a regression of more than fail_over %, 2 = cannot be told."""
+    """Print how each file differs from the first. 1 = a regression of more than fail_over %, 2 = cannot be judged."""
     try:
         outs = [json.loads(Path(name).read_text("utf-8")) for name in names]
         code, shown = 0, []

@@ -1,4 +1,4 @@
-"""What a benchmark found: rows of the table, and verdicts."""
+"""Rows of the result table, and the verdict on what limited each."""
 
 import math
 from collections import Counter
@@ -10,7 +10,7 @@ from rerank_kit.benchmark.server_view import SEEN, gpus_of
 COLUMNS = {"endpoint": 8, "mode": 6, "level": 6, "ok": 6, "refused": 7, "err": 5, "req/s": 7, "pairs/s": 8, "tok/s": 8,
            "p50_ms": 7, "p90_ms": 7, "p95_ms": 7, "p99_ms": 7, "max_ms": 7, "bound": 6, "errors": 0}  # name: width
 # fmt: on
-REFUSED = ("http_429", "http_503")  # the server's way to say "not now": load, not a fault
+REFUSED = ("http_429", "http_503")  # the server sheds load; not a fault
 
 # --- rows ---
 
@@ -22,10 +22,10 @@ def percentile(values: list[float], p: int) -> float | None:
 
 
 def summarise(level: Level, seen: dict | None = None) -> dict:
-    """Row of one level: the table's columns by their names, then what explains them.
+    """Row of one level: the table's columns by their names, then further fields that explain them.
 
     Args:
-        seen: what was seen of the server inside the window, by the names in SEEN.
+        seen: measurements of the server inside the window, by the names in SEEN.
     """
     measured = [c for c in level.calls if c.measured]
     good = [c for c in measured if c.error is None]
@@ -36,7 +36,7 @@ def summarise(level: Level, seen: dict | None = None) -> dict:
     inside = [c for c in level.calls if c.error is None and level.opened < c.end <= level.closed]
     per_s = 1 / window_s if window_s > 0 else 0.0
     lags_ms = sorted(s * 1000 for s in level.lags_s)
-    # A loop that is very late wakes up too seldom for a percentile: its worst then.
+    # A very late loop wakes up too rarely for a percentile; then its largest lag is used.
     lag_ms = percentile(lags_ms, 95) or max(lags_ms, default=None)
     tokens = sum(c.tokens for c in inside)
     row = {"endpoint": level.endpoint, "mode": level.mode, "level": level.level, "ok": len(good)}
@@ -50,7 +50,7 @@ def summarise(level: Level, seen: dict | None = None) -> dict:
     row |= {"tokens_per_pair": tokens / sum(c.pairs for c in inside) if tokens else None}
     row |= {"client_processes": level.processes, "client_cpu": level.cpu, "client_lag_ms": lag_ms}
     row["interrupted"] = level.interrupted
-    # A late client adds its lateness to each latency; below a tenth of p50, or 2 ms, it does not matter.
+    # A late client adds its lag to each latency. Up to a tenth of p50 or 2 ms, the lag is ignored.
     late = lag_ms is not None and row["p50_ms"] is not None and lag_ms > max(2.0, 0.1 * row["p50_ms"])
     row["client_limited"] = level.cpu > 0.9 or late
     missed = sum(ms > level.slo_ms for ms in latencies) + errors.total() if level.slo_ms else None
@@ -61,7 +61,7 @@ def summarise(level: Level, seen: dict | None = None) -> dict:
 
 
 def histogram(latencies: list[float]) -> list[list]:
-    """[from_ms, to_ms, calls] of sorted latencies. Equal ratios, as latencies spread over decades; 5 % or wider."""
+    """[from_ms, to_ms, calls] of sorted latencies. Latencies span decades, so bins have equal ratios (>= 1.05)."""
     if not latencies:
         return []
     low, high = max(latencies[0], 0.001), max(latencies[-1], 0.001)
@@ -71,7 +71,7 @@ def histogram(latencies: list[float]) -> list[list]:
 
 
 def timeline(level: Level) -> list[dict]:
-    """The window in 40 parts: what was answered in each."""
+    """Answers, failures and latencies in each of 40 equal parts of the window."""
     out = []
     part_s = (level.closed - level.opened) / 40
     parts = [[] for _ in range(40)]
@@ -92,10 +92,10 @@ def timeline(level: Level) -> list[dict]:
 
 
 def verdict(row: dict) -> tuple[str, str]:
-    """What bounds a row, in a word for the table, and the reason with the knob to turn.
+    """What limits a row: one word for the table, and the reason with the setting to change.
 
-    Reads ok, refused, err, mode, p50_ms, what begins with client_, and SEEN. 85 % of a GPU's time or of a core counts
-    as busy, because a window never is without gaps.
+    Reads ok, refused, err, mode, p50_ms, the client_ fields, and SEEN. A GPU or a core counts as busy from 85 % of
+    the time, since every window has gaps.
     """
     word, why = what_bounds(row)
     if row["ok"] and row["refused"]:
@@ -109,54 +109,54 @@ def what_bounds(row: dict) -> tuple[str, str]:
     load = "more calls in flight" if row["mode"] == "closed" else "a higher rate"
     if not row["ok"]:
         if row["refused"]:
-            return "refuse", "every call was refused: fewer calls, or see MAX_WAIT_S and MAX_PAIRS_IN_FLIGHT"
-        return "none", "no good answer: see the errors"
+            return "refuse", "every call was refused: send fewer calls, or see MAX_WAIT_S and MAX_PAIRS_IN_FLIGHT"
+        return "none", "no call succeeded: see the errors"
     if row["client_limited"]:
         late = f"{row['client_lag_ms'] or 0:.1f} ms late"
-        busy = f"a client process took {row['client_cpu']:.0%} of a core and was {late}: the service may be faster"
-        if row["client_cpu"] < 0.25 or (host or 0) >= 0.9:  # it waits for a core: more processes would too
-            return "client", f"{busy}; a host of its own for the client"
-        return "client", f"{busy}; --processes, or another host for the client"
+        busy = f"a client process used {row['client_cpu']:.0%} of a core and was {late}, so the service may be faster"
+        if row["client_cpu"] < 0.25 or (host or 0) >= 0.9:  # it waits for a core, and more processes would wait too
+            return "client", f"{busy}: run the client on a host of its own"
+        return "client", f"{busy}: raise --processes, or run the client on another host"
     if gpu is not None and gpu >= 85:
-        less = "QUANTIZATION=fp8, shorter documents (MAX_TOKENS_PER_DOC), or more GPUs (DP)"
-        return "gpu", f"the busiest GPU worked {gpu:.0f} % of the time: {less}"
+        less = "try QUANTIZATION=fp8, shorter documents (MAX_TOKENS_PER_DOC), or more GPUs (DP)"
+        return "gpu", f"the busiest GPU was busy {gpu:.0f} % of the time: {less}"
     if api is not None and api >= 0.85:
-        more = "API_SERVER_COUNT, VLLM_USE_FASTOKENS=1; more GPUs do not help"
-        return "cpu", f"an API process (HTTP, tokenizing) took {api:.2f} cores: {more}"
+        more = "raise API_SERVER_COUNT or set VLLM_USE_FASTOKENS=1; more GPUs do not help"
+        return "cpu", f"an API process (HTTP, tokenizing) used {api:.2f} cores: {more}"
     engine = row["engine_cpu"]
     if gpu is not None and engine is not None and engine >= 0.85:
-        # On a CPU the engine computes the model: it is meant to be busy there.
-        one = "one engine process cannot feed this GPU with a model of this size; more GPUs (DP) bring an engine each"
-        return "engine", f"the engine process took {engine:.2f} cores, the GPU worked {gpu:.0f} % of the time: {one}"
+        # Not on a CPU, where the engine runs the model and is expected to be busy.
+        one = "one engine process cannot keep this GPU busy with a model this small; each GPU of DP adds an engine"
+        return "engine", f"the engine process used {engine:.2f} cores, the GPU was busy {gpu:.0f} % of the time: {one}"
     if host is not None and host >= 0.9:
         ours = (row["server_cpu"] or 0.0) + row["client_cpu"] * row["client_processes"]
         if row["server_cpu"] is not None and ours < 0.5 * host * row["host_cores"]:
-            busy = f"server and client took {ours:.1f} of this host's {row['host_cores']} busy cores"
-            return "other", f"{busy}: measure when nothing else runs"
-        more = "more cores, or a GPU where the model computes on the CPU"
+            busy = f"server and client used only {ours:.1f} of this host's {row['host_cores']} busy cores"
+            return "other", f"{busy}: measure while nothing else runs"
+        more = "add cores, or a GPU if the model runs on the CPU"
         return "cpu", f"all cores of this host were busy ({host:.0%}): {more}"
     if gpu is None and api is None:
-        return "?", "neither GPU nor server processes were seen: run it on the server's host"
+        return "?", "neither GPU nor server processes are visible from here: run the benchmark on the server's host"
     shown = ((gpu, "GPU {:.0f} %"), (api, "API process {:.2f} cores"))
     seen = ", ".join(text.format(value) for value, text in shown if value is not None)
     if queue_ms is not None and row["p50_ms"] and queue_ms > 0.3 * row["p50_ms"]:
         waited = f"pairs waited {queue_ms:.0f} ms for the engine while nothing was busy ({seen})"
-        return "engine", f"{waited}: its steps are too small: MAX_NUM_SEQS, MAX_NUM_BATCHED_TOKENS"
+        return "engine", f"{waited}; its steps are too small: raise MAX_NUM_SEQS or MAX_NUM_BATCHED_TOKENS"
     if (gpu or 0) < 50 and (api or 0) < 0.5:
-        return "idle", f"the service had room ({seen}): {load}"
-    return "mixed", f"nothing was busy all the time ({seen}): {load}, then API_SERVER_COUNT"
+        return "idle", f"the service had spare capacity ({seen}): try {load}"
+    return "mixed", f"nothing was busy all the time ({seen}): try {load}, then API_SERVER_COUNT"
 
 
 def doubts(row: dict) -> list[str]:
-    """Why not to trust a row; empty = nothing known."""
+    """Reasons not to trust a row; empty = none known."""
     out = []
     if row["warmup_err"]:
         out.append(f"{row['warmup_err']} calls of the warm-up failed")
     if (row["p50_ms"] or 0) > 1000 * row["window_s"]:
-        out.append(f"p50 is longer than the window of {row['window_s']:.1f} s: give it more --seconds or --requests")
+        out.append(f"p50 is longer than the window of {row['window_s']:.1f} s: raise --seconds or --requests")
     if row["client_limited"]:
         late = f"{row['client_cpu']:.0%} of one core, {row['client_lag_ms'] or 0:.1f} ms late"
-        out.append(f"the client was the bottleneck ({late}); the service may be faster")
+        out.append(f"the client was the bottleneck ({late}), so the service may be faster")
     return out
 
 
@@ -205,17 +205,17 @@ def cost_lines(about: dict, rows: list[dict], price_per_hour: float | None, targ
         cells.append("p95 -" if row["p95_ms"] is None else f"p95 {row['p95_ms']:.3g} ms")
         if price_per_hour is not None:
             price = row["pairs/s"] and price_per_hour / 3600 / row["pairs/s"] * 1e6
-            cells.append(f"{price:.2f} per million pairs" if price else "no pairs to pay for")
+            cells.append(f"{price:.2f} per million pairs" if price else "no pair was scored")
         for target in targets or []:
             need = row["pairs/s"] and math.ceil(target / row["pairs/s"]) * each
-            cells.append(f"{need} {unit} for {target:g} pairs/s" if need else f"never {target:g} pairs/s")
-        out.append(", ".join(cells + ["at most: the client was the limit"] * row["client_limited"]))
+            cells.append(f"{need} {unit} for {target:g} pairs/s" if need else f"{target:g} pairs/s cannot be reached")
+        out.append(", ".join(cells + ["an upper bound: the client was the bottleneck"] * row["client_limited"]))
     if price_per_hour is not None:
-        out.append(f"assumed: {price_per_hour:g} an hour pays for this whole service, busy all the time")
+        out.append(f"assumed: the whole service costs {price_per_hour:g} per hour and is busy all the time")
     if targets:
-        size = f"{each} GPU each" if gpus else "its GPUs are not known from here: run it on the server's host"
+        size = f"{each} GPU each" if gpus else "GPUs are not visible from here: run the benchmark on the server's host"
         out.append(
-            f"assumed: copies of {these} ({size}), every copy as fast as this one and loaded as in its "
-            "row, calls spread evenly, CPU cores and memory growing along; no spare for peaks or a copy that fails"
+            f"assumed: copies of {these} ({size}), each as fast and as loaded as in this "
+            "row, with its own CPU cores and memory, and calls spread evenly; no reserve for peaks or a failed copy"
         )
     return out

@@ -16,7 +16,7 @@ from rerank_kit.benchmark.texts import FileTexts, Texts, one_token_words
 
 
 async def check(bench: Bench, endpoints: list[str]) -> float | None:
-    """One scored call per endpoint first: tokens per pair (None = the server does not tell), or RuntimeError."""
+    """Send one call per endpoint. Returns tokens per pair (None = not reported) or raises RuntimeError."""
     for endpoint in endpoints:
         first = await bench.call(endpoint, *bench.body(endpoint, 0))
         bench.first += 1
@@ -29,7 +29,7 @@ async def check(bench: Bench, endpoints: list[str]) -> float | None:
 
 
 def texts_of(args: argparse.Namespace, model_root: str | None) -> Texts | FileTexts:
-    """The texts to send. Raises ValueError: no tokenizer for lengths in tokens, a broken --input; OSError."""
+    """The texts to send. Raises ValueError (no tokenizer for lengths in tokens, invalid --input) or OSError."""
     if args.input:
         return FileTexts(args.input, args.seed)
     doc, query, words = args.doc_tokens or args.doc_words, args.query_tokens or args.query_words, None
@@ -37,7 +37,7 @@ def texts_of(args: argparse.Namespace, model_root: str | None) -> Texts | FileTe
         folder = args.tokenizer or model_root
         if not folder or not Path(folder).is_dir():
             raise ValueError(
-                f"lengths in tokens need --tokenizer FOLDER: the server's model ({folder}) is no folder here"
+                f"lengths in tokens need --tokenizer FOLDER: the server's model ({folder}) is not a folder here"
             )
         words = one_token_words(folder)
     return Texts(args.seed, args.docs or 32, doc, query, args.repeat, words)
@@ -51,7 +51,7 @@ class Interrupted(Exception):
 
 
 async def run_level(bench: Bench, level: Level) -> dict | None:
-    """Make one row. Ctrl-C ends it early with what was measured so far; None = nothing was."""
+    """Make one row. Ctrl-C ends it early with what was measured so far. None = no window was completed."""
     gate = Gate(level.processes)
     say(f"{level}: running" + f" with {level.processes} processes" * (level.processes > 1), live=True)
     seeing = asyncio.create_task(observe(bench, gate))
@@ -65,18 +65,18 @@ async def run_level(bench: Bench, level: Level) -> dict | None:
 
 
 def level_of(args: argparse.Namespace, endpoint: str, mode: str, level: float, **more) -> Level:
-    """One row to make, with the sizes asked for."""
+    """The Level of one row, with the sizes from the command line."""
     # Warm-up: closed loop one round, open loop about a second.
     warmup = max(5, math.ceil(level)) if args.warmup is None else args.warmup
     requests = args.requests or max(100, math.ceil((10 if mode == "open" else 3) * level))
     if mode == "closed":
-        # Whole rounds: of answers that come in waves, a part of a wave would take no time.
+        # Whole rounds only: answers arrive in waves, and part of a wave would add calls but no time.
         requests = math.ceil(requests / level) * level
     return Level(endpoint, mode, level, warmup, requests, **{"seconds": args.seconds, "constant": args.constant} | more)
 
 
 class Rows:
-    """Makes rows, prints and writes each, and adds client processes where the client is the limit."""
+    """Makes, prints and writes rows. Adds client processes when the client is the bottleneck."""
 
     def __init__(self, args: argparse.Namespace, bench: Bench, about: dict):
         self.args, self.bench, self.about, self.rows = args, bench, about, []
@@ -87,10 +87,10 @@ class Rows:
         self.processes = args.processes or 1
 
     async def make(self, level: Level, settings: str | None = None) -> dict:
-        """Row of a level, made again with twice the processes as long as the client is the limit.
+        """Row of a level. While the client is the bottleneck, it is measured again with twice the processes.
 
         Args:
-            settings: what the service runs with, where that changes from row to row.
+            settings: the service's settings, if they change from row to row.
 
         Raises:
             Interrupted: Ctrl-C.
@@ -98,12 +98,12 @@ class Rows:
         most = min(self.most, int(level.level)) if level.mode == "closed" else self.most
         level.processes = min(self.processes, most)
         row = await run_level(self.bench, level)
-        # A client that is late with little work waits for a core: more processes would wait too.
+        # A client that is late at low CPU use is waiting for a core, and more processes would wait too.
         while row and row["client_limited"] and row["client_cpu"] > 0.25 and level.processes < most:
             if level.interrupted:
                 break
             self.processes = min(2 * level.processes, most)
-            say(f"[INFO] {level}: the client was the limit, again with {self.processes} processes")
+            say(f"[INFO] {level}: the client was the bottleneck; measuring again with {self.processes} processes")
             level = dataclasses.replace(level, processes=self.processes, calls=[], lags_s=[], cpu=0.0)
             row = await run_level(self.bench, level)
         if row:
@@ -117,13 +117,13 @@ class Rows:
             for text in doubts(row):
                 say(f"[WARN] {level}: {text}")
             if (lines := self.bench.texts.lines) and self.bench.first > lines:
-                say(f"[WARN] {level}: the file's {lines} calls came again, which the prefix cache knows")
+                say(f"[WARN] {level}: the file's {lines} calls were sent again and may hit the prefix cache")
         if level.interrupted:
             raise Interrupted
         return row
 
     def write(self) -> bool:
-        """False, and why on stderr, where a file cannot be written: a full disk shall not end a measurement."""
+        """Write the result files. A failure (full disk) does not end the measurement: reported on stderr, False."""
         try:
             write_files({"json": self.args.json, "csv": self.args.csv, "html": self.args.html}, self.about, self.rows)
         except OSError as exc:

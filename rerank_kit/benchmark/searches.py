@@ -1,4 +1,4 @@
-"""Searches for the level at which throughput ends to grow, or at which a latency goal is just held."""
+"""Searches: the load where throughput stops growing (--saturate), the highest rate within an SLO (--slo)."""
 
 import math
 from collections import Counter
@@ -20,15 +20,15 @@ async def saturate(rows: Rows, endpoint: str) -> str:
     while n <= MOST_IN_FLIGHT and not stops_growing(made):
         made.append(await rows.make(level_of(rows.args, endpoint, "closed", n)))
         if not made[-1]["ok"]:
-            return f"{endpoint}: no good answer at {n} calls in flight, no search"
+            return f"{endpoint}: search ended: no call succeeded at {n} calls in flight"
         n *= 2
     at = knee(made)
     head = f"{endpoint}: throughput stops growing at about {at['level']:g} calls in flight"
     if not stops_growing(made):
         head = f"{endpoint}: throughput was still growing at {made[-1]['level']:g} calls in flight"
     tail = f"{at['req/s']:.4g} req/s, {at['pairs/s']:.4g} pairs/s, p50 {at['p50_ms'] or math.nan:.4g} ms"
-    client = "; the client was the limit there, the service may go on" if at["client_limited"] else ""
-    return f"{head}: {tail} (levels double; 95 % of the best counts as it){client}"
+    client = "; the client was the bottleneck, so the service may be faster" if at["client_limited"] else ""
+    return f"{head}: {tail} (levels double; the first level within 5 % of the best is named){client}"
 
 
 async def search_slo(rows: Rows, endpoint: str) -> str:
@@ -36,21 +36,21 @@ async def search_slo(rows: Rows, endpoint: str) -> str:
     (p, slo_ms), made = rows.args.slo, []
     first = await rows.make(level_of(rows.args, endpoint, "closed", 16))
     if not first["req/s"]:
-        return f"{endpoint}: no good answer, no search"
+        return f"{endpoint}: search ended: no call succeeded"
     held = slo_probe(rows, endpoint, made)
     low, high, sure = await highest_rate(held, float(f"{0.7 * first['req/s']:.3g}"), MOST_PROBES)
     return slo_text(f"{endpoint}: p{p} <= {slo_ms:g} ms", p, slo_ms, made, low, high, sure)
 
 
 def slo_probe(rows: Rows, endpoint: str, made: list[dict], settings: str | None = None):
-    """Async function, rate -> did it hold the SLO, over all its windows so far; they are appended to `made`."""
+    """Async function: rate -> whether all its windows together held the SLO. Rows are appended to `made`."""
     args, (p, slo_ms) = rows.args, rows.args.slo
 
     async def held(rate: float) -> bool:
-        # 20 times the SLO: an overload of more than 1 / (20 p) lets calls wait longer than the SLO inside the window.
-        # Five times the calls that the percentile needs, as far as two minutes give them.
+        # 20 times the SLO: an overload of more than 1 / (20 p) makes calls exceed the SLO within the window.
+        # Five times the calls that the percentile needs, but at most two minutes.
         seconds = args.seconds or max(10.0, 0.02 * slo_ms, min(120.0, 500 / (100 - p) / rate))
-        # A rate that is tried again may be the answer: rare long queues need a longer look.
+        # A rate that is tried again may be the answer. Rare long queues show only in a longer window.
         seconds *= 3 if any(row["level"] == rate for row in made) else 1
         level = level_of(args, endpoint, "open", rate, seconds=seconds, slo_ms=slo_ms, run=len(made) + 1)
         row = await rows.make(level, settings)
@@ -91,17 +91,17 @@ def stops_growing(rows: list[dict]) -> bool:
 async def highest_rate(held, guess: float, most: int) -> tuple[float, float, bool]:
     """Bisect for the highest rate that holds, in at most `most` tries.
 
-    One window may be lucky or disturbed: the two rates of the answer are tried twice, and the search goes on where
-    the second try changes the picture.
+    One window may be lucky or disturbed, so both rates of the answer are tried twice. The search goes on if the
+    second try changes the result.
 
     Args:
-        held: async function, rate in calls/s -> did it hold, over all its tries so far.
-        guess: the first rate to try; none below a 64th of it is tried.
-        most: tries; more, as long as none holds any more.
+        held: async function: rate in calls/s -> whether it held over all its tries so far.
+        guess: the first rate to try. Rates below a 64th of it are not tried.
+        most: limit on tries. It is exceeded while no rate is known to hold.
 
     Returns:
-        (highest rate that held, 0 = none; lowest that did not, inf = none; were both tried twice). 10 % or less
-        apart, unless the tries ran out.
+        (highest rate that held, 0 = none; lowest that did not, inf = none; whether both were tried twice). The two
+        differ by at most 10 %, unless the limit on tries was reached.
     """
     holds: dict[float, bool] = {}
     tries, rate = Counter(), guess
@@ -124,22 +124,22 @@ async def highest_rate(held, guess: float, most: int) -> tuple[float, float, boo
 
 
 def slo_text(what: str, p: int, slo_ms: float, rows: list[dict], low: float, high: float, sure: bool) -> str:
-    """The finding of an SLO search in sentences, with what limits it; rows: its windows."""
+    """The finding of an SLO search in sentences, with its limits; rows: the windows of the search."""
     at = [row for row in rows if row["level"] == low]
     if any(row["client_limited"] for row in rows if row["level"] == high):
-        what = f"the client was the limit at {high:.3g} calls/s, the service may be faster; {what}"
+        what = f"the client was the bottleneck at {high:.3g} calls/s, so the service may be faster; {what}"
     if not low:
         return f"{what} did not hold even at {high:.3g} calls/s"
     calls, missed = sum(map(calls_of, at)), sum(row["slo_missed"] for row in at)
     share, most = late_share(missed, calls)
     pairs = sum(row["pairs/s"] * row["window_s"] for row in at) / sum(row["window_s"] for row in at)
     overload = slo_ms / 1000 / max(row["window_s"] for row in at) / (p / 100)
-    above = f"not at {high:.3g}" if high < math.inf else "no rate was too high"
+    above = f"but not at {high:.3g}" if high < math.inf else "and no higher rate failed"
     out = [f"{what} held up to {low:.3g} calls/s = {pairs:.4g} pairs/s, {above}"]
-    out += ["NOT confirmed, the windows ran out"] * (not sure)
+    out += ["NOT confirmed: the limit on windows was reached"] * (not sure)
     windows = f"{len(at)} window" + "s" * (len(at) > 1)
     out.append(
-        f"{missed} of {calls} calls missed there in {windows} ({share:.1%}, below {most:.1%} with 95 % confidence if "
-        "calls were independent, which calls in one queue are not)"
+        f"{missed} of {calls} calls missed the SLO there in {windows} ({share:.1%}, below {most:.1%} with 95 % "
+        "confidence if calls were independent; calls in one queue are not)"
     )
-    return "; ".join([*out, f"an overload below {overload:.1%} would not show in windows this long"])
+    return "; ".join([*out, f"windows of this length do not show an overload below {overload:.1%}"])

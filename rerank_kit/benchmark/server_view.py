@@ -1,4 +1,4 @@
-"""What a benchmark reads of the server it loads: its own words, processes, GPUs, counters."""
+"""What the benchmark observes of the server: version, flags, processes, GPUs, counters."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ import aiohttp
 from rerank_kit.benchmark.load import CLOSED, OPENED, Bench, Gate
 from rerank_kit.engine.choices import count_weights
 
-# What bench_rerank.py may see of the server's side inside a window; None = not seen.
+# What may be observed of the server inside a window; None = not observed.
 SEEN = ("gpu_util", "gpu_mem_gib", "api_cpu", "engine_cpu", "server_cpu", "host_cpu", "host_cores")
 SEEN += ("queue_ms", "cache_hits", "step_tokens", "mfu")
 
@@ -133,7 +133,7 @@ def what_changed(first: dict, last: dict, pids: dict[int, bool], gpu_lines: list
         with contextlib.suppress(ValueError):  # [N/A], or a line cut short
             index, used, mib = map(float, line.split(","))
             gpus.setdefault(index, []).append((used, mib / 1024))
-    if gpus:  # the busiest one: others may not be ours
+    if gpus:  # the busiest one; others may belong to other programs
         means = [(statistics.mean(used for used, _ in one), max(gib for _, gib in one)) for one in gpus.values()]
         out["gpu_util"], out["gpu_mem_gib"] = max(means)
     cores = {pid: d[pid] / time_s for pid in pids if pid in d and time_s > 0}
@@ -161,7 +161,7 @@ def gpus_of(flags: str | None) -> int | None:
 
 
 async def ask_server(bench: Bench) -> dict:
-    """What the server tells about itself; None = it does not tell."""
+    """Version and model as the server reports them; None = not reported."""
 
     async def get(url: str) -> dict:
         try:
@@ -237,7 +237,7 @@ async def sample_gpus(samples: list[tuple[float, str]]) -> None:
 
 
 async def observe(bench: Bench, gate: Gate) -> dict:
-    """What the server did inside the window, by the names in bench_report.SEEN; what cannot be seen is left out."""
+    """What the server did inside the window, by the names in SEEN. What cannot be observed is left out."""
     samples, sampling = [], None
     if is_local(bench.base_url) and shutil.which("nvidia-smi"):
         sampling = asyncio.create_task(sample_gpus(samples))

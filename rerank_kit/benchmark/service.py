@@ -1,4 +1,4 @@
-"""The service of this host through start_rerank.sh: whose it is, who uses it, start, stop (--tune)."""
+"""Starts and stops the service of this host for --tune, and finds out who started it and who uses it."""
 
 import asyncio
 import contextlib
@@ -35,7 +35,7 @@ def read_cfg(text: str) -> dict:
 
 
 class Service:
-    """Starts and stops the service of this configuration through start_rerank.sh, and knows whose it is."""
+    """Starts and stops the service of this configuration through start_rerank.sh, and knows who started it."""
 
     def __init__(self, cfg: EnvConfig):
         self.cfg = cfg
@@ -64,7 +64,7 @@ class Service:
         return read_cfg(out)
 
     async def state(self) -> dict:
-        """service_status.gather()."""
+        """serving.status.gather()."""
         _, out, err = await self.run("status", "--json")
         try:
             return json.loads(out)
@@ -94,7 +94,7 @@ class Service:
             known = json.loads(state_file(self.cfg).read_text("utf-8"))
             command, env = known["command"], known["env"]
         except (OSError, ValueError, LookupError):
-            return "its supervisor does not tell how it was started"
+            return "its supervisor does not report how it was started"
         wanted = shown_env({**os.environ, **passed_on_env(), **shown["env"]})
         if self.cfg.cuda_visible_devices is not None:
             wanted["CUDA_VISIBLE_DEVICES"] = self.cfg.cuda_visible_devices
@@ -106,7 +106,7 @@ class Service:
 
 
 async def look_at(service: Service, shown: dict, mine: list[int] | None) -> bool:
-    """Was the service running before? Raises Trouble where it is none that may be restarted.
+    """Was the service running before? Raises Trouble if it may not be restarted.
 
     Args:
         mine: [PID, start time] that an interrupted search left running; it may have any settings.
@@ -145,4 +145,4 @@ async def refuse_traffic(cfg: EnvConfig, engines: int = 1) -> None:
     came = ((await pairs_served(cfg)) or 0.0) - (before or 0.0)
     if busy > own or came > max(2, own):
         seen = f"{busy:.0f} pairs in the engine at once, {came:.0f} answered in {LOOK_S:g} s"
-        raise Trouble(f"others use the service ({seen}): a search would restart it under them; take it out first")
+        raise Trouble(f"others use the service ({seen}): a search would restart it; redirect them first")

@@ -1,4 +1,4 @@
-"""What a benchmark sends: texts of given lengths, or the calls of a user's own file."""
+"""The texts a benchmark sends: of given lengths, or from a user's file."""
 
 import json
 import math
@@ -62,7 +62,7 @@ class Texts:
     Args:
         doc, query: lengths in words.
         repeat: None; "query" = all calls share their query; "all" = query and documents.
-        words: to write with; those of one_token_words() make the lengths tokens. None = WORDS.
+        words: vocabulary; with that of one_token_words(), lengths are in tokens. None = WORDS.
     """
 
     lines = None  # how many calls there are before texts come again; None = no end
@@ -110,7 +110,8 @@ class Texts:
 class FileTexts:
     """Calls from a JSONL file of {"query": "...", "documents": ["...", ...]}, in an order from the seed.
 
-    A line's "instruction" is sent with it. After the last line the first comes again: the prefix cache knows it.
+    A line's "instruction" is sent with it. After the last line the file starts over, and the
+    prefix cache may hold its texts.
 
     Raises:
         ValueError: a line that is no such object, with its number; no line at all. OSError: no such file.

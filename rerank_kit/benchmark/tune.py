@@ -1,14 +1,15 @@
 """Finds better settings for the service of this host by restarting it (--tune).
 
-How it searches: one setting after the other, those first that the verdict of the present settings points to, each in
-steps of two as long as it gains (coordinate search). A restart takes most of the time, so a candidate that is clearly
-worse is left after one window, and close ones get more. The search ends in time for the proof: the best settings and
-the present ones in turns, each turn a start of its own, as a search picks winners by luck too.
+The search changes one setting at a time, by factors of two while throughput grows (coordinate search). It begins with
+the settings that the verdict on the present ones points to. A restart takes most of the time, so a candidate that is
+clearly worse is dropped after one window, and close ones get more. A search also picks winners by luck, so time is
+kept for a proof, which measures the best and the present settings in turns, with a new start each turn.
 
-What it promises: every start and stop goes through start_rerank.sh, with candidates in the environment, so that .env is
-never written; the service is put back as it was found, also after Ctrl-C and after candidates that do not start;
-settings that change the scores by more than the tolerance are rejected. What was measured stands in
-LOG_DIR/tune-PORT.json after each step; the same command goes on from there.
+Guarantees:
+- Every start and stop goes through start_rerank.sh. Candidates are set in the environment; .env is never written.
+- The service is put back as it was found, also after Ctrl-C and after candidates that do not start.
+- Settings that change the scores by more than the tolerance are rejected.
+- LOG_DIR/tune-PORT.json holds the measurements after each step, and the same command continues from there.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from rerank_kit.settings import EnvConfig, get_config
 
 WINDOW_S = 8.0  # of a throughput window, unless --seconds
 MOST_WINDOWS = 4  # of one candidate
-LEAST_GAIN, CLEAR_GAIN = 0.02, 0.06  # below the first a candidate is not worth a setting
+LEAST_GAIN, CLEAR_GAIN = 0.02, 0.06  # a candidate needs at least the first to be kept
 BAD = ("no start", "scores", "failed")
 CLEAR_LOSS = 0.9  # a step that gave this share or less is not tried again beside other settings
 TURNS = (2, 3, 5)  # least, planned, most turns a side of the proof
@@ -56,7 +57,7 @@ class Meter:
         self.fixed = texts_of(argparse.Namespace(**{**vars(args), "seed": 0, "repeat": None}), rows.about["model_root"])
 
     async def ready(self) -> None:
-        """After a start: what was known of the old processes is not true any more. Raises RuntimeError."""
+        """Forget what was known of the old processes after a start. Raises RuntimeError."""
         await check(self.bench, [self.endpoint])
         self.bench.server_pids = server_processes(self.args.base_url)
 
@@ -72,7 +73,7 @@ class Meter:
         return slo_probe(self.rows, self.endpoint, [], label)
 
     async def scores(self) -> list[float]:
-        """Scores of the same texts each time, one call after the other. Raises RuntimeError."""
+        """Scores of fixed texts, one call after the other. Raises RuntimeError."""
         out, k = [], 0
         while len(out) < PARITY_PAIRS and k < 16:
             body, n_docs = self.fixed.body(self.endpoint, self.bench.model, 10**6 + k)
@@ -99,10 +100,9 @@ class Meter:
 
 
 class Tuner:
-    """The search and its proof, over anything that starts (service) and measures (meter).
+    """The search and its proof. service: anything that starts; meter: anything that measures.
 
-    What is known is `state`, a dict that is saved after each step; a search that is taken up again replays its path on
-    what was measured.
+    `state` holds all results and is saved after each step. A resumed search replays its path on these results.
     """
 
     def __init__(self, service, meter, start: dict, knobs: list[Knob], *, extra_args="", slo=False, budget_s=1800.0):
@@ -140,7 +140,7 @@ class Tuner:
             return 0.0, None
         self.running = None
         settings = settings_of(values, self.start, self.extra_args)
-        # A candidate that dies under load shall stay down: that is its result.
+        # No restart of a candidate that dies under load, since the death is its result.
         wrong = await self.service.start(settings | ({"RESTART": "no"} if settings else {}))
         if not wrong:
             self.running = values
@@ -160,7 +160,7 @@ class Tuner:
         return worst, wrong if worst > self.tolerance else None
 
     async def measure(self, values: dict, best: dict | None) -> dict:
-        """Start and judge one candidate. Its record says what it gave and what it cost."""
+        """Start and judge one candidate. Its record has the result and the cost."""
         label = label_of(values, self.start)
         out = {"settings": values, "label": label, "values": [], "outcome": "", "why": "", "measure_s": 0.0}
         out |= {"score_difference": None, "bound": None, "p95_ms": None}
@@ -179,7 +179,7 @@ class Tuner:
                     await (self.judge_rate if self.slo else self.judge)(out, best)
                 await self.others(before, ours)
             except RuntimeError as exc:
-                self.running = None  # it may be dead: the next start begins anew
+                self.running = None  # it may be dead, so the next candidate needs a start
                 out |= {"outcome": "failed", "why": str(exc)}
         out["measure_s"] = self.clock() - began
         self.state["tried"].append(out)
@@ -192,18 +192,18 @@ class Tuner:
         after, sent = await self.meter.served(), self.meter.bench.answered - ours
         if None not in (before, after) and after - before > 1.02 * sent + OTHER_PAIRS:
             came = after - before - sent
-            raise Trouble(f"others use the service ({came:.0f} pairs came that are not of this search): ended")
+            raise Trouble(f"others use the service ({came:.0f} pairs came from outside this search): search ended")
 
     async def judge(self, out: dict, best: dict | None) -> None:
         """Windows of load until it is clear whether they are better than the best's."""
         values = out["values"]
         known = best["values"] if best else []
-        # Spread of equal windows, in shares; three times that is no chance.
+        # Relative spread of equal windows; a difference of three times that is not chance.
         noise = max(0.02, 3 * statistics.stdev(known) / statistics.mean(known)) if len(known) > 1 else 0.02
         for _ in range(MOST_WINDOWS if best else MOST_WINDOWS - 1):
             row = await self.meter.window(out["label"])
             if not row or not row["ok"]:
-                raise RuntimeError(f"no good answer under load: {row and row['errors']}")
+                raise RuntimeError(f"no call succeeded under load: {row and row['errors']}")
             lost = 1 - row["ok"] / calls_of(row)
             if lost > 0.01 and best:
                 out |= {"outcome": "failed", "why": f"{lost:.0%} of the calls were refused or failed"}
@@ -217,7 +217,7 @@ class Tuner:
                 out["outcome"] = "worse"
                 return
             found = difference(known, values)
-            # A small gain is looked at once, after all windows: who looks after each finds chance more often.
+            # A small gain is tested once, after all windows; testing after each would find chance more often.
             enough = 1 + (CLEAR_GAIN if len(values) < MOST_WINDOWS else LEAST_GAIN)
             if found and found[0] > found[1] and ratio > enough:
                 out["outcome"] = "better"
@@ -235,7 +235,7 @@ class Tuner:
         else:
             row = await self.meter.window(out["label"])
             if not row or not row["req/s"]:
-                raise RuntimeError("no good answer under load")
+                raise RuntimeError("no call succeeded under load")
             out["bound"], rate = row["bound"], 0.7 * row["req/s"]
         low, _, _ = await highest_rate(held, float(f"{rate:.3g}"), MOST_PROBES // 2)
         if not low:
@@ -293,7 +293,7 @@ class Tuner:
                             break
                     if best is not begin:
                         break
-        self.state["ended"] = "no step gains any more"
+        self.state["ended"] = "no further step improves the result"
         return best
 
     async def visit(self, values: dict, best: dict | None) -> dict:
@@ -316,13 +316,13 @@ class Tuner:
             self.running = None
             restart_s, wrong = await self.started(record["settings"])
             if wrong:
-                raise Trouble(f"{record['label']} started before and does not now: {wrong}")
+                raise Trouble(f"{record['label']} started before but does not start now: {wrong}")
             began = self.clock()
             await self.meter.ready()
             before, ours = await self.meter.served(), self.meter.bench.answered
             worst, wrong = await self.parity()
             if wrong:
-                raise Trouble(f"{record['label']}: {wrong}, which it was not before")
+                raise Trouble(f"{record['label']}: {wrong}, which did not happen before")
             label = f"turn {len(turns) // 2 + 1}: {record['label']}"
             if self.slo:
                 value, _, _ = await highest_rate(self.meter.held(label), record["values"][0], MOST_PROBES // 2)
@@ -349,10 +349,10 @@ class Tuner:
             if len(tried) == 1:
                 need = self.spent_s() + self.cost_s() * (1 + 2 * TURNS[1])
                 return [*out, f"tune: nothing was tried: a candidate and its proof need about {need:.0f} s (--budget)"]
-            return [*out, "tune: no measurable gain: nothing was better than the present settings, keep them"]
+            return [*out, "tune: no measurable gain: no candidate was better, so keep the present settings"]
         if not all(map(statistics.mean, sides.values())):
             self.state["gain"] = (0.0, None, False)
-            return [*out, "tune: no rate held in the proof: a longer SLO, or windows (--seconds) that are longer"]
+            return [*out, "tune: no rate held the SLO in the proof: use a larger SLO or longer windows (--seconds)"]
         change, half = difference(sides["present"], sides["best"])
         percent = 100 / statistics.mean(sides["present"])
         self.state["gain"] = (change * percent, half * percent, change > half)
@@ -392,7 +392,7 @@ def knob_names(text: str) -> list[str]:
     """argparse type of --tune: names of knobs with commas."""
     names = text.split(",")
     if wrong := [name for name in names if name not in NAMES]:
-        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is nothing to tune: {', '.join(NAMES)}")
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} cannot be tuned; choose from: {', '.join(NAMES)}")
     return names
 
 
@@ -405,7 +405,7 @@ def budget(text: str) -> float:
 
 
 def same_search(args: argparse.Namespace, shown: dict, start: dict, knobs: list[Knob]) -> dict:
-    """What must be equal for a search to go on from a state file; the budget may grow."""
+    """What must be equal for a search to resume from a state file. The budget may differ."""
     names = ("endpoint", "concurrency", "slo", "seconds", "requests", "docs", "doc_words", "doc_tokens", "query_words")
     names += ("query_tokens", "repeat", "input", "model", "constant")
     key = {name: getattr(args, name) for name in names}
@@ -433,7 +433,7 @@ def save_state(path: Path, state: dict) -> None:
 
 
 class Session:
-    """One run of --tune: what it found, so that it can be put back whatever happens."""
+    """One run of --tune. It records the service as found, so that it can always be put back."""
 
     def __init__(self, args: argparse.Namespace, cfg: EnvConfig, begin):
         self.args, self.cfg, self.begin = args, cfg, begin
@@ -451,10 +451,10 @@ class Session:
         shown = await self.service.shown()
         start, knobs = knobs_of(shown, cfg, args.tune)
         if not knobs:
-            raise Trouble("nothing of this can be turned here: see --tune in docs/benchmarking.md")
+            raise Trouble("none of these settings can be tuned here: see --tune in docs/benchmarking.md")
         key = same_search(args, shown, start, knobs)
         known = load_state(self.path, key)
-        # Also a search with other arguments may have been killed and left its candidate running.
+        # A killed search with other arguments may also have left its candidate running.
         old = load_any(self.path)
         left = old.get("mine")
         running = await look_at(self.service, shown, left)
@@ -464,15 +464,15 @@ class Session:
         tuner.tolerance = args.score_tolerance
         if known:
             n = len(known["tried"])
-            say(f"[INFO] going on with the search in {self.path}, {n} settings known; delete that file for a new one")
+            say(f"[INFO] resuming the search in {self.path}, {n} settings measured; delete that file to start over")
             tuner.state = known
-            if not left:  # nothing of that search runs: what counts is what was found now
+            if not left:  # nothing of that search runs, so the service's present state counts
                 tuner.state["was_running"] = running
         else:
             tuner.state |= {"key": key, "done": False, "mine": None}
             tuner.state["was_running"] = old["was_running"] if left else running
         tuner.save = lambda: save_state(self.path, tuner.state)
-        # Found as the script starts it; one that a killed search left has a candidate's settings.
+        # As the script starts it; a service left by a killed search has a candidate's settings.
         tuner.running = start if running and not left else None
         async with Bench(args.base_url, args.model, None, cfg.api_key, args.timeout_s, cfg.connect_timeout_s) as bench:
             if tuner.running:
@@ -504,7 +504,7 @@ class Session:
         """Leave the service as it was found. None = done, else what went wrong."""
         tuner, wrong = self.tuner, None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: say("[INFO] wait: the service is being put back as it was"))
+            signal.signal(number, lambda *_: say("[INFO] please wait: the service is being put back as it was"))
         if not tuner.state["was_running"]:
             say("[INFO] the service did not run before: stopping it")
             asyncio.run(self.service.stop())
@@ -518,7 +518,7 @@ class Session:
 
 
 def load_any(path: Path) -> dict:
-    """The state file whatever it is of; {} = none."""
+    """The state file of any search; {} = none."""
     try:
         return dict(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError):

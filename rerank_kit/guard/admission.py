@@ -1,6 +1,6 @@
-"""Admission by load: which call has to wait outside, by the measured speed of the service.
+"""Admission: refuses calls (429) by the pairs in flight and the measured speed of the service.
 
-Light, for every API process loads it. docs/guard.md lists every refusal.
+Few imports, since every API process loads this module. docs/guard.md lists every refusal.
 """
 
 import time
@@ -8,9 +8,9 @@ import time
 from rerank_kit.guard.answers import Refusal
 from rerank_kit.guard.counts import Counts
 
-FIRST_PAIRS = 1024  # pairs taken before the first speed is known, where only MAX_WAIT_S limits (GUARD_FIRST_PAIRS)
-LOADED_PAIRS = 64  # pairs in flight on average, below which a first sample is no measure of the engine
-TRUSTED_SAMPLES = 3  # before that many, only the number of pairs limits: the first ones hold compilation on first use
+FIRST_PAIRS = 1024  # limit on pairs in flight until the speed is known, if only MAX_WAIT_S is set (GUARD_FIRST_PAIRS)
+LOADED_PAIRS = 64  # average pairs in flight that a first sample needs; fewer do not show the engine's speed
+TRUSTED_SAMPLES = 3  # MAX_WAIT_S applies after that many; the first ones include compilation
 SAMPLE_S = 1.0  # busy seconds behind one sample of the speed
 FASTER_WEIGHT, SLOWER_WEIGHT = 0.7, 0.3  # of a new sample
 
@@ -18,13 +18,13 @@ FASTER_WEIGHT, SLOWER_WEIGHT = 0.7, 0.3  # of a new sample
 class Load:
     """Pairs in flight and the speed at which they are served. No locks: all calls come from one event loop.
 
-    All numbers are those of the service, also where several API processes share it (Counts). The speed is an average
+    All numbers are totals of the service, over all its API processes (Counts). The speed is an average
     over busy time, so idle time does not lower it. After idle time a sample is complete
     when as many pairs were served as were in flight on average: when a burst's first call is answered, most of the
-    others' work is done too. A first sample counts only under load (LOADED_PAIRS in flight on average), a slower
-    one only where calls waited (MAX_WAIT_S / 4 or more): a few small calls, or the first one with its compilation,
-    say nothing about what the engine can do. A faster sample has more weight than a slower one: what was just done
-    can be done.
+    others' work is done too. A few small calls, or a first call with its compilation, do not show the engine's
+    capacity. So a first sample counts only under load (LOADED_PAIRS in flight on average), and a slower one only if
+    calls waited (MAX_WAIT_S / 4 or more). A faster sample has more weight than a slower one, since it proves that
+    the speed is possible.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Load:
 
     @property
     def wait_s(self) -> float:
-        """Seconds until a pair that comes now would start, by what is in flight; 0 while the speed is unknown."""
+        """Seconds until a new pair would start, estimated from the pairs in flight; 0 while the speed is unknown."""
         return self.counts.in_flight() / self.pairs_per_s if self.pairs_per_s else 0.0
 
     @property
@@ -61,7 +61,7 @@ class Load:
         return bool(self.max_wait_s and self.pairs_per_s and self._missing_samples <= 0)
 
     def check(self, n_pairs: int) -> None:
-        """Raise Refusal (429) if a call of n_pairs does not fit now. Into an idle service every call fits."""
+        """Raise Refusal (429) if a call of n_pairs does not fit now. An idle service admits any call."""
         self._compare(self.counts.in_flight(), n_pairs)
 
     def _compare(self, in_flight: int, n_pairs: int) -> None:
@@ -75,10 +75,10 @@ class Load:
         advice = "send the call again after Retry-After seconds, or send fewer documents at a time"
         if limit and in_flight + n_pairs > limit:
             over_s = (in_flight + n_pairs - limit) / self.pairs_per_s if self.pairs_per_s else 1
-            message = f"the server is busy: {work}, and {n_pairs} more exceed the limit of {limit} pairs: {advice}"
+            message = f"the server is busy: {work}, and {n_pairs} more exceed the limit of {limit} pairs; {advice}"
             raise Refusal(429, "pairs", message, retry_s=over_s)
         if self._limits_by_wait and wait_s > self.max_wait_s:
-            message = f"the server is busy: {work}, and calls wait {self.max_wait_s:g} s at most: {advice}"
+            message = f"the server is busy: {work}, and calls wait {self.max_wait_s:g} s at most; {advice}"
             raise Refusal(429, "wait", message, retry_s=wait_s - self.max_wait_s)
 
     def take(self, n_pairs: int) -> None:
@@ -88,10 +88,10 @@ class Load:
         self._from_idle = self._from_idle or not in_flight
 
     def reserve(self, n_pairs: int, instead_of: int = 0) -> None:
-        """Count pairs in, in the place of others of the same call, or raise Refusal.
+        """Count pairs in, replacing instead_of earlier pairs of the same call, or raise Refusal.
 
-        Counted first and compared then: two processes that do so in the same instant may refuse both calls, but never
-        exceed a limit together.
+        Pairs are counted before they are compared. Two processes that do so at the same instant may both refuse, but
+        together they never exceed a limit.
         """
         self.counts.change(n_pairs - instead_of)
         try:
@@ -107,7 +107,7 @@ class Load:
         done = total_served - self._served_before
         whole = not self._from_idle or done * self._busy_s >= self._pair_seconds
         if done and self._busy_s >= SAMPLE_S and whole:
-            # Were the processes busy by turns or together? Between two looks far apart that cannot be told.
+            # Whether the processes were busy in turn or together is unknown between two readings far apart.
             if self._busy_s > 1.2 * self._least_busy_s:
                 return self._begin_sample(total_served)
             sample = done / self._busy_s
@@ -127,7 +127,7 @@ class Load:
         self._served_before, self._from_idle = total_served, False
 
     def _advance(self) -> tuple[int, int]:
-        """Count the time since the last look; (pairs in flight, pairs served) of all processes."""
+        """Add the time since the last reading; returns (pairs in flight, pairs served) of all processes."""
         now = self._clock()
         in_flight, served, pair_s, busy_s = self.counts.totals()
         grown = [seconds - self._seen_busy_s.get(file, 0.0) for file, seconds in busy_s.items()]

@@ -1,4 +1,4 @@
-"""What the guard answers by itself: refusals, errors in the words of vLLM."""
+"""The guard's own answers: refusals and errors, in vLLM's error format."""
 
 import json
 import math
@@ -32,5 +32,5 @@ async def _send_refusal(send, exc: Refusal) -> None:
     if exc.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     error = {"message": str(exc), "type": ERROR_TYPES[exc.status], "param": exc.param, "code": exc.status}
-    # detail: clients made for Jina's API look there, and die of a KeyError without it.
+    # detail: clients for Jina's API read it and fail with a KeyError without it.
     await _send_json(send, exc.status, {"error": error, "detail": str(exc)}, headers)

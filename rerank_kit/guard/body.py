@@ -1,4 +1,4 @@
-"""The body of a scoring call: size limits that hold before it is parsed, and strict JSON.
+"""The body of a scoring call: size limits, checked before parsing, and strict JSON.
 
 docs/guard.md lists every refusal.
 """
@@ -13,8 +13,8 @@ from rerank_kit.guard.answers import Refusal
 MAX_DEPTH = 32  # lists and objects inside the body's own; a rerank body needs 4
 MEDIA_FIELDS = frozenset((b"image_url", b"image_embeds", b"video_url", b"audio_url"))  # base64, not text
 PARTS = 100  # values in a body for each document that is allowed
-# A text, with the colon that makes it a key, or what opens, closes and divides. Content with the body's end for a
-# closing quote, and possessive: the time grows with the length only.
+# A text (with a colon behind it: a key) or a structural character. The body's end may replace a closing quote.
+# The quantifiers are possessive, so the time is linear in the length.
 _TOKEN = re.compile(rb'"([^"]*+)"?([ \t\r\n]*+:)?|[][{},]')
 TEXT, KEY = 1, 2  # the last group that took part
 
@@ -26,7 +26,7 @@ class Limits:
         self.max_bytes, self.max_docs, self.max_chars = max_bytes, max_docs, max_chars
 
     def check_length(self, content_length: bytes) -> None:
-        """Raise Refusal (413) for what the client says it will send."""
+        """Raise Refusal (413) if Content-Length exceeds the limit."""
         known = self.max_bytes and content_length.isdigit()
         if known and (len(content_length) > 15 or int(content_length) > self.max_bytes):
             raise self._too_large(content_length.decode()[:20])
@@ -48,14 +48,14 @@ class Limits:
     def check(self, body: bytes) -> None:
         """Raise Refusal (413, 422) for a list or a text that is too long, before anything is parsed.
 
-        Exact for right JSON; wrong JSON is the parser's to refuse. A list's second item needs a comma, a character a
-        byte: a small body is not even split at its quotes, and only one that seems to exceed a limit is walked through.
+        Exact for valid JSON; the parser refuses the rest. A list's second item needs a comma and a character needs a
+        byte, so a small body is not split at its quotes. Only one that may exceed a limit is walked through.
         (ijson 3.6.0 would do this while a body comes, but its C part crashes on an integer of 5000 digits.)
         """
         could = 0 < self.max_docs <= body.count(b",") or 0 < self.max_chars < len(body)
         if not could or not body.lstrip().startswith(b"{"):
             return
-        # Of the same length, but without escaped quotes: every quote left opens or closes a text.
+        # Same length, but without escaped quotes, so each quote left opens or closes a text.
         plain = body.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in body else body
         most = PARTS * self.max_docs or math.inf
         too_many = plain.count(b'"') > 2 * most
@@ -100,7 +100,7 @@ class Limits:
 
     def _check_text(self, field: bytes, text: str) -> None:
         if len(text) > self.max_chars:
-            name, limit = _text(field), f"the limit is {self.max_chars} a text (MAX_CHARS_PER_FIELD)"
+            name, limit = _text(field), f"the limit is {self.max_chars} per text (MAX_CHARS_PER_FIELD)"
             what = f"{ascii(name)[:40]} holds a text of {len(text)} characters, {limit}: shorten or split it"
             raise Refusal(422, "chars", what, param=name[:40])
 
@@ -140,7 +140,7 @@ def _too_deep() -> Refusal:
 
 
 def _text(inside: bytes) -> str:
-    """The text between two quotes; "" if it is none, which the parser says better."""
+    """The text between two quotes; "" if it is invalid, which the parser reports."""
     try:
         return json.loads(b'"' + inside + b'"')
     except ValueError:
@@ -150,7 +150,7 @@ def _text(inside: bytes) -> str:
 def _unique(pairs: list) -> dict:
     fields = dict(pairs)
     if len(fields) != len(pairs):  # parsers differ in which of two equal keys they take
-        raise ValueError(f"a key stands there twice: {ascii([name for name, _ in pairs])[:200]}")
+        raise ValueError(f"duplicate key: {ascii([name for name, _ in pairs])[:200]}")
     return fields
 
 

@@ -12,17 +12,17 @@ from rerank_kit.processes import born
 class Counts:
     """What is in flight and what was served, over all API processes of a service that share a folder.
 
-    They share the engine, so that a call's wait hangs on the pairs of all of them; the kernel may give one process most
-    of the connections. Each writes six numbers of its own (a counter that is odd while it writes, pairs in flight,
-    pairs served, pair-seconds, seconds with a pair in flight, time of the last change) and reads those of the others;
-    no locks.
+    They share the engine, so how long a call waits depends on the pairs in all processes, and the kernel may hand one
+    process most connections. Each writes six numbers of its own (a counter that is odd while it writes, pairs in
+    flight, pairs served, pair-seconds, seconds with a pair in flight, time of the last change) and reads those of the
+    others, without locks.
     """
 
     SIZE = 48  # bytes
 
     def __init__(self, folder: str | None, n_processes: int, clock=time.monotonic, pid: int = 0):
         self._clock, self._folder, self._n_others = clock, Path(folder or "."), n_processes - 1 if folder else 0
-        # Named after the parent that all have in common: a folder that outlives a server holds files of dead ones.
+        # Named after the common parent's PID, since the folder may outlive a server and its files.
         self._prefix = f"guard-{os.getppid()}-{born(os.getppid())}-"
         self._own_file = self._folder / f"{self._prefix}{pid or os.getpid()}.load"
         self._others: dict[Path, memoryview] = {}

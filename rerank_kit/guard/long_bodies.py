@@ -12,10 +12,10 @@ DOCUMENTS = ("documents", "items", "text_2", "data_2")
 
 
 def _fields(payload: dict) -> tuple[str, list, str, list] | None:
-    """(query field, queries, document field, documents) of a rerank or score body; None for shapes that vLLM judges."""
+    """(query field, queries, document field, documents) of a rerank or score body; None for shapes that vLLM checks."""
     given = [name for name in QUERIES if name in payload], [name for name in DOCUMENTS if name in payload]
     if [len(names) for names in given] != [1, 1]:
-        return None  # several spellings in one body: which counts is vLLM's to decide
+        return None  # several spellings in one body: vLLM decides which counts
     (first,), (second,) = given
     queries, documents = payload[first], payload[second]
     queries = queries if isinstance(queries, list) else [queries]
@@ -33,13 +33,13 @@ def _instruction(payload: dict) -> str | None:
 
 
 def _limit(payload: dict, name: str) -> int:
-    """max_tokens_per_doc or max_tokens_per_query; 0 = none, or one that is vLLM's to refuse."""
+    """max_tokens_per_doc or max_tokens_per_query; 0 = none, or an invalid one, which vLLM refuses."""
     limit = payload.get(name)
     return limit if isinstance(limit, int) and limit > 0 else 0
 
 
 def as_int(value: object) -> object:
-    """A number as vLLM reads it for an integer ("5", 5.0 and "5.0" are 5); what it refuses stays as it is."""
+    """A number as vLLM reads it for an integer ("5", 5.0 and "5.0" are 5); other values are returned unchanged."""
     if isinstance(value, int) or not isinstance(value, str | float):
         return value
     try:
@@ -50,7 +50,7 @@ def as_int(value: object) -> object:
 
 
 def payload_fits_surely(fitter: Fitter, payload: dict) -> bool:
-    """No text of this body can be too long or needs another spelling; True also for shapes that are left to vLLM."""
+    """No text of this body can be too long or needs another spelling; True also for shapes that only vLLM checks."""
     fields = _fields(payload)
     if fields is None:
         return True
@@ -80,7 +80,7 @@ def fit_payload(fitter: Fitter, payload: dict) -> list[int]:
     """Cut what does not fit in a rerank or score body, in place.
 
     Returns:
-        Indices of the documents of which, or of whose query, a part was cut.
+        Indices of the documents that were cut, or whose query was.
     """
     fields = _fields(payload)
     if fields is None:
@@ -92,7 +92,7 @@ def fit_payload(fitter: Fitter, payload: dict) -> list[int]:
 
 
 def cut_by_limits(fitter: Fitter, payload: dict) -> list[int]:
-    """Indices of the documents of which vLLM will cut a part, or of whose query, by the token limits of the body."""
+    """Indices of the documents that vLLM will cut by the body's token limits, or whose query it will cut."""
     fields = _fields(payload)
     if fields is None:
         return []
@@ -116,14 +116,14 @@ def _put(payload: dict, fields: tuple, queries: list[str], documents: list[str])
     """Write one query and one document a pair back into the body's own fields, in its shape where that holds them."""
     first, old_queries, second, _ = fields
     if len(old_queries) == 1 and (first == "query" or len(set(queries)) == 1):
-        # /rerank has one query for all: the shortest that any document left room for.
+        # /rerank has one query for all documents, so the shortest that fits beside every document.
         queries = [min(queries, key=len)]
     payload[first] = queries if isinstance(payload[first], list) or len(queries) > 1 else queries[0]
     payload[second] = documents if isinstance(payload[second], list) or len(documents) > 1 else documents[0]
 
 
 def _shorter(payload: dict, fields: tuple, kept: list[str]) -> list[int]:
-    """Indices of the pairs of which the model sees less than was sent, by what now stands in the body."""
+    """Indices of the pairs that are now shorter in the body than they were sent."""
     first, old_queries, _, old_documents = fields
     sent = payload[first] if isinstance(payload[first], list) else [payload[first]]
     n = len(old_documents)
@@ -164,7 +164,7 @@ def split_payload(fitter: Fitter, payload: dict, most: int = 0) -> tuple[Split |
     instruction, parts, n = _instruction(payload), [], 0
     pairs = _pairs(fitter, payload, fields)
     for query, document in pairs:
-        # Each document still to come is one window at least.
+        # Each remaining document makes at least one window.
         room = most - n - (len(pairs) - len(parts) - 1) if most else 0
         try:
             parts.append(fitter.windows(query, document, instruction, max(1, room) if most else 0))
@@ -181,11 +181,11 @@ def split_payload(fitter: Fitter, payload: dict, most: int = 0) -> tuple[Split |
     used = queries if first != "query" else [payload[first]] * len(queries)
     old = old_queries if len(old_queries) == len(documents) else old_queries * len(documents)
     cut = sorted({owner for owner, query in zip(owners, used, strict=True) if query != old[owner]})
-    # A document without room beside its query is lost as a whole.
+    # A document with no room beside its query is lost completely.
     cut = sorted({*cut, *(i for i, (_, w, is_cut) in enumerate(parts) if is_cut and len(w) == 1)})
     if owners == list(range(len(documents))):
         return None, cut
-    payload.pop("top_n", None)  # the best documents may be several windows each: all are asked for
+    payload.pop("top_n", None)  # the best documents may have several windows each, so all windows are requested
     return Split(owners, documents, top_n), cut
 
 

@@ -44,18 +44,18 @@ class LongDocuments:
         self.worker = ThreadPoolExecutor(1, "guard-tokenizer")  # one thread: a fast tokenizer is not thread-safe
 
     def choose_mode(self, call, payload: dict) -> str | None:
-        """Set what happens to this call's long pairs; gives back what the call said itself."""
+        """Set what happens to this call's long pairs. Returns the call's own value."""
         asked = payload.pop("long_documents", None)
         if asked is not None and asked not in MODES:
             text = f"long_documents={ascii(asked)[:40]} is unknown: allowed is {', '.join(MODES)}"
             raise Refusal(422, "long", text, param="long_documents")
         limit = payload.get("max_tokens_per_doc")
         if asked in ("error", "chunk") and limit:
-            text = f"max_tokens_per_doc cuts documents: it excludes long_documents={asked}"
+            text = f"max_tokens_per_doc cuts documents: it cannot be combined with long_documents={asked}"
             raise Refusal(422, "long", text, param="max_tokens_per_doc")
-        # max_tokens_per_doc: 0 says "whole, or an error" in vLLM's own words.
+        # In vLLM, max_tokens_per_doc: 0 means the whole document, or an error.
         call.mode = asked or ("error" if limit == 0 and limit is not False else self.default)
-        if call.mode == "chunk" and limit:  # the server's way, but this call asks for a cut
+        if call.mode == "chunk" and limit:  # the server's default is chunk, but this call asks for a cut
             call.mode = "truncate"
         return asked
 
@@ -90,7 +90,7 @@ class LongDocuments:
         return None if call.aborted else self.encode(call.payload)
 
     async def _in_worker(self, call, receive, work, *args):
-        """work(*args) in the tokenizer's thread; None when the client leaves first: its place in the queue is free."""
+        """work(*args) in the tokenizer's thread; None if the client disconnects first, which frees its place."""
         job = asyncio.get_running_loop().run_in_executor(self.worker, work, *args)
         leaves = asyncio.ensure_future(receive())  # the body is read: what comes now is a disconnect
         try:
@@ -110,7 +110,7 @@ class LongDocuments:
             headers.append((b"x-rerank-cut", listed(dict.fromkeys(call.cut, ""))))
         if call.mode == "chunk":
             counts = call.split.counts if call.split else {}
-            # Never empty: a proxy may drop an empty header, by which the client knows that windows were made.
+            # Never empty: a proxy may drop an empty header, and the client learns from it that windows were made.
             headers.append((b"x-rerank-windows", listed({i: f":{n}" for i, n in counts.items()}) or b"none"))
         return headers
 
@@ -173,7 +173,7 @@ def plain_tokenizer(name: str, trust_remote_code: bool):
 
 
 def listed(values: dict[int, str]) -> bytes:
-    """`0-3,7` or `0-3:2,7:5` for a header: document, or a run of documents with the same value.
+    """Header value `0-3,7` or `0-3:2,7:5`: documents, or runs of documents with the same value.
 
     A long list ends with "...": nginx takes 4 KB of headers, aiohttp 8 KB a line.
     """

@@ -2,7 +2,7 @@
 
 `vllm serve --middleware rerank_kit.guard.Guard` loads this plain ASGI class (the kit's folder on PYTHONPATH). Each API
 process has its own Guard. Settings come from the environment, GUARD_<KEY> for the keys of group "guard" in
-settings.py, and VLLM_API_KEY; what is unset, empty or 0 is off. docs/guard.md describes every limit and error.
+settings.py, and VLLM_API_KEY. A setting that is unset, empty or 0 is off. docs/guard.md lists every limit and error.
 
 Source: vllm/entrypoints/serve/middleware and vllm/entrypoints/pooling/scoring of vLLM 0.32.0.
 """
@@ -61,7 +61,7 @@ class Call:
         self.cut: list[int] = []  # documents of which the model sees a part only
         self.split: Split | None = None
         self.start_s = time.perf_counter()
-        self.taken_s = 0.0  # until the answer began; a client that reads slowly is not a slow call
+        self.taken_s = 0.0  # until the answer began, since a client that reads slowly is not a slow call
         self.status = 0  # 0 = no answer yet
         self.pairs = self.n_bytes = 0
         self.in_flight = self.aborted = self.has_own_id = self.answered = False
@@ -85,8 +85,8 @@ class Guard:
         self.paths = PATHS | extra
         key = os.environ.get("VLLM_API_KEY")
         self.key_hash = hashlib.sha256(key.encode()).digest() if key else None
-        # vLLM gives its API processes a folder in common (for metrics): there they count together. Without it each
-        # admits its share.
+        # vLLM gives its API processes a shared folder (for metrics), through which they count together. Without it
+        # each admits its share.
         n_processes, folder = _setting("API_SERVERS") or 1, os.environ.get("PROMETHEUS_MULTIPROC_DIR")
         share = 1 if folder else n_processes
         max_pairs = math.ceil(_setting("MAX_PAIRS_IN_FLIGHT") / share)
@@ -101,7 +101,7 @@ class Guard:
         logging.getLogger(SCORE_LOGGER).addFilter(_once(SCORE_WARNING))
         self.long = LongDocuments(self.limits.max_docs, self.encode, self._take_windows)
         self.takes_instruction = os.environ.get("GUARD_TAKES_INSTRUCTION", "1") != "0"
-        # Of several API processes the parent ends those that still work after --shutdown-timeout: be done before it.
+        # With several API processes the parent ends those still working after --shutdown-timeout, so finish before it.
         self.early_s = 2.0 if n_processes > 1 else 0.0
         self.draining = False
         self.tasks = set()  # of all calls, also of clients that still send or do not read their answer
@@ -125,7 +125,7 @@ class Guard:
                 return
             if message["type"] == "http.response.start":
                 if message["status"] == 500 and call.scoring and _engine_is_dead(scope):
-                    text = "the engine died: send the call to another server, or again when this one is back"
+                    text = "the engine died: send the call to another server, or retry when this one is back"
                     await _send_refusal(answer, Refusal(503, "dead", text, retry_s=DRAIN_RETRY_S))
                     self.metrics.refusals.labels("dead").inc()
                     call.answered = True
@@ -143,7 +143,7 @@ class Guard:
         async def watched_receive():
             message = await receive()
             if message["type"] == "http.disconnect" and not call.status:
-                call.aborted = True  # vLLM cancels the call and answers into the void
+                call.aborted = True  # vLLM cancels the call; nobody reads the answer
             return message
 
         try:
@@ -182,22 +182,23 @@ class Guard:
             self._record(call)
 
     def _check_access(self, call: Call) -> None:
-        """Key first, so that a stranger does not learn which paths exist."""
+        """Check the key first, so that callers without it do not learn which paths exist."""
         if self.key_hash and call.path not in NO_KEY_PATHS:
             scheme, _, key = call.headers.get(b"authorization", b"").partition(b" ")
             right = hmac.compare_digest(hashlib.sha256(key).digest(), self.key_hash)
             if scheme.lower() != b"bearer" or not right:
                 raise Refusal(401, "key", "wrong or missing API key: send the header 'Authorization: Bearer <key>'")
         if call.path not in self.paths:
-            shown = ascii(call.path[:100])
-            raise Refusal(404, "path", f"{shown} is closed here: this server scores ({', '.join(sorted(SCORING))})")
+            shown, paths = ascii(call.path[:100]), ", ".join(sorted(SCORING))
+            text = f"{shown} is not served here (this server scores: {paths}); ALLOW_PATHS opens further paths"
+            raise Refusal(404, "path", text)
 
     async def _admit(self, call: Call, receive) -> bytes | None:
-        """Read, check and complete one scoring call and take its pairs. None = the client left; or Refusal."""
+        """Read, check and complete one scoring call, and count its pairs in. None = the client left. Raises Refusal."""
         if self.draining:
             raise self._stopping()
         self.limits.check_length(call.headers.get(b"content-length", b"0"))
-        self.load.check(1)  # full for any call: no need to read it; uvicorn throws its body away
+        self.load.check(1)  # too busy for any call, so the body is not read; uvicorn discards it
         body = await self.limits.read(receive)
         if body is None:
             return None
@@ -222,7 +223,7 @@ class Guard:
         return body
 
     def _take_windows(self, call: Call) -> None:
-        """Admit a call, let in by its documents, once more by its windows."""
+        """Admit a call again, now by its windows instead of its documents."""
         n = len(call.split.owners)
         self.load.reserve(n, instead_of=call.pairs)
         call.pairs = n
@@ -245,8 +246,8 @@ class Guard:
         more = payload.get("chat_template_kwargs")
         more = more if isinstance(more, dict) else {}
         wrong = [name for name, value in more.items() if name != "instruction" or not isinstance(value, str | None)]
-        if wrong:  # another key can take the prompt's end away; only in a text are control tokens neutralised
-            text = f"chat_template_kwargs takes instruction, a text, and nothing else: not {ascii(wrong[0])[:40]}"
+        if wrong:  # other keys can remove the prompt's end; control tokens are neutralised only in texts
+            text = f"chat_template_kwargs takes only instruction (a text), not {ascii(wrong[0])[:40]}"
             raise Refusal(422, "instruction", text, param="chat_template_kwargs")
         limits = [name for name in LIMITS if as_int(payload.get(name)) is not payload.get(name)]
         payload |= {name: as_int(payload[name]) for name in limits}
@@ -327,14 +328,14 @@ class Guard:
             try:
                 return stop(*args, timeout=timeout and max(1.0, end_s - time.monotonic()), **kwargs)
             finally:
-                for task in tuple(self.tasks):  # else vLLM waits for them without end
+                for task in tuple(self.tasks):  # otherwise vLLM waits for them forever
                     loop.call_soon_threadsafe(task.cancel)
 
         engine.shutdown = drain_then_stop
 
 
 def _engine_is_dead(scope) -> bool:
-    """vLLM answers 500 to the calls that its engine takes along; then it ends. It was not the calls' fault."""
+    """When its engine dies, vLLM answers 500 to the calls in flight and ends; the calls were not at fault."""
     engine = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
     return bool(getattr(engine, "errored", False))
 

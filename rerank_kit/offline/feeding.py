@@ -1,8 +1,8 @@
 """The engine of a vllm.LLM fed request by request, so that it never waits for the next call of LLM.classify().
 
-LLM.classify() takes a list and gives all of it back: between two lists the engine is idle, and for each pair the
-caller's one thread validates, clones, wraps and unwraps. Here a request is a copy of one that vLLM itself has made, and
-its result is the tensor that the engine sends.
+LLM.classify() returns when its whole list is done, so the engine is idle between two lists. Its one thread also
+validates, clones, wraps and unwraps each pair. Here a request is a copy of one that vLLM itself has made, and its
+result is the tensor that the engine sends.
 """
 
 import itertools
@@ -18,7 +18,7 @@ STEPS_AHEAD = 6  # engine steps of work that the engine holds; a refill takes le
 
 @dataclass(eq=False)
 class Batch:
-    """N prompts given to the engine; outputs[i] belongs to prompts[i], None where the engine gave none."""
+    """N prompts given to the engine. outputs[i] belongs to prompts[i]; None = no output."""
 
     prompts: Sequence[Prompt]
     outputs: list = field(default_factory=list)
@@ -82,13 +82,13 @@ class Feeder:
             if output.finish_reason is None and output.pooling_output is None:
                 continue
             batch, index, n_tokens = self._where.pop(output.request_id, (None, 0, 0))
-            if batch is not None:  # not of an earlier run that was interrupted
+            if batch is not None:  # not from an earlier, interrupted run
                 batch.outputs[index] = output.pooling_output
                 batch.n_left -= 1
                 self._n_tokens -= n_tokens
 
     def abort(self) -> None:
-        """Take back what is not done yet."""
+        """Abort the requests that are not done."""
         if self._where:
             self.core.abort_requests(list(self._where))
         self._where.clear()
@@ -102,7 +102,7 @@ class Feeder:
 
 
 def ahead(items: Iterator, n_ahead: int = 4) -> Iterator:
-    """The same items, made by a thread of their own, n_ahead of them at most before they are asked for."""
+    """The same items, made by a thread of their own, at most n_ahead in advance."""
     ready: queue.Queue = queue.Queue(n_ahead)
     end = object()
     stop = threading.Event()

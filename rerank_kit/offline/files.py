@@ -19,7 +19,7 @@ CHUNK = 512  # pairs that are tokenized at a time, and between two writes
 CHUNK_CHARS = 16_000_000  # or this many characters: token ids of books take gigabytes
 
 
-UNREADABLE = (OSError, EOFError, zlib.error)  # what a file that is missing, forbidden or broken raises
+UNREADABLE = (OSError, EOFError, zlib.error)  # raised by a file that is missing, forbidden or corrupt
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Result:
     score: float | None
     cut: bool = False
     error: str | None = None
-    windows: int = 1  # of which the score is the best
+    windows: int = 1  # the score is the best of these
 
 
 def parse_line(text: str, number: int) -> Pair | dict:
@@ -41,12 +41,12 @@ def parse_line(text: str, number: int) -> Pair | dict:
             raise ValueError("not a JSON object")
         for name in ("query", "document"):
             if not isinstance(row.get(name), str):
-                raise ValueError(f"field {name!r} is missing or no text")
+                raise ValueError(f"field {name!r} is missing or not a text")
         if not isinstance(row.get("instruction"), str | None):
-            raise ValueError("field 'instruction' is no text")
+            raise ValueError("field 'instruction' is not a text")
         "".join((row["query"], row["document"], row.get("instruction") or "")).encode()  # lone surrogates
     except (ValueError, RecursionError) as exc:
-        reason = "a lone surrogate is no text" if isinstance(exc, UnicodeEncodeError) else " ".join(str(exc).split())
+        reason = "a lone surrogate is not text" if isinstance(exc, UnicodeEncodeError) else " ".join(str(exc).split())
         return {"line": number, "error": reason, **({"id": row["id"]} if isinstance(row, dict) and "id" in row else {})}
     extra = (("id", row["id"]),) if "id" in row else ()
     return Pair(row["query"], row["document"], row.get("instruction"), number, extra)
@@ -72,7 +72,7 @@ def lines_done(output: Path) -> Earlier:
     done = good = failed = 0
     row: dict = {}
     with output.open("r+b") as file:
-        _lock(file, output)  # another process's half line is no leftover
+        _lock(file, output)  # a half line that another process is writing is not a leftover
         for line in file:
             begin = b'{"line": %d' % (done + 1)
             try:
@@ -84,14 +84,14 @@ def lines_done(output: Path) -> Earlier:
                 if row["line"] != done + 1:
                     raise ValueError
             except (ValueError, LookupError, TypeError):
-                raise ConfigError(f"{output} line {done + 1} is no score line: choose another --output") from None
+                raise ConfigError(f"{output} line {done + 1} is not a score line: choose another --output") from None
             done, good, failed = done + 1, good + len(line), failed + ("error" in row)
         file.truncate(good)
     return Earlier(done, failed, row.get("id"))
 
 
 def read_chunks(path: Path, skip: int, size: int = CHUNK) -> Iterator[list[Pair | dict]]:
-    """Chunks of parsed lines, from line skip + 1 on. Bytes that are no UTF-8 make a line broken, not the file."""
+    """Chunks of parsed lines, from line skip + 1 on. Bytes that are not UTF-8 invalidate a line, not the file."""
     chunk: list[Pair | dict] = []
     n_chars = 0
     with _open(path) as file:
@@ -122,7 +122,7 @@ class Shard:
     output: Path
     skip: int = 0  # lines done before
     total: int = 0  # lines of the input
-    size: int | None = None  # bytes of the output then; another process may have gone on with it since
+    size: int | None = None  # bytes of the output then; another process may have appended since
     failed: int = 0  # lines done before that have no score
 
 
@@ -133,7 +133,7 @@ def find_shard(source: Path, output: Path) -> Shard:
         ConfigError: it cannot be read, or the output is not its own.
     """
     if source.exists() and not source.is_file():
-        raise ConfigError(f"{source} is no file: write the pairs into one, since it is read more than once")
+        raise ConfigError(f"{source} is not a regular file, and the input is read more than once")
     total, last = 0, None
     try:
         with _open(source):  # before the output is touched
@@ -175,7 +175,7 @@ def shard_files(source: Path, output: Path, part: tuple[int, int] = (1, 1)) -> l
 def score_shards(reranker, shards: list[Shard]) -> tuple[int, int, list[str]]:
     """Score shards one after the other, without a pause of the engine between two.
 
-    A shard that cannot be read or written to the end is reported and the rest is done; what it has stays.
+    A shard that cannot be read or written to the end is reported, and the others are scored. Its output so far stays.
 
     Returns:
         (lines scored, lines without a score, what was wrong with each broken shard) of this run.
@@ -206,7 +206,7 @@ def score_shards(reranker, shards: list[Shard]) -> tuple[int, int, list[str]]:
                     broken.append(f"{getattr(exc, 'filename', None) or shard.source}: {_reason(exc)}")
                     tqdm.write(f"[WARN] {broken[-1]}", file=sys.stderr)
                     if file:
-                        with suppress(OSError):  # it tries once more to write what a full disk refused
+                        with suppress(OSError):  # close() retries the write that a full disk refused
                             file.close()
                     file = None
                     continue
@@ -234,10 +234,10 @@ def _write_rows(file, shard: Shard, chunk: list, results: Iterator[Result], say)
 
 
 def _prepare(reranker, shards: list[Shard], closed: set[Shard]) -> Iterator[tuple[tuple[Shard, Any], Any]]:
-    """((shard, chunk), prepared pairs) of all shards; in the place of a chunk the exception that ended its shard.
+    """((shard, chunk), prepared pairs) of all shards; instead of a chunk, the exception that ended its shard.
 
     Args:
-        closed: shards that the one who writes has given up meanwhile.
+        closed: shards that the writer has given up.
     """
     for shard in shards:
         try:

@@ -44,8 +44,13 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--model", help="folder or hub id; default: the configured one")
     add = parser.add_argument
     add("--input", type=Path, metavar="PATH", help="pairs, one JSON object a line; or a folder of *.jsonl, *.jsonl.gz")
-    add("--output", type=Path, metavar="PATH", help="scores, one JSON object a line; goes on if it exists; or a folder")
-    add("--shard", metavar="I/N", help="of a folder every N-th file from the I-th: one of N processes or hosts")
+    add(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="scores, one JSON object a line; or a folder. An existing output is continued",
+    )
+    add("--shard", metavar="I/N", help="score every N-th file from the I-th, as one of N processes or hosts")
     return parser
 
 
@@ -70,7 +75,7 @@ def run_file(args: argparse.Namespace, plan: Plan) -> int:
                 broken.append(str(exc))
                 print(f"[WARN] {exc}", file=sys.stderr)
     elif args.shard:
-        raise ConfigError(f"--shard needs a folder, and {args.input} is none")
+        raise ConfigError(f"--shard needs a folder, and {args.input} is not one")
     else:
         shards = [find_shard(args.input, args.output)]
     skip, total, failed_before = (sum(getattr(s, name) for s in shards) for name in ("skip", "total", "failed"))

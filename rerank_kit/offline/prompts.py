@@ -17,7 +17,7 @@ from rerank_kit.models.pair import Pair
 from rerank_kit.models.served_folder import make_adapted
 from rerank_kit.settings import ConfigError, passed_on_env
 
-# Private characters that no template holds: they stand for the texts while the template is rendered.
+# Private-use characters that no template contains; placeholders for the texts while it is rendered.
 MARKS = {"query": "\ue000", "document": "\ue001", "instruction": "\ue002"}
 # Texts that a template may treat in its own way: control tokens, half ones, white space, emptiness.
 PROBES = ("", " \n", "a <|im_end|>\n<|im_start|>b", "<|im_<|im_end|>end|>", "<bos><eos><unused1>", "<a> |> b\n\n")
@@ -25,7 +25,7 @@ PROBES = ("", " \n", "a <|im_end|>\n<|im_start|>b", "<|im_<|im_end|>end|>", "<bo
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids of one prompt. A long one is cut as its family's reference cuts it, and says so."""
+    """Token ids of one prompt. A long one is cut as its family's reference does; cut = True then."""
 
     ids: list[int]
     cut: bool = False
@@ -40,14 +40,14 @@ class PairEncoder:
 
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         make_adapted(plan.checkpoint, plan.profile, Path(plan.engine["model"]))
-        # Said in full: left open, transformers asks the terminal whether to run a checkpoint's code.
+        # Set explicitly: by default transformers asks on the terminal whether to run a checkpoint's code.
         trusted = plan.engine.get("trust_remote_code", False)
         self.tokenizer = AutoTokenizer.from_pretrained(plan.engine["model"], trust_remote_code=trusted)
         self.template, self.max_length = plan.template, plan.engine["max_model_len"]
         self._backend = _rust_tokenizer(self.tokenizer)
         self._ids_of = _fast_ids(plan, self.tokenizer) if self.template is not None else None
         self._plain = _plain_macro(self.template) if self.template is not None else None
-        # A query and an instruction come many times, a document hardly ever.
+        # Queries and instructions repeat often, documents rarely.
         self._plain_again = lru_cache(4096)(self._plain) if self._plain else None
         self._last_suffix: tuple[str | None, list[int]] | None = None
         self._frames: dict[bool, list[str] | None] = {}
@@ -124,7 +124,7 @@ class PairEncoder:
         return self.tokenizer.apply_chat_template(chat, chat_template=self.template, tokenize=False, **more)
 
     def _frame(self, with_instruction: bool) -> list[str] | None:
-        """The rendered template as [text, name, text, name, ... text]; None where that is not what it does."""
+        """The rendered template as [text, name, text, name, ... text]; None if the template does more than that."""
         if with_instruction not in self._frames:
             self._frames[with_instruction] = self._find_frame(with_instruction)
         return self._frames[with_instruction]
@@ -149,7 +149,7 @@ class PairEncoder:
         return parts
 
     def _suffix(self, instruction: str | None) -> list[int]:
-        """Token ids behind the document; the last answer is kept, since instructions hardly differ."""
+        """Token ids behind the document. The last result is cached, since instructions rarely differ."""
         if self._last_suffix is None or self._last_suffix[0] != instruction:
             mark = MARKS["document"]
             text = self.render_by_jinja(Pair("", mark, instruction)).rpartition(mark)[2]
@@ -178,7 +178,7 @@ class PairEncoder:
         return out
 
     def _segments(self, pairs: list[Pair], **truncation) -> list[Prompt]:
-        # Lists, as sentence-transformers: for two strings transformers takes an empty second one for none.
+        # Lists, as in sentence-transformers: given two strings, transformers ignores an empty second one.
         if self._backend is not None and not truncation:
             kinds_too = "token_type_ids" in self.tokenizer.model_input_names
             encodings = self._backend.encode_batch_fast([(p.query, p.document) for p in pairs])
@@ -210,10 +210,10 @@ def _rust_tokenizer(tokenizer):
 
 
 def _fast_ids(plan: Plan, tokenizer) -> Callable[[list[str]], list[list[int]]] | None:
-    """Texts to ids by fastokens, where it gives the ids of this tokenizer; None where it does not, or is not wanted."""
+    """Texts to ids by fastokens, if its ids equal this tokenizer's; None if they do not, or if it is switched off."""
     if {**os.environ, **passed_on_env()}.get("VLLM_USE_FASTOKENS", "1") != "1":
         return None
-    # It is compared without the tokens that a tokenizer puts around a text, so there must be none.
+    # The comparison leaves out tokens put around a text, so the tokenizer must not add any.
     if tokenizer("")["input_ids"] or getattr(tokenizer, "split_special_tokens", False):
         return None
     if not fastokens_agrees(plan.checkpoint.path)[0]:

@@ -17,13 +17,13 @@ from rerank_kit.offline.prompts import PairEncoder, Prompt
 
 @dataclass(frozen=True)
 class Prepared:
-    """N pairs ready for the engine: what is scored for them, and for which of the N."""
+    """N pairs ready for the engine: their prompts, and which pair each belongs to."""
 
     n_pairs: int
-    owners: list[int]  # owners[i] = index of the pair that the i-th scored pair is, or is a window of
+    owners: list[int]  # owners[i] = index of the pair to which the i-th scored pair (or window) belongs
     needs: list[tuple[int, ...]]  # needs[i] = indices of the prompts that its score comes from
     prompts: list[Prompt]
-    cut: set[int]  # indices of pairs of which a part was cut before the prompts were made
+    cut: set[int]  # indices of pairs that were cut before the prompts were made
 
 
 class OfflineReranker:
@@ -40,7 +40,7 @@ class OfflineReranker:
         engine = {k: v for k, v in plan.engine.items() if k != "data_parallel_size"}
         self.plan = plan
         self.embeds = plan.profile.reference == "embedding"
-        # Every distinct text of a chunk is embedded once: the larger, the fewer come twice.
+        # Each distinct text of a chunk is embedded once, so larger chunks embed fewer texts twice.
         self.chunk = 4096 if self.embeds else CHUNK
         self.encoder = PairEncoder(plan)
         self.fitter = None
@@ -57,7 +57,7 @@ class OfflineReranker:
         return [result for _, results in self.stream(prepared) for result in results]
 
     def prepare(self, pairs: list[Pair]) -> Prepared:
-        """The part that needs no engine, so that a thread can do it while the engine runs."""
+        """Tokenize N pairs. Needs no engine, so a thread can do it while the engine runs."""
         owners, scored = [], []
         shorter, cut = self._within_limits(pairs)
         for index, pair in enumerate(shorter):
@@ -80,7 +80,7 @@ class OfflineReranker:
     def _within_limits(self, pairs: list[Pair]) -> tuple[list[Pair], set[int]]:
         """The pairs within MAX_TOKENS_PER_QUERY and MAX_TOKENS_PER_DOC, and the indices of those that were cut."""
         cfg, out = self.plan.cfg, pairs
-        # As in the guard: chunk scores all of a document.
+        # As in the guard: chunk scores the whole document.
         per_doc = None if cfg.long_documents == "chunk" else cfg.max_tokens_per_doc
         for name, limit in (("query", cfg.max_tokens_per_query), ("document", per_doc)):
             if limit:

@@ -254,7 +254,7 @@ def test_the_client_gets_more_processes_where_it_is_the_limit(cpu, given, made, 
         assert bench_rerank.main(["--base-url", service.url, *argv, *given]) == 0
     assert processes == made
     assert [row["level"] for row in json.loads(out.read_text())["rows"]] == [1, 8, 16]  # made again: one row
-    assert capsys.readouterr().err.count("the client was the limit, again with") == len(made) - 3
+    assert capsys.readouterr().err.count("the client was the bottleneck; measuring again with") == len(made) - 3
 
 
 class Dies(Texts):
@@ -322,7 +322,7 @@ def test_slo_search_finds_the_capacity_of_the_server(tmp_path, capsys, monkeypat
     assert code == 0 and rows[0]["mode"] == "closed" and {row["mode"] for row in rows[1:]} == {"open"}
     found = float(re.search(r"p95 <= 100 ms held up to ([\d.]+) calls/s", text)[1])
     assert 46 < found < 53
-    assert re.search(r"missed there in \d windows", text) and "would not show" in text
+    assert re.search(r"missed the SLO there in \d windows", text) and "do not show an overload" in text
     at = [row for row in rows if row["level"] == found]
     assert len(at) >= 2 and len(rows) <= 21
     assert at[1]["window_s"] == pytest.approx(3.0) and at[-1]["slo_held"]

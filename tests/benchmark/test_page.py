@@ -73,7 +73,7 @@ def test_page_needs_no_other_file_and_shows_everything():
 def test_page_of_one_row_without_answers():
     level = Level("score", "open", 5, 0, 1, None, opened=0.0, closed=1.0)
     level.calls = [Call(0.0, 0.0, 0.5, "timeout", 0, 1, True)]
-    assert "no good answer" in "".join(Balance(page({}, [summarise(level)])).text)
+    assert "no call succeeded" in "".join(Balance(page({}, [summarise(level)])).text)
     json.dumps(summarise(level))
 
 

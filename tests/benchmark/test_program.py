@@ -381,10 +381,10 @@ def test_input_sends_the_users_own_calls(tmp_path, capsys):
     row = out["rows"][0]
     assert row["ok"] == 5 and row["pairs/s"] * row["window_s"] == pytest.approx(pairs, rel=0.01)
     assert "calls.jsonl: 6 calls of 3.5 documents" in out["texts"]
-    assert "came again" not in capsys.readouterr().err
+    assert "sent again" not in capsys.readouterr().err
     with serving(slow(0.01)) as service:
         bench(service, tmp_path, *argv, "--requests", "6")
-    assert "the file's 6 calls came again" in capsys.readouterr().err
+    assert "the file's 6 calls were sent again" in capsys.readouterr().err
     file.write_text("{}")
     with serving() as service:
         assert bench_rerank.main(["--base-url", service.url, "--input", str(file)]) == 2
@@ -486,7 +486,7 @@ def test_saturate_ends_where_no_call_is_answered(tmp_path, capsys):
     with serving(after_check(status(500))) as service:
         code, out = bench(service, tmp_path, "--endpoint", "rerank", "--saturate", "--requests", "5", "--warmup", "0")
     assert code == 1 and len(out["rows"]) <= 2
-    assert "no good answer at" in capsys.readouterr().out
+    assert "no call succeeded at" in capsys.readouterr().out
 
 
 def test_a_full_disk_does_not_end_a_measurement(tmp_path, capsys):
@@ -539,7 +539,7 @@ def test_a_full_disk_does_not_end_a_measurement(tmp_path, capsys):
         (["--fail-over", "5"], "--fail-over"),
         (["--target-pairs-s", "0"], "'0'"),
         (["--processes", "0"], "'0'"),
-        (["--tune", "PORT"], "'PORT' is nothing to tune: ENGINES_PER_GPU, API_SERVER_COUNT"),
+        (["--tune", "PORT"], "'PORT' cannot be tuned; choose from: ENGINES_PER_GPU, API_SERVER_COUNT"),
         (["--tune", "--budget", "30"], "'30' is not a time"),
         (["--tune", "--concurrency", "1,2"], "--concurrency"),
         (["--tune", "--rate", "5"], "--tune"),

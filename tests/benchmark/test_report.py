@@ -129,14 +129,14 @@ def test_histogram_and_timeline_count_every_call():
         ({"gpu_util": 60.0, "api_cpu": 0.98}, "cpu", "API_SERVER_COUNT"),
         ({"gpu_util": 84.9, "api_cpu": 0.85}, "cpu", "more GPUs do not help"),
         ({"host_cpu": 0.97}, "cpu", "all cores of this host were busy (97%)"),
-        ({"host_cpu": 1.0, "host_cores": 4, "api_cpu": 0.3, "server_cpu": 2.5, "client_cpu": 0.2}, "cpu", "more cores"),
+        ({"host_cpu": 1.0, "host_cores": 4, "api_cpu": 0.3, "server_cpu": 2.5, "client_cpu": 0.2}, "cpu", "add cores"),
         (
             {"host_cpu": 1.0, "host_cores": 4, "api_cpu": 0.3, "server_cpu": 0.5, "client_cpu": 0.2},
             "other",
             "0.7 of this",
         ),
         ({"gpu_util": 40.0, "api_cpu": 0.3, "queue_ms": 30.0}, "engine", "MAX_NUM_BATCHED_TOKENS"),
-        ({"gpu_util": 50.0, "api_cpu": 0.5, "engine_cpu": 0.92}, "engine", "0.92 cores, the GPU worked 50 %"),
+        ({"gpu_util": 50.0, "api_cpu": 0.5, "engine_cpu": 0.92}, "engine", "0.92 cores, the GPU was busy 50 %"),
         ({"gpu_util": 92.0, "api_cpu": 0.5, "engine_cpu": 0.92}, "gpu", "92 % of the time"),
         ({"api_cpu": 0.1, "engine_cpu": 1.9}, "idle", "API process 0.10 cores"),
         ({"gpu_util": 40.0, "api_cpu": 0.3, "queue_ms": 10.0}, "idle", "more calls in flight"),
@@ -145,8 +145,8 @@ def test_histogram_and_timeline_count_every_call():
         ({"gpu_util": 20.0, "api_cpu": 0.7}, "mixed", "API process 0.70 cores"),
         ({"gpu_util": 20.0}, "idle", "GPU 20 %"),
         ({"api_cpu": 0.1}, "idle", "API process 0.10 cores"),
-        ({}, "?", "neither GPU nor server processes were seen"),
-        ({"queue_ms": 45.0}, "?", "run it on the server's host"),
+        ({}, "?", "neither GPU nor server processes are visible"),
+        ({"queue_ms": 45.0}, "?", "run the benchmark on the server's host"),
         ({"client_limited": True, "client_cpu": 0.97, "gpu_util": 99.0}, "client", "--processes"),
         ({"client_limited": True, "client_cpu": 0.97, "host_cpu": 0.99}, "client", "a host of its own"),
         ({"client_limited": True, "client_cpu": 0.03}, "client", "a host of its own"),
@@ -172,14 +172,14 @@ def test_cost_of_a_million_pairs_and_gpus_for_a_target():
     assert "1000.0 pairs/s" in lines[0] and "1.00 per million pairs" in lines[0]
     assert "1 GPUs for 1000 pairs/s" in lines[0] and "6 GPUs for 5001 pairs/s" in lines[0]
     assert "0.40 per million pairs" in lines[1] and "3 GPUs for 5001 pairs/s" in lines[1]
-    assert "the client was the limit" in lines[1] and "the client was the limit" not in lines[0]
-    assert "every copy as fast as this one" in lines[-1]
+    assert "the client was the bottleneck" in lines[1] and "the client was the bottleneck" not in lines[0]
+    assert "each as fast and as loaded as in this row" in lines[-1]
     lines = cost_lines({"server_flags": "m --tensor-parallel-size 2 --data-parallel-size=4"}, rows, None, [1001.0])
     assert "16 GPUs for 1001 pairs/s" in lines[0] and not any("million" in line for line in lines)
     unknown = cost_lines({"server_flags": None}, rows, None, [5001.0])
-    assert "6 copies of this service for 5001" in unknown[0] and "GPUs are not known" in unknown[-1]
+    assert "6 copies of this service for 5001" in unknown[0] and "GPUs are not visible" in unknown[-1]
     nothing = a_row() | {"pairs/s": 0.0}
-    assert "never 5 pairs/s" in cost_lines({}, [nothing], 1.0, [5.0])[0]
+    assert "5 pairs/s cannot be reached" in cost_lines({}, [nothing], 1.0, [5.0])[0]
 
 
 # --- comparison ---
@@ -218,7 +218,7 @@ def test_compare_says_better_worse_and_no_measurable_difference():
     assert compare(other, base, fail_over=0)[1] == []  # better is no regression
     assert not any("client" in line for line in lines)
     limited = {"rows": runs([100, 101, 99], client_limited=True)}
-    assert "rerank closed 8: the client was the limit in some runs" in "".join(compare(base, limited)[0])
+    assert "rerank closed 8: the client was the bottleneck in some runs" in "".join(compare(base, limited)[0])
     slower = {"rows": runs([100, 101, 99], p50=60.0)}
     assert "worse (+20.0" in compare({"rows": runs([100, 101, 99], p50=50.0)}, slower, 5)[1][0]
 

@@ -140,7 +140,7 @@ def test_search_finds_the_optimum_within_its_budget(seed):
     change, half, sure = tuner.state["gain"]
     truth = 100 * (speed(BEST) / speed(START) - 1)
     assert sure and abs(change - truth) < max(2 * half, 0.02 * truth)
-    assert "no step gains any more" in lines[0]
+    assert "no further step improves the result" in lines[0]
 
 
 def test_search_reaches_most_of_the_gain_in_a_short_budget():
@@ -295,8 +295,8 @@ def test_a_proof_in_which_nothing_holds_is_no_gain_and_no_crash():
     record = {"label": "x", "settings": START, "values": [1.0], "outcome": "better"}
     turns = [{"side": side, "value": 0.0, "score_difference": 0.0} for side in ("present", "best") * 2]
     tuner.began = 0.0
-    tuner.state |= {"tried": [record, record], "turns": turns, "ended": "no step gains any more"}
-    assert tuner.result(record)[-1].startswith("tune: no rate held in the proof")
+    tuner.state |= {"tried": [record, record], "turns": turns, "ended": "no further step improves the result"}
+    assert tuner.result(record)[-1].startswith("tune: no rate held the SLO in the proof")
     assert tuner.state["gain"] == (0.0, None, False)
 
 
@@ -389,7 +389,7 @@ def test_tune_through_the_script_with_an_interrupt(tunable_kit, tmp_path, monkey
     outs = [word for kind, path in files.items() for word in (f"--{kind}", str(path))]
     assert bench_rerank.main([*argv, "--budget", "9m", *outs]) == 0
     shown = capsys.readouterr()
-    assert "going on with the search" in shown.err
+    assert "resuming the search" in shown.err
     out = json.loads(files["json"].read_text())["tune"]
     assert [(t["label"], t["outcome"]) for t in out["tried"]] == [
         ("present settings", "start"),

@@ -200,7 +200,7 @@ def test_a_killed_replica_and_a_change_of_the_model_lose_no_call(fleet, fleet_cl
             assert load.calls[-1]["version"] == version
 
         (nginx.folder / "nginx.conf").rename(nginx.folder / "whole.conf")
-        assert nginx.switch("to", "b").returncode == 1, "nginx refuses: the old choice stays"
+        assert nginx.switch("to", "b").returncode == 1, "nginx rejects it: the old choice stays"
         assert "default rerank_a" in nginx.switch("show").stdout
         (nginx.folder / "whole.conf").rename(nginx.folder / "nginx.conf")
     finally:

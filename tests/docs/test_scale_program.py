@@ -1,4 +1,4 @@
-"""bench_scale.py: what an arrangement asks for, and what is computed from its rows. Services are not started here."""
+"""measurements/scale.py: the settings of an arrangement, and the figures from its rows. No service is started."""
 
 import threading
 

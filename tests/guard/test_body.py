@@ -58,7 +58,7 @@ def test_refuses_what_a_check_of_the_parsed_body_refuses(payload, max_docs, max_
     ("body", "said"),
     [
         (b'{"documents": ["a", "b", "c", ', "'documents' holds more items than the limit of 3 (MAX_DOCS_PER_CALL)"),
-        (b'{"documents": ["' + b"x" * 70 + b'", ', "'documents' holds a text of 70 characters, the limit is 64 a text"),
+        (b'{"documents": ["' + b"x" * 70 + b'", ', "'documents' holds a text of 70 characters, the limit is 64 per"),
         (b'{"query": "' + "检".encode() * 65 + b'", ', "'query' holds a text of 65 characters"),
     ],
 )

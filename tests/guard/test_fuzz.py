@@ -1,4 +1,4 @@
-"""A seeded share of fuzz_service.py against the shared service; `python measurements/fuzz.py` sends 20,000."""
+"""A seeded part of measurements/fuzz.py against the shared service; the program itself sends 20,000 bodies."""
 
 import json
 

@@ -235,7 +235,7 @@ def test_a_wrong_mode_stops_the_server(monkeypatch):
 def test_what_could_change_the_prompt_is_refused(more):
     inner = Inner()
     answer = one(Guard(inner), RERANK, documents(chat_template_kwargs=more))
-    assert answer.status == 422 and "nothing else" in answer.message and not inner.calls
+    assert answer.status == 422 and "takes only instruction" in answer.message and not inner.calls
     for right in ({"instruction": "Find"}, {"instruction": None}, {}, None):
         assert one(Guard(inner), RERANK, documents(chat_template_kwargs=right)).status == 200
 

@@ -342,7 +342,7 @@ def test_document_cap_counts_content_parts(monkeypatch):
 def test_character_cap(monkeypatch, payload):
     monkeypatch.setenv("GUARD_MAX_CHARS_PER_FIELD", "10")
     answer = one(Guard(Inner()), RERANK, payload)
-    assert answer.status == 422 and "11 characters" in answer.message and "10 a text" in answer.message
+    assert answer.status == 422 and "11 characters" in answer.message and "10 per text" in answer.message
     shorter = json.loads(json.dumps(payload).replace("x" * 11, "x" * 10).replace("\\u68c0" * 11, "\\u68c0" * 10))
     assert one(Guard(Inner()), RERANK, shorter).status == 200
 

@@ -87,8 +87,8 @@ def test_score_file_keeps_order_ids_and_reports_broken_lines(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('{"query": "a"}', "field 'document' is missing or no text"),
-        ('{"query": "a", "document": "b", "instruction": 3}', "'instruction' is no text"),
+        ('{"query": "a"}', "field 'document' is missing or not a text"),
+        ('{"query": "a", "document": "b", "instruction": 3}', "'instruction' is not a text"),
         ('{"query": "\\ud800", "document": "b"}', "lone surrogate"),
         ("nope", "Expecting value"),
         ("[" * 100_000, ""),
@@ -263,7 +263,7 @@ def test_two_processes_do_not_write_one_output(tmp_path):
 
 def test_lines_done_refuses_another_file(tmp_path):
     other = write_rows(tmp_path / "notes.txt", ["something else"])
-    with pytest.raises(ConfigError, match="line 1 is no score line"):
+    with pytest.raises(ConfigError, match="line 1 is not a score line"):
         lines_done(other)
     assert other.read_text() == "something else\n"
 
@@ -272,7 +272,7 @@ def test_lines_done_refuses_another_file(tmp_path):
 def test_a_file_without_a_newline_is_not_cut_to_nothing(tmp_path, content):
     other = tmp_path / "config.json"
     other.write_text(content)
-    with pytest.raises(ConfigError, match="is no score line"):
+    with pytest.raises(ConfigError, match="is not a score line"):
         lines_done(other)
     assert other.read_text() == content
 
@@ -286,7 +286,7 @@ def test_the_beginning_of_a_line_is_cut_off(tmp_path, left):
 
 def test_a_pipe_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ConfigError, match="is no file"):
+    with pytest.raises(ConfigError, match="is not a regular file"):
         files.find_shard(tmp_path / "pipe", tmp_path / "out.jsonl")
 
 

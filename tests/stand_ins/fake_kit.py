@@ -1,4 +1,4 @@
-"""The kit with a stand-in for the vllm program, for ends that the real one reaches rarely."""
+"""The kit with a stand-in for the vllm program, for outcomes that are rare with the real one."""
 
 import json
 import sys

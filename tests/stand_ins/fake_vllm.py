@@ -1,10 +1,10 @@
-"""Stand-in for the vllm program, for ends that the real one reaches rarely. FAKE_MODE says what it does:
-ok, die (FAKE_LOG on stderr), slow (never ready, deaf to TERM), stubborn (ignores TERM), family (a child outlives it).
-FAKE_WARM_S: each call of 64 documents, as the burst before ready has them, takes so long.
-FAKE_LOAD_S: it binds the port at once and listens so much later, as vLLM does while it loads; FAKE_LOADS: when this
-file is gone.
-It dies at start while the file FAKE_DIE exists, and refuses calls with 429 while FAKE_BUSY does; its counters grow then
-only if that file says so."""
+"""Stand-in for the vllm program, for outcomes that are rare with the real one. FAKE_MODE selects the behaviour:
+ok, die (FAKE_LOG on stderr), slow (never ready, ignores TERM), stubborn (ignores TERM), family (a child outlives it).
+FAKE_WARM_S: each call of 64 documents, as in the burst before ready, takes that many seconds.
+FAKE_LOAD_S: it binds the port at once and listens that many seconds later, as vLLM does while it loads; FAKE_LOADS:
+it listens when that file is gone.
+It dies at start while the file FAKE_DIE exists, and refuses calls with 429 while the file FAKE_BUSY exists; its
+counters grow then only if that file says so."""
 
 import json
 import os

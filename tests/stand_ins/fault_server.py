@@ -3,8 +3,8 @@
     with FaultServer(status(503), close(), answer) as server:
         rerank("q", ["a"], base_url=server.url)
 
-Each request takes the next behaviour of the script; after the last one the default answers (rightly). Every request
-is checked: anything that vLLM would not take, or takes silently, stands in server.problems, and the fixture fails.
+Each request takes the next behaviour of the script; after the last one the default gives correct answers. Every
+request is checked. Anything that vLLM would refuse or silently ignore goes to server.problems, and the fixture fails.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ OPTIONAL = {"long_documents": str, "instruction": str, "max_tokens_per_doc": int
 
 
 def score_of(query: str, document: str) -> float:
-    """A score that belongs to this pair only: a misplaced one cannot go unnoticed."""
+    """A score unique to this pair, so that a misplaced one is noticed."""
     return zlib.crc32(f"{query}\0{document}".encode()) / 2**32
 
 
@@ -66,7 +66,7 @@ class Request:
         ]
         rows.sort(key=lambda row: row["relevance_score"], reverse=True)
         usage = {"prompt_tokens": len(rows), "total_tokens": len(rows)}
-        rows = rows[: data.get("top_n") or len(rows)]  # 0 means all, as in vLLM
+        rows = rows[: data.get("top_n") or len(rows)]  # 0 = all, as in vLLM
         return {"id": f"score-{n}", "model": data["model"], "usage": usage, "results": rows}
 
 
@@ -110,7 +110,7 @@ def send(data: bytes | None = None, share: float = 1.0, end: str = "close"):
         if end == "stall":
             server.ended.wait(30)
         if end == "reset":
-            time.sleep(0.02)  # else the reset overtakes the bytes
+            time.sleep(0.02)  # otherwise the reset overtakes the bytes
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         return False
 
@@ -118,7 +118,7 @@ def send(data: bytes | None = None, share: float = 1.0, end: str = "close"):
 
 
 def drip(start: int = 0, every_s: float = 0.05):
-    """The right answer: the first bytes at once, then one byte at a time, without end in sight."""
+    """The correct answer: the first bytes at once, then one byte at a time, very slowly."""
 
     def behave(server, connection, request) -> bool:
         whole = http(200, json.dumps(request.results()).encode() + b" " * 2000, {"Content-Length": 99999})
@@ -162,7 +162,7 @@ class FaultServer:
         self.stop()
 
     def stop(self, reset: bool = False) -> None:
-        """Close everything, with a reset as a killed process does it if asked for; idempotent."""
+        """Close everything; optionally with a reset, as a killed process does. Idempotent."""
         self.ended.set()
         with self.lock:
             connections = list(self.connections)
@@ -291,7 +291,7 @@ def open_sockets() -> set[str]:
 
 @pytest.fixture
 def config(monkeypatch, tmp_path):
-    """config(retries=0, ...) replaces the configuration; nothing of the machine's environment or .env counts."""
+    """config(retries=0, ...) replaces the configuration; the machine's environment and .env are ignored."""
     for key in settings.FIELDS:
         monkeypatch.delenv(key, raising=False)
 
@@ -321,7 +321,7 @@ def serve():
 
 
 class Caller:
-    """The four functions behind one sync face; async ones run on one event loop for the whole test."""
+    """The four client functions behind one sync interface; async ones share one event loop per test."""
 
     def __init__(self, mode: str):
         self.mode = mode

@@ -79,7 +79,7 @@ class Replica:
         return int((Path(self.settings["LOG_DIR"]) / f"rerank-{self.port}.pid").read_text().split()[0])
 
     def signal(self, name: str, title: str = "") -> None:
-        """A signal to all processes of the session, or to the one whose title has this word."""
+        """Signal all processes of the session, or the one whose title has this word."""
         hit = 0
         for pid in session_of(self.leader):
             with suppress(ProcessLookupError, FileNotFoundError):
@@ -98,7 +98,7 @@ class Replica:
         return self.headers().get("x-rerank-version", "")
 
     def scores(self) -> dict[tuple[str, str], float]:
-        """What it gives for every query and document, asked one query at a time and past everything else."""
+        """Its score for every query and document; asked directly, one query at a time."""
         out = {}
         for query in QUERIES:
             body = {"model": "qwen3-reranker", "text_1": query, "text_2": DOCUMENTS}
@@ -139,7 +139,7 @@ class Nginx:
             (folder / "nginx-tls.conf").write_text(re.sub(r"/etc/nginx/rerank\.(crt|key)", self._file, text))
 
     def set_upstreams(self, a: list[int], b: list[int]) -> None:
-        """Edit the lists of servers, as a person does; port 1 stands in for an empty one."""
+        """Edit the lists of servers as an operator does; port 1 represents an empty list."""
         upstream = (KIT / "deploy/nginx-upstream.conf").read_text()
         for ports, first in ((a, 11438), (b, 11448)):
             line = "    server 127.0.0.1:{} max_fails=3 fail_timeout=" + f"{FAIL_TIMEOUT_S}s;\n"
@@ -280,7 +280,7 @@ class Load:
         self.calls.append(row)
 
     def wait_for(self, n_more: int, timeout_s: float = 60, **wanted) -> None:
-        """Until that many further calls ended (of this version)."""
+        """Wait for that many further calls (of this version)."""
         begin, end = time.time(), time.time() + timeout_s
         while (
             sum(c["began"] >= begin and all(c[k] == v for k, v in wanted.items()) for c in tuple(self.calls)) < n_more
@@ -300,7 +300,7 @@ class Load:
 
     @property
     def wrong(self) -> list[dict]:
-        """Answers with a score that its version does not give."""
+        """Answers with a score that differs from their version's."""
         return [call for call in self.calls if not call["error"] and call["wrong"] > TOLERANCE]
 
     def summary(self) -> dict:

@@ -17,7 +17,7 @@ KIT = Path(__file__).resolve().parents[2]
 
 
 class Inner:
-    """Stands for vLLM: notes what arrives, answers 200 or as told."""
+    """Replaces vLLM's app: records requests, answers 200 or as told."""
 
     def __init__(self, status=200, gate=None, error=None, headers=()):
         self.status, self.gate, self.error, self.headers = status, gate, error, list(headers)

@@ -20,14 +20,14 @@ KIT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(autouse=True)
 def own_settings(monkeypatch, tmp_path):
-    """No .env and no environment of the developer's."""
+    """Hides the developer's .env and environment."""
     monkeypatch.setenv("KIT_ENV_FILE", str(tmp_path / "no.env"))
     for key in ("API_KEY", "API_KEY_FILE", "BASE_URL", "HOST", "PORT", "SERVED_MODEL_NAME", "TIMEOUT_S"):
         monkeypatch.delenv(key, raising=False)
 
 
 def good(endpoint, n):
-    """A right answer for n documents, as vLLM writes it."""
+    """A correct answer for n documents, as vLLM writes it."""
     usage = {"prompt_tokens": 7 * n, "total_tokens": 7 * n}
     if endpoint == "rerank":
         results = [{"index": i, "document": {"text": "x"}, "relevance_score": 1 - i / n} for i in range(n)]
@@ -56,7 +56,7 @@ class Service:
         return web.json_response(good(endpoint, len(documents))) if said is None else said
 
     async def metrics(self, request):
-        """Of a server where each pair waits 30 ms and a quarter of the tokens is cached; 0 at first."""
+        """Counters of a server where each pair waits 30 ms and a quarter of the tokens is cached; initially 0."""
         pairs = max(0, len(self.documents) - 60)
         text = "# TYPE x y\n"
         for name, value in (
@@ -127,7 +127,7 @@ def slow(seconds):
 
 
 def after_check(behave):
-    """Good for the first call (the check), then as `behave` says."""
+    """A good answer to the first call (the check), then `behave`."""
 
     async def wrapped(service, endpoint, body):
         return None if len(service.bodies) == 1 else await behave(service, endpoint, body)
@@ -146,7 +146,7 @@ def bench(service, tmp_path, *argv):
     """Run the program in this process. Returns (exit code, JSON of --json)."""
     out = tmp_path / "out.json"
     docs = [] if "--input" in argv else ["--docs", "4"]
-    processes = [] if "--processes" in argv else ["--processes", "1"]  # a busy machine must not add any by itself
+    processes = [] if "--processes" in argv else ["--processes", "1"]  # on a busy machine the program would add some
     code = bench_rerank.main(["--base-url", service.url, *docs, *processes, "--json", str(out), *argv])
     return code, json.loads(out.read_text() or "{}")
 

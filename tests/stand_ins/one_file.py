@@ -1,4 +1,4 @@
-"""Scoring of one file, as vllm_usage.py does it for many."""
+"""Scores one file, as vllm_usage.py does for many."""
 
 from pathlib import Path
 

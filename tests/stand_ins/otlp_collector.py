@@ -1,4 +1,4 @@
-"""An OTLP collector over gRPC that keeps what it is sent: spans of vLLM, of the client, of whoever exports."""
+"""An OTLP collector over gRPC that stores all spans it receives, of vLLM, the client and others."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""Seeded query-document pairs of a given length, for the benchmarks: English sentences of Python's own library."""
+"""Seeded query-document pairs of a given length, for the measurements: sentences of Python's docstrings."""
 
 import ast
 import random

@@ -1,4 +1,4 @@
-"""jina-reranker-v2 and gte-multilingual-reranker in plain torch, from their published code and from nothing else.
+"""jina-reranker-v2 and gte-multilingual-reranker in plain torch, written from their published code only.
 
 Sources: block.py, mha.py, mlp.py and modeling_xlm_roberta.py of jinaai/jina-reranker-v2-base-multilingual,
 modeling.py of Alibaba-NLP/new-impl. One pair at a time, so no padding and no mask.

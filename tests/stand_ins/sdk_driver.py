@@ -1,4 +1,4 @@
-"""Runs one program of docs/integrations.md as it is, in the environment of the SDKs (tests/docs/test_integrations.py).
+"""Runs one program of docs/integrations.md unchanged, in the environment of the SDKs (tests/docs/test_integrations.py).
 
 stdin: {"code", "query", "calls": {name: {"documents", "url", "key"}}}. stdout: {name: {"lines"} or {"error", "text"}}
 and the version of cohere, where it was used.

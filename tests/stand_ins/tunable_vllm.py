@@ -1,6 +1,6 @@
 """Stand-in for the vllm program whose speed is a known function of its arguments (bench_rerank.py --tune).
 
-Pairs/s by --max-num-seqs: 128 400, 256 800, 512 and more: it does not start. --renderer-num-workers above 1 doubles
+Pairs/s by --max-num-seqs: 400 at 128, 800 at 256; from 512 it does not start. --renderer-num-workers above 1 doubles
 the speed and changes the scores. /metrics counts pairs as the guard does.
 """
 
