@@ -1,6 +1,6 @@
 """Throughput of offline scoring from file to file, with the real engine and with one that takes no time.
 
-python measurements/cold.py --model FOLDER [--pairs 24000] [--doc-tokens 128] [--runs 3] [--json FILE]
+python measurements/cold.py --model FOLDER [--pairs 24000] [--doc-tokens 128] [--runs 3] [--csv FILE]
 
 Two rows. "end_to_end": score_shards() with the real engine; every run has its own documents, the prefix cache
 is emptied in between, starting is not counted. "host": the same with an engine core that answers at once with a made-up
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 import tempfile
@@ -25,12 +26,15 @@ sys.path[:0] = [str(KIT), str(KIT / "tests" / "stand_ins")]
 
 from pair_texts import make_pairs
 
+from measurements import results
+from rerank_kit.benchmark.server_view import hardware
 from rerank_kit.engine.plan import plan_engine
 from rerank_kit.offline.files import Shard, score_shards
 from rerank_kit.offline.reranker import OfflineReranker
 from rerank_kit.settings import get_config
 
-STEP = 1024  # outputs per step of the engine that takes no time; as on an H100
+KINDS = ("end_to_end", "host")
+STEP = 1024  # outputs that the engine without cost gives at a time, as an H100 does
 
 
 class FreeEngine:
@@ -102,6 +106,15 @@ def summary(runs: list[dict]) -> dict:
     }
 
 
+def table(result: dict) -> tuple[dict, list[results.Row]]:
+    """(head, a row for each run) for measurements/results/."""
+    rows = []
+    for kind in KINDS:
+        for number, run in enumerate(result[kind]["runs"] if kind in result else [], 1):
+            rows.append({"kind": kind, "run": number, "pairs": result[kind]["pairs"], **run})
+    return {name: value for name, value in result.items() if name not in KINDS}, rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint folder")
@@ -110,28 +123,29 @@ def main() -> int:
     parser.add_argument("--doc-tokens", type=int, default=128)
     parser.add_argument("--docs-per-query", type=int, default=32)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--host-only", action="store_true", help="skip the real engine")
-    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    parser.add_argument("--host-only", action="store_true", help="leave the real engine out")
+    parser.add_argument("--csv", type=Path, help="write the runs here too, as in measurements/results/")
     args = parser.parse_args()
     args.model = args.model.resolve()
     plan = plan_engine(get_config(), args.model)
     result = {
-        "model": args.model.name,
-        "doc_tokens": args.doc_tokens,
-        "docs_per_query": args.docs_per_query,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", "measurements/cold.py", *sys.argv[1:]]),
+        "hardware": hardware(),
+        "cores": len(plan.machine.cores),
         "vllm": plan.machine.vllm_version,
         "torch": version("torch"),
         "python": platform.python_version(),
-        "gpus": plan.machine.gpus,
-        "cores": len(plan.machine.cores),
-        "engine": {k: v for k, v in plan.engine.items() if k != "model"},
+        "model": args.model.name,
+        "doc_tokens": args.doc_tokens,
+        "docs_per_query": args.docs_per_query,
+        "engine": results.settings({k: v for k, v in plan.engine.items() if k != "model"}),
     }
     began = time.perf_counter()
     with OfflineReranker(plan) as reranker, tempfile.TemporaryDirectory() as folder:
         result["start_s"] = round(time.perf_counter() - began, 1)
         size = plan.checkpoint.config.get("hidden_size", 1) if reranker.embeds else 1
-        kinds = ["host"] if args.host_only else ["end_to_end", "host"]
-        for kind in kinds:
+        for kind in KINDS[1:] if args.host_only else KINDS:
             n_pairs = args.host_pairs if kind == "host" else args.pairs
             runs = []
             for number in range(args.runs + 1):  # the first warms up
@@ -150,8 +164,8 @@ def main() -> int:
                 f"{row['cpu_us_per_pair']:.0f} us of this process's CPU a pair",
                 flush=True,
             )
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    if args.csv:
+        results.write(args.csv, *table(result))
     print(json.dumps(result), flush=True)
     return 0
 

@@ -1,6 +1,6 @@
-"""GPU time by kind of kernel while the engine scores; writes a table and a JSON file.
+"""Where does the GPU's time go? Shares by kind of kernel while the engine scores, as a table.
 
-    MAX_NUM_BATCHED_TOKENS=24576 python measurements/kernels.py --model FOLDER [--pairs 4096] [--json FILE]
+    MAX_NUM_BATCHED_TOKENS=24576 python measurements/kernels.py --model FOLDER [--pairs 4096] [--csv FILE]
 
 One engine in this process scores pre-tokenized pairs; torch.profiler records its kernels, not what launches them.
 "gemm" is the time of the model's matrix products. gemm share x busy share is the part of their ceiling that one engine
@@ -9,9 +9,9 @@ on one GPU fill them. Needs a GPU.
 """
 
 import argparse
-import json
 import os
 import re
+import shlex
 import sys
 import time
 from importlib.metadata import version
@@ -22,7 +22,10 @@ sys.path[:0] = [str(KIT), str(KIT / "tests" / "stand_ins")]
 
 from pair_texts import make_pairs
 
-KINDS = {  # order matters: the name of a fused kernel contains several of these
+from measurements import results
+from rerank_kit.benchmark.server_view import hardware
+
+KINDS = {  # in this order: a fused kernel's name holds the names of what is fused
     "kv cache": r"reshape_and_cache|kv_cache",
     "norm, rope, activation (fused by Inductor)": r"triton",
     "attention": r"flash|fmha|attention|attn",
@@ -48,13 +51,20 @@ def shares(kernels: dict[str, float], seconds: float) -> dict:
     }
 
 
+def table(found: dict) -> tuple[dict, list[results.Row]]:
+    """(head, a row for each kind and for each of the longest kernels) for measurements/results/."""
+    rows = [{"kind": kind, "kernel": "all", "share": share} for kind, share in found["kinds"].items()]
+    rows += [{"kind": kind_of(name), "kernel": name[:60], "share": share} for name, share in found["longest"].items()]
+    return {name: value for name, value in found.items() if name not in ("kinds", "longest")}, rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=4096)
     parser.add_argument("--doc-tokens", type=int, default=128)
     parser.add_argument("--docs-per-query", type=int, default=32)
-    parser.add_argument("--json", type=Path, help="also write the result to this file")
+    parser.add_argument("--csv", type=Path, help="write the shares here too, as in measurements/results/")
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # only kernels of this process are recorded
     from torch.profiler import ProfilerActivity, profile
@@ -87,13 +97,15 @@ def main() -> int:
             one.key: one.self_device_time_total / 1e6 for one in profiler.key_averages() if one.self_device_time_total
         }
     found = {
-        "model": args.model.name,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": shlex.join(["python", "measurements/kernels.py", *sys.argv[1:]]),
+        "hardware": hardware(),
         "vllm": plan.machine.vllm_version,
         "torch": version("torch"),
-        "gpus": plan.machine.gpus,
+        "model": args.model.name,
         "doc_tokens": args.doc_tokens,
         "pairs": args.pairs,
-        "engine": {k: v for k, v in plan.engine.items() if k != "model"},
+        "engine": results.settings({k: v for k, v in plan.engine.items() if k != "model"}),
         "pairs/s": args.pairs / unprofiled,
         "pairs/s_profiled": args.pairs / seconds,
         **shares(kernels, seconds),
@@ -102,8 +114,8 @@ def main() -> int:
     print(f"{speed}, GPU busy {found['busy']:.0%}")
     for kind, share in found["kinds"].items():
         print(f"{share:7.1%}  {kind}")
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    if args.csv:
+        results.write(args.csv, *table(found))
     return 0
 
 

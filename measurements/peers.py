@@ -1,6 +1,6 @@
 """Compares the kit with other ways to score the same seeded pairs, each in its own process.
 
-python measurements/peers.py --model FOLDER [--model FOLDER ...] [--json FILE]
+python measurements/peers.py --model FOLDER [--model FOLDER ...] [--csv FILE]
 
   kit                    OfflineReranker (texts in, floats out) with the kit's choices for this machine
   llm_score              bare vllm.LLM(...).score() with the three documented settings, otherwise vLLM's defaults
@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import statistics
@@ -31,6 +32,8 @@ KIT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(KIT), str(KIT / "tests" / "stand_ins")]
 
 from pair_texts import make_pairs
+
+from measurements import results
 
 WAYS = ("kit", "llm_score", "transformers", "sentence_transformers")
 N_CHECKED = 32  # pairs whose scores are compared
@@ -258,7 +261,8 @@ def service(name: str, url: str, args, length: int) -> dict:
     rows = json.loads(out.read_text("utf-8"))["rows"]
     best = max({row["level"] for row in rows}, key=lambda n: statistics.median(speeds_at(rows, n)))
     speeds = speeds_at(rows, best)
-    return {"variant": f"{best} in flight", "pairs_s": statistics.median(speeds), "runs": {str(best): speeds}}
+    variant = f"{best} in flight"
+    return {"variant": variant, "pairs_s": statistics.median(speeds), "runs": {variant: speeds}}
 
 
 def speeds_at(rows: list[dict], level) -> list[float]:
@@ -314,6 +318,18 @@ def table(rows: list[dict]) -> str:
     return "\n".join(out)
 
 
+def csv_rows(row: dict, pairs: int) -> list[results.Row]:
+    """A row for each variant that ran (a batch size), for measurements/results/."""
+    start = {"model": row["model"], "tokens": row["tokens"], "dtype": row["dtype"], "way": row["way"], "pairs": pairs}
+    out = []
+    for variant, speeds in row.get("runs", {}).items():
+        spread = {"pairs_s": statistics.median(speeds), "pairs_s_min": min(speeds), "pairs_s_max": max(speeds)}
+        out.append({**start, "variant": variant, "runs": len(speeds), **spread})
+        if variant == row["variant"]:
+            out[-1] |= {"load_s": row.get("load_s"), "difference": row.get("difference")}
+    return out or [{**start, "error": row.get("error")}]
+
+
 def found_version(name: str) -> str | None:
     try:
         return version(name)
@@ -363,8 +379,8 @@ def parse(argv=None):
     )
     add("--concurrency", default="16,64", help="calls in flight for --service")
     add("--seconds", type=float, default=8, help="a level for --service")
-    add("--timeout-s", type=float, default=900, help="time limit of one way")
-    add("--json", type=Path)
+    add("--timeout-s", type=float, default=900, help="longest time of one way")
+    add("--csv", type=Path, help="write the rows here too, as in measurements/results/")
     for name in ("--worker", "--dtype", "--folder", "--out"):  # of the processes of this program
         add(name, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -375,7 +391,8 @@ def parse(argv=None):
 
 
 def defaults(args) -> None:
-    """Fill in defaults that depend on the machine."""
+    """Fill in what was not given, by machine."""
+    from rerank_kit.benchmark.server_view import hardware
     from rerank_kit.engine.machine import cpu_has_bf16, probe_machine
 
     machine = probe_machine()
@@ -384,7 +401,9 @@ def defaults(args) -> None:
     args.lengths = [int(n) for n in (args.lengths or ("128,512" if gpu else "128")).split(",")]
     args.sizes = [int(n) for n in (args.batch_sizes or ("64,128,256" if gpu else "1,8,32")).split(",")]
     args.pairs = args.pairs or (4096 if gpu else 64)
-    args.about = {"gpus": machine.gpus, "cores": len(machine.cores), "vllm": machine.vllm_version} | {
+    args.about = {"command": shlex.join(["python", "measurements/peers.py", *sys.argv[1:]]), "hardware": hardware()}
+    args.about |= {"cores": len(machine.cores), "vllm": machine.vllm_version}
+    args.about |= {
         name: found_version(name) for name in ("torch", "transformers", "sentence-transformers", "fastokens")
     }
 
@@ -416,11 +435,9 @@ def main() -> int:
     finally:
         shutil.rmtree(args.folder)
     text = table(rows)
-    if args.json:
-        for row in rows:
-            row.pop("scores", None)
-        about = {**args.about, "pairs": args.pairs, "docs": args.docs, "command": sys.argv[1:]}
-        args.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n", "utf-8")
+    if args.csv:
+        head = {"date": time.strftime("%Y-%m-%d"), **args.about, "documents_per_query": args.docs}
+        results.write(args.csv, head, [row for one in rows for row in csv_rows(one, args.pairs)])
     print(text)
     return 0 if all("error" not in row for row in rows) else 1
 

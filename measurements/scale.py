@@ -1,4 +1,4 @@
-"""Throughput over the number of GPUs. Starts arrangements of services, loads each, writes a table and a JSON file.
+"""How does throughput grow with the GPUs? Starts arrangements of services, loads each, writes a table.
 
     python measurements/scale.py --model FOLDER --arrange "DP=1" "TP=2" "DP=2" "replicas=2" --out scale
     python measurements/scale.py --model A --model B --arrange "DP=1" "TP=2" --extra-args "--load-format dummy"
@@ -14,7 +14,8 @@ many calls in flight per GPU if that was measured (--per-gpu), otherwise its bes
 --start-all starts all arrangements at once on shared GPUs and loads one after the other, since starting takes most of
 the time. They must fit into memory together: GPU_MEMORY_UTILIZATION, or --extra-args "--kv-cache-memory-bytes 4G".
 --together loads arrangements on disjoint GPUs at the same time; they share CPU cores then ("beside" in the JSON).
-Needs no network and no packages but vLLM's.
+Writes NAME.json with all that was found, NAME.csv as the tables in measurements/results/, NAME.md and NAME.logs.
+Needs no network and nothing but what vLLM brings.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from pathlib import Path
 KIT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(KIT))
 
+from measurements import results
 from rerank_kit.benchmark.server_view import hardware, without_secrets
 from rerank_kit.engine.machine import list_gpus
 from rerank_kit.serving.health import request, samples
@@ -282,9 +284,10 @@ class Run:
             }
             for it in self.args.arrangements
         ]
-        scratch = self.out.with_suffix(".part")
-        scratch.write_text(json.dumps({**about, "table": rows, "arrangements": found}, indent=1))
+        raw, scratch = {**about, "table": rows, "arrangements": found}, self.out.with_suffix(".part")
+        scratch.write_text(json.dumps(raw, indent=1))
         scratch.replace(self.out.with_suffix(".json"))
+        results.write(self.out.with_suffix(".csv"), *results.compact(raw))
         self.out.with_suffix(".md").write_text(markdown(rows))
 
 
@@ -464,7 +467,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--start-all", action="store_true", help="start all at once on shared GPUs, load one after the other")
     add("--meet", metavar="FOLDER:N", help="with --start-all: load only when N runs with this folder have started all")
     add("--together", action="store_true", help="load arrangements on disjoint GPUs at the same time")
-    add("--out", default="scale", metavar="NAME", help="writes NAME.json, NAME.md and the folder NAME.logs")
+    add("--out", default="scale", metavar="NAME", help="of the files and the folder that are written")
     args = parser.parse_args(argv)
     args.argv = argv
     args.model = [str(Path(model).resolve()) for model in args.model]

@@ -4,12 +4,11 @@
     python measurements/scaling_table.py --write               # and put them into docs/scaling.md
     python measurements/scaling_table.py --target-pairs-s 5000 --pairs-s-gpu 700 --doc-tokens 512 --price-per-hour 2
 
-Everything comes from files in docs/results: capacity.json (pairs/s of one GPU), tiers.json (measurements/tiers.py) and
-scale*.json (measurements/scale.py, several GPUs). Assumptions are in Assumed; each has an option.
+Everything comes from measurements/results: capacity.csv (pairs/s of one GPU), tiers.csv (by measurements/tiers.py) and
+scale*.csv (by measurements/scale.py, several GPUs). What is assumed is in Assumed, each with an option.
 """
 
 import argparse
-import json
 import math
 import re
 import sys
@@ -17,7 +16,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 KIT = Path(__file__).resolve().parents[1]
-RESULTS, DOC = KIT / "docs" / "results", KIT / "docs" / "scaling.md"
+DOC = KIT / "docs" / "scaling.md"
+sys.path.insert(0, str(KIT))
+
+from measurements import results
 
 
 @dataclass
@@ -37,8 +39,19 @@ class Assumed:
     cell_hosts: int = 12  # hosts behind one pair of balancers: what one mistake can take down
 
 
-def load(name: str) -> dict:
-    return json.loads((RESULTS / name).read_text("utf-8"))
+def load_tiers() -> dict:
+    """The measured call of tiers.csv: its documents and bytes, and the CPU time of each tier."""
+    head, rows = results.read("tiers")
+    cpu = {row["tier"]: row["cpu_s_per_1000_calls"] for row in rows}
+    return {k: int(head[k]) for k in ("documents", "request_bytes", "answer_bytes")} | {"cpu_s_per_1000_calls": cpu}
+
+
+def load_capacity() -> dict[str, list[dict]]:
+    """Rows of capacity.csv by what they are of: `gpu`, or the process that was full (`api`, `engine`)."""
+    kinds: dict[str, list[dict]] = {}
+    for row in results.read("capacity")[1]:
+        kinds.setdefault(row["what"], []).append(row)
+    return kinds
 
 
 def call_bytes(tiers: dict, docs: int, doc_tokens: int) -> tuple[float, float]:
@@ -103,7 +116,7 @@ def markdown(head: list[str], rows: list[list]) -> str:
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows])
 
 
-def capacity_table(capacity: dict) -> str:
+def capacity_table(capacity: dict[str, list[dict]]) -> str:
     rows = [
         [
             r["model"],
@@ -114,14 +127,14 @@ def capacity_table(capacity: dict) -> str:
             r["p50_ms"] or "-",
             r["setup"],
         ]
-        for r in capacity["rows"]
+        for r in capacity["gpu"]
     ]
     head = ["model", "precision", "tokens a document", "pairs/s of one GPU", "calls in flight", "p50 ms", "how"]
     return markdown(head, rows)
 
 
-def tiers_table(tiers: dict, capacity: dict) -> str:
-    """The capacity of each tier, for the measured call."""
+def tiers_table(tiers: dict, capacity: dict[str, list[dict]]) -> str:
+    """Where each tier is full, for the measured call."""
     docs, cpu = tiers["documents"], tiers["cpu_s_per_1000_calls"]
     rows = []
     for name, title in (
@@ -137,7 +150,7 @@ def tiers_table(tiers: dict, capacity: dict) -> str:
     calls = 25e9 / 8 / (there + back)
     rows.append(["balancer's network, 25 Gb/s", "-", f"{calls:,.0f}", f"{calls * docs:,.0f}"])
     for name, title in (("api", "API process, all it does"), ("engine", "engine process, 0.6B")):
-        pairs = capacity["processes"][name]["pairs_s"]
+        pairs = capacity[name][0]["pairs_s"]
         rows.append([title, f"{1000 * docs / pairs:,.1f}", f"{pairs / docs:,.0f}", f"{pairs:,.0f}"])
     for model, precision in (("0.6B", "bf16"), ("4B", "bf16"), ("8B", "bf16")):
         pairs = best(capacity, model, precision, 128)
@@ -145,41 +158,39 @@ def tiers_table(tiers: dict, capacity: dict) -> str:
     return markdown(["tier", "CPU seconds for 1,000 calls", "calls/s when full", "pairs/s when full"], rows)
 
 
-def best(capacity: dict, model: str, precision: str, doc_tokens: int) -> float:
+def best(capacity: dict[str, list[dict]], model: str, precision: str, doc_tokens: int) -> float:
     """Most pairs/s of one GPU."""
     key = (model, precision, doc_tokens)
-    return max(r["pairs_s"] for r in capacity["rows"] if (r["model"], r["precision"], r["doc_tokens"]) == key)
+    return max(r["pairs_s"] for r in capacity["gpu"] if (r["model"], r["precision"], r["doc_tokens"]) == key)
 
 
-def deployments_table(capacity: dict, tiers: dict, about: Assumed) -> str:
+def deployments_table(capacity: dict[str, list[dict]], tiers: dict, about: Assumed) -> str:
     columns, head = [], ["needs"]
     for target in (10_000, 1_000_000):
         for model, precision, tokens in (("0.6B", "bf16", 128), ("0.6B", "bf16", 512), ("4B", "fp8", 128)):
             head.append(f"{target:,} pairs/s, {model} {precision}, {tokens} tokens")
-            api = capacity["processes"]["api"]["pairs_s"] * 128 / tokens
+            api = capacity["api"][0]["pairs_s"] * 128 / tokens
             one = best(capacity, model, precision, tokens)
             columns.append(plan(target, one, 32, tokens, about, tiers, api))
     return markdown(head, [[name, *(shown(column[name]) for column in columns)] for name in columns[0]])
 
 
 def scale_table() -> str:
-    """Several GPUs, from every scale*.json; a row "not measured yet" if there is none."""
+    """Several GPUs, from every scale*.csv; a row that says so where there is none yet."""
     rows = []
-    for path in sorted(RESULTS.glob("scale*.json")):
-        found = json.loads(path.read_text("utf-8"))
-        hardware = f"{len(found['gpus'])} x {found['gpus'][0].split(',')[0]}" if found["gpus"] else "CPU"
-        for row in found["table"]:
+    for path in sorted(results.FOLDER.glob("scale*.csv")):
+        head, found = results.read(path.stem)
+        for row in found:
             if row["pairs/s"] is not None:
                 # Flags for shared GPUs and random weights; not part of the arrangement.
                 name = re.sub(
                     r"(GPU_MEMORY_UTILIZATION|STARTUP_CHECK)=\S+|--kv-cache-memory-bytes \S+", "", row["arrangement"]
                 )
                 name = " ".join(name.split()).replace("' ", "'")
-                cells = [path.name, hardware, found["vllm"], row["model"], name, row["gpus"]]
+                cells = [path.name, head["hardware"], head["vllm"], row["model"], name, row["gpus"]]
                 cells += [row["tokens"], f"{row['in_flight']:g}", f"{row['pairs/s']:,.0f}"]
-                cells += [f"{row[k]:,.0f}" if row[k] is not None else "-" for k in ("p50_ms", "p95_ms")]
-                cells.append(f"{row['efficiency']:.2f}" if row["efficiency"] is not None else "-")
-                cells.append(f"{row['parity']:.1e}" if row["parity"] is not None else "-")
+                optional = {"p50_ms": ",.0f", "p95_ms": ",.0f", "efficiency": ".2f", "parity": ".1e"}
+                cells += ["-" if row.get(k) is None else format(row[k], how) for k, how in optional.items()]
                 rows.append(cells)
     head = ["file", "hardware", "vLLM", "model", "arrangement", "GPUs", "tokens", "calls in flight", "pairs/s"]
     head += ["p50 ms", "p95 ms", "efficiency", "largest difference of a score to the first"]
@@ -197,7 +208,7 @@ def assumed_table(about: Assumed) -> str:
 
 def tables() -> dict[str, str]:
     """Every generated table of docs/scaling.md by its name there."""
-    capacity, tiers, about = load("capacity.json"), load("tiers.json"), Assumed()
+    capacity, tiers, about = load_capacity(), load_tiers(), Assumed()
     return {
         "capacity": capacity_table(capacity),
         "scale": scale_table(),
@@ -229,10 +240,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.target_pairs_s:
         about = Assumed(**{one.name: getattr(args, one.name) for one in fields(Assumed)})
-        capacity = load("capacity.json")
+        capacity = load_capacity()
         one = args.pairs_s_gpu or best(capacity, "0.6B", "bf16", args.doc_tokens)
-        api = capacity["processes"]["api"]["pairs_s"] * 128 / args.doc_tokens
-        found = plan(args.target_pairs_s, one, args.docs, args.doc_tokens, about, load("tiers.json"), api)
+        api = capacity["api"][0]["pairs_s"] * 128 / args.doc_tokens
+        found = plan(args.target_pairs_s, one, args.docs, args.doc_tokens, about, load_tiers(), api)
         print("\n".join(f"{name:32} {shown(value)}" for name, value in found.items()))
         return 0
     if args.write:

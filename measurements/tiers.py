@@ -1,6 +1,6 @@
 """Cost of a call in each tier: bytes, and CPU seconds per 1,000 calls of client, nginx, TLS and guard.
 
-    python measurements/tiers.py --json docs/results/tiers.json
+    python measurements/tiers.py --csv measurements/results/tiers.csv
 
 A call has 32 documents of 85 words (about 128 tokens), as in docs/performance.md. A null server answers at once with as
 many bytes as vLLM does, which sends every document back. CPU time is a process's own (user and system), so that other
@@ -27,6 +27,8 @@ from pathlib import Path
 KIT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(KIT), str(KIT / "tests"), str(KIT / "tests" / "stand_ins")]
 
+from measurements import results
+from rerank_kit.benchmark.server_view import hardware
 from rerank_kit.benchmark.texts import Texts
 from rerank_kit.client.calls import arerank, rerank
 
@@ -178,7 +180,7 @@ def nginx_costs(server: int, n: int) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--calls", type=int, default=4000, help="calls of each measurement")
-    parser.add_argument("--json", help="file to write")
+    parser.add_argument("--csv", type=Path, help="file to write, as in measurements/results/")
     args = parser.parse_args()
     here, there = multiprocessing.Pipe()
     server = multiprocessing.get_context("spawn").Process(target=null_server, args=(there,), daemon=True)
@@ -193,20 +195,20 @@ def main() -> int:
 
     guard = [float(re.search(r"([\d.]+) us a call", line)[1]) for line in guard_cost()]
     cpu["guard"] = guard[0] / 1000  # microseconds a call = milliseconds for 1,000 calls
-    out = {
+    head = {
         "date": time.strftime("%Y-%m-%d"),
         "command": "python measurements/tiers.py" + (f" --calls {n}" if n != 4000 else ""),
-        "cpu": re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text() + "model name: unknown")[1],
+        "hardware": hardware(),
         "python": platform.python_version(),
         "call": f"{DOCS} documents of {WORDS_A_DOC} words, query of {WORDS_A_QUERY}",
         "documents": DOCS,
         "request_bytes": len(body) + 250,  # and the head of the request
         "answer_bytes": answer_bytes + 150,  # and the service's further headers
-        "cpu_s_per_1000_calls": {name: round(value, 3) for name, value in cpu.items()},
     }
-    print(json.dumps(out, indent=1))
-    if args.json:
-        Path(args.json).write_text(json.dumps(out, indent=1) + "\n")
+    rows = [{"tier": name, "cpu_s_per_1000_calls": round(value, 3)} for name, value in cpu.items()]
+    print(json.dumps({**head, "tiers": rows}, indent=1))
+    if args.csv:
+        results.write(args.csv, head, rows)
     return 0
 
 

@@ -1,8 +1,8 @@
-"""docs/scaling.md is what the program computes from docs/results; the model behind it, by hand."""
+"""docs/scaling.md is what the program computes from measurements/results; the model behind it, by hand."""
 
 import pytest
 
-from measurements import scaling_table
+from measurements import results, scaling_table
 from measurements.scaling_table import Assumed, plan
 
 TIERS = {"documents": 32, "request_bytes": 16000, "answer_bytes": 20000}
@@ -37,12 +37,10 @@ def test_a_plan_follows_what_is_assumed():
 
 
 def test_results_of_several_gpus_come_into_the_table(tmp_path, monkeypatch):
-    assert "not measured yet" in scaling_table.scale_table() or list(scaling_table.RESULTS.glob("scale*.json"))
+    assert "not measured yet" in scaling_table.scale_table() or list(results.FOLDER.glob("scale*.csv"))
     row = {"model": "m", "arrangement": "DP=2", "gpus": 2, "tokens": 128, "in_flight": 64, "pairs/s": 4000.0}
     row |= {"p50_ms": 500.0, "p95_ms": None, "efficiency": 0.97, "parity": 0.0}
-    (tmp_path / "scale.json").write_text(
-        scaling_table.json.dumps({"gpus": ["H100, 80000"] * 2, "vllm": "0.26.0", "table": [row]})
-    )
-    monkeypatch.setattr(scaling_table, "RESULTS", tmp_path)
+    results.write(tmp_path / "scale.csv", {"hardware": "2 x H100", "vllm": "0.26.0"}, [row])
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
     line = scaling_table.scale_table().splitlines()[-1]
     assert "2 x H100" in line and "| DP=2 | 2 | 128 | 64 | 4,000 | 500 | - | 0.97 | 0.0e+00 |" in line
