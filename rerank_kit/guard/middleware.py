@@ -223,6 +223,7 @@ class Guard:
 
     def _take_windows(self, call: Call) -> None:
         """Admit a call, let in by its documents, once more by its windows."""
+        assert call.split is not None  # LongDocuments calls this after a split
         n = len(call.split.owners)
         self.load.reserve(n, instead_of=call.pairs)
         call.pairs = n

@@ -32,12 +32,13 @@ def check_network(cfg: EnvConfig) -> None:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*tls_files(cfg))
         except (OSError, ValueError) as exc:
             files = f"SSL_CERTFILE={cfg.ssl_certfile!r} SSL_KEYFILE={cfg.ssl_keyfile!r}"
-            raise ConfigError(f"{files} cannot be used: {exc.strerror or exc}") from exc
+            raise ConfigError(f"{files} cannot be used: {getattr(exc, 'strerror', None) or exc}") from exc
 
 
 def tls_files(cfg: EnvConfig) -> tuple[str, str]:
     """Paths of certificate and key; relative ones lie beside the kit."""
-    return tuple(str(KIT_DIR / Path(name).expanduser()) for name in (cfg.ssl_certfile, cfg.ssl_keyfile))
+    certificate, key = (str(KIT_DIR / Path(name or "").expanduser()) for name in (cfg.ssl_certfile, cfg.ssl_keyfile))
+    return certificate, key
 
 
 def check_port(cfg: EnvConfig) -> None:

@@ -79,6 +79,7 @@ class Peers(threading.Thread):
         super().__init__(daemon=True)
         self.cfg, self.pids = cfg, pids  # pids() = the processes of this vLLM
         self.head = head_address(cfg)
+        self.warming = False  # as in Watch; a node without an API has nothing to warm
         self.ready = False  # headless: vLLM's engines are connected to the head
         self.baseline: set[tuple] = set()
         self.why = ""  # the others are lost: why

@@ -107,8 +107,8 @@ def _leader(cfg: EnvConfig) -> tuple[int | None, bool, str]:
         PermissionError: the file is another user's.
     """
     try:
-        pid, since, *where = pid_file(cfg).read_text().split()
-        pid, since = int(pid), int(since)
+        first, second, *where = pid_file(cfg).read_text().split()
+        pid, since = int(first), int(second)
     except PermissionError:
         raise
     except (OSError, ValueError):
@@ -120,7 +120,7 @@ def _leader(cfg: EnvConfig) -> tuple[int | None, bool, str]:
 
 
 def _same(pid: int | None, since: int | None) -> bool:
-    return bool(pid and since) and born(pid) == since
+    return bool(pid and since and born(pid) == since)
 
 
 def _memory_mib(pids: list[int]) -> int | None:

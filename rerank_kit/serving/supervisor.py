@@ -163,7 +163,9 @@ class Supervisor:
     def _watch_until_death(self) -> str | None:
         """Why the server died, or None after a stop that was asked for."""
         peers = Peers(self.cfg, rest_of_session) if has_other_nodes(self.cfg) else None
-        watch = peers if is_headless(self.cfg) else Watch(self.cfg, self.warm, self.plan.copies)
+        watch: Peers | Watch = (
+            peers if peers and is_headless(self.cfg) else Watch(self.cfg, self.warm, self.plan.copies)
+        )
         next_rotation = 0.0
         try:
             while True:
@@ -175,7 +177,7 @@ class Supervisor:
                     if status is not None:  # vLLM's front does not notice the death of an engine beside it
                         who = f"engine process {number + 1} of {len(ended)}: " if number else ""
                         return who + describe_end(status, None if self.foreground else read_log(self.log))
-                if watch is not peers and watch.warming and self.state.state == "starting":
+                if watch.warming and self.state.state == "starting":
                     self._save(state=WARMING)
                 if watch.ready and not self.state.ready_since:
                     if peers and peers is not watch:
