@@ -38,8 +38,8 @@ def tls_files(cfg: EnvConfig) -> tuple[str, str]:
     """Paths of certificate and key; a relative one starts at the kit's folder. ConfigError if one is not set."""
     if not (cfg.ssl_certfile and cfg.ssl_keyfile):
         raise ConfigError("SSL_CERTFILE and SSL_KEYFILE belong together: set both or neither")
-    certificate, key = (KIT_DIR / Path(name).expanduser() for name in (cfg.ssl_certfile, cfg.ssl_keyfile))
-    return str(certificate), str(key)
+    certificate, key = (str(KIT_DIR / Path(name).expanduser()) for name in (cfg.ssl_certfile, cfg.ssl_keyfile))
+    return certificate, key
 
 
 def check_port(cfg: EnvConfig) -> None:
