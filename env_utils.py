@@ -4,7 +4,7 @@ python env_utils.py table | example | warnings | shell | get KEY
 """
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rerank_kit import settings
 from rerank_kit.settings import (
@@ -22,11 +22,11 @@ from rerank_kit.settings import (
 )
 
 __all__ = [
-    "CFG",  # noqa: F822 these three by __getattr__
+    "CFG",
     "FIELDS",
     "KIT_DIR",
-    "MODEL_PATH",  # noqa: F822
-    "MODEL_PATH_TINY",  # noqa: F822
+    "MODEL_PATH",
+    "MODEL_PATH_TINY",
     "ConfigError",
     "EnvConfig",
     "env_example",
@@ -39,11 +39,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """CFG, MODEL_PATH and MODEL_PATH_TINY are read on first use: importing this module does nothing."""
-    if name in ("CFG", "MODEL_PATH", "MODEL_PATH_TINY"):
-        return getattr(settings, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+CFG: EnvConfig  # these three have a type here and a value by __getattr__
+MODEL_PATH: str
+MODEL_PATH_TINY: str
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that __getattr__ knows
+
+    def __getattr__(name: str) -> EnvConfig | str:
+        """CFG, MODEL_PATH and MODEL_PATH_TINY are read on first use: importing this module does nothing."""
+        if name in ("CFG", "MODEL_PATH", "MODEL_PATH_TINY"):
+            return getattr(settings, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The shortest program that works: rank three documents, then score them."""
+"""A minimal program: rank three documents, then score them."""
 
 import sys
 

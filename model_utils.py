@@ -1,4 +1,4 @@
-"""rerank() and score() over the running service. The code is in rerank_kit/client/calls.py.
+"""rerank() and score(), sent to the running service. The code is in rerank_kit/client/calls.py.
 
 from model_utils import rerank, score
 

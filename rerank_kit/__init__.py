@@ -1,8 +1,8 @@
-"""Rerankers on vLLM in production: client, service, offline scoring, benchmark. docs/architecture.md shows the rooms.
+"""Rerankers on vLLM in production: client, service, offline scoring, benchmark. docs/architecture.md shows the parts.
 
     from rerank_kit import rerank, score, arerank, ascore, rerank_many
 
-The client's names are imported on first use: the guard and the supervisor load this package without requests.
+The names of the client are imported on first use, so the guard and the supervisor load this package without requests.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -42,13 +42,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "ConfigError":
-        from .settings import ConfigError
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that __getattr__ knows
 
-        return ConfigError
-    from . import client
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name == "ConfigError":
+            from .settings import ConfigError
 
-    return getattr(client, name)
+            return ConfigError
+        from . import client
+
+        return getattr(client, name)

@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 KIT_DIR = Path(__file__).resolve().parents[1]  # the folder of start_rerank.sh, .env, profiles/ and log/
 # .env may also set variables of other libraries; start_rerank.sh exports them to the server.
@@ -27,7 +28,16 @@ class ConfigError(ValueError):
     """A setting that cannot be used. The message names the key, its source and the allowed values."""
 
 
-def _key(default, help, group, *, choices=None, low=None, high=None, secret=False):
+def _key(
+    default: Any,
+    help: str,
+    group: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    secret: bool = False,
+) -> Any:
     meta = {"help": help, "group": group, "choices": choices, "low": low, "high": high, "secret": secret}
     return dataclasses.field(default=default, repr=not secret, metadata=meta)
 
@@ -162,7 +172,7 @@ def load_env(path: Path | str | None = None) -> dict[str, str]:
     return values
 
 
-def _parse(key: str, text: str, source: str):
+def _parse(key: str, text: str, source: str) -> Any:
     """Convert the text of one key to its type. ConfigError names key, source and the allowed values."""
     field = FIELDS[key]
     meta = field.metadata
@@ -182,7 +192,7 @@ def _parse(key: str, text: str, source: str):
     return value
 
 
-def get_config(env_file: Path | str | None = None, **overrides) -> EnvConfig:
+def get_config(env_file: Path | str | None = None, **overrides: object) -> EnvConfig:
     """Build the configuration: argument > environment > .env > default.
 
     Args:
@@ -193,7 +203,8 @@ def get_config(env_file: Path | str | None = None, **overrides) -> EnvConfig:
         ConfigError: the message has a line for every setting that cannot be used.
     """
     file_values = load_env(env_file)
-    values, errors = {}, []
+    values: dict[str, Any] = {}
+    errors: list[str] = []
     for key, field in FIELDS.items():
         for source, text in (
             ("argument", overrides.get(field.name)),
@@ -269,8 +280,8 @@ def markdown_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _groups() -> dict[str, list]:
-    out = {}
+def _groups() -> dict[str, list[tuple[str, dataclasses.Field[Any]]]]:
+    out: dict[str, list[tuple[str, dataclasses.Field[Any]]]] = {}
     for key, field in FIELDS.items():
         out.setdefault(field.metadata["group"], []).append((key, field))
     return out
@@ -292,22 +303,27 @@ def _shell_values() -> str:
 
 
 _cache: dict[str, EnvConfig] = {}
+CFG: EnvConfig  # these three have a type here and a value by __getattr__
+MODEL_PATH: str
+MODEL_PATH_TINY: str
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that __getattr__ knows
 
-
-def __getattr__(name: str):
-    """CFG, MODEL_PATH and MODEL_PATH_TINY are read on first use, so an import reads no file."""
-    if name not in ("CFG", "MODEL_PATH", "MODEL_PATH_TINY"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if "CFG" not in _cache:
-        _cache["CFG"] = get_config()
-    cfg = _cache["CFG"]
-    if name == "CFG":
-        return cfg
-    if name == "MODEL_PATH_TINY":
-        return cfg.model_path_tiny or cfg.model_path or "Qwen/Qwen3-Reranker-0.6B"
-    if not cfg.model_path:
-        raise ConfigError("MODEL_PATH is not set: write MODEL_PATH=/folder/of/the/checkpoint (or a hub id) into .env")
-    return cfg.model_path
+    def __getattr__(name: str) -> EnvConfig | str:
+        """CFG, MODEL_PATH and MODEL_PATH_TINY are read on first use, so an import reads no file."""
+        if name not in ("CFG", "MODEL_PATH", "MODEL_PATH_TINY"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if "CFG" not in _cache:
+            _cache["CFG"] = get_config()
+        cfg = _cache["CFG"]
+        if name == "CFG":
+            return cfg
+        if name == "MODEL_PATH_TINY":
+            return cfg.model_path_tiny or cfg.model_path or "Qwen/Qwen3-Reranker-0.6B"
+        if not cfg.model_path:
+            raise ConfigError(
+                "MODEL_PATH is not set: write MODEL_PATH=/folder/of/the/checkpoint (or a hub id) into .env"
+            )
+        return cfg.model_path
 
 
 def main(argv: list[str]) -> int:

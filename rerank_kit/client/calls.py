@@ -1,6 +1,6 @@
-"""Rerank and score: checked arguments in, payload out, checked answer in.
+"""Rerank and score. Arguments are checked before a request is sent, answers before they are returned.
 
-_Call does the work of one call and no IO; the sync and async functions only send what it asks for.
+_Call holds the logic of one call and does no IO. The sync and async functions send the requests that it makes.
 """
 
 import asyncio
@@ -16,14 +16,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, overload
 
 from .. import settings
 from .errors import RerankError, RerankResponseError
 from .sending import MAX_SECONDS, Reply, apost, post
 from .sessions import base_urls
 
-MIXED_TRIES = 3  # of a split call whose parts were scored by different models
+MIXED_TRIES = 3  # tries of a split call whose parts were scored by different models
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,10 @@ class RerankItem:
 
 
 Items = list[RerankItem]
-# (address, asked model name, answered one) of servers that list both as names of one model.
+Ranked = tuple[Items, list[float | None], dict[str, Any]]  # what rerank() returns
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
+# (address, model name of the request, model name of the answer), both listed by that server as names of one model.
 _aliases: set[tuple[str, str, str]] = set()
 LongDocuments = Literal["truncate", "error", "chunk"]
 
@@ -54,35 +57,36 @@ def rerank(
     batch_size: int | None = None,
     deadline_s: float | None = None,
     max_tokens_per_doc: int | None = None,
-) -> tuple[Items, list[float | None], dict[str, Any]]:
+) -> Ranked:
     """Rank documents by relevance to the query with POST /v1/rerank.
 
     Args:
-        query: what is searched for.
-        documents: N texts. N = 0 returns empty results, no request.
-        top_n: how many of the best to return; None or more than N = all. 0 = none: empty items, no request
-            (a server that is asked for 0 returns all, so it is never asked).
+        query: the text to search for.
+        documents: N texts. N = 0 returns empty results without a request.
+        top_n: number of best documents to return; None or more than N = all. 0 returns empty items without a request,
+            because a server takes 0 for "all".
         model: the served name, or another name of the same model; None = SERVED_MODEL_NAME.
-        base_url: the service, or several separated by commas in order of preference; None = BASE_URL.
-        timeout_s: seconds for one answer (and at most for one connect); None = TIMEOUT_S.
+        base_url: the address of the service, or several separated by commas in order of preference; None = BASE_URL.
+        timeout_s: seconds for one answer, and upper limit for one connect; None = TIMEOUT_S.
         instruction: task instruction for the prompt; None = the server's.
-        long_documents: what happens to a pair that is longer than the model takes. "truncate" cuts it as the model
-            card does, "error" is an HTTP 400, "chunk" scores overlapping windows of the document and takes the best;
-            None = the server's LONG_DOCUMENTS. Bare vLLM (GUARD=0) knows "error" only.
-        batch_size: most documents in one request, longer lists are split; None = CLIENT_BATCH_SIZE.
-        deadline_s: seconds for everything, with all requests and retries; None = no further limit.
-        max_tokens_per_doc: tokens of a document that count; the query and the template come on top.
+        long_documents: treatment of pairs longer than MAX_MODEL_LEN. "truncate" cuts them as the model card does,
+            "error" returns HTTP 400, "chunk" scores overlapping windows of the document and keeps the best score;
+            None = the server's LONG_DOCUMENTS. Bare vLLM (GUARD=0) has "error" only.
+        batch_size: limit on documents in one request; longer lists are split. None = CLIENT_BATCH_SIZE.
+        deadline_s: seconds for the whole call, with all requests and retries; None = no limit.
+        max_tokens_per_doc: limit on the tokens of a document, without query and template; the rest is cut.
 
     Returns:
         (items, scores, raw). items: min(top_n, N) RerankItem, best first, equal scores in input order.
-        scores: N values; scores[i] belongs to documents[i], None where top_n left it out.
-        raw: the server's JSON plus "_cut" (indices of documents of which, or of whose query, the model saw a part
-        only), "_windows" ({index: windows} of the documents that were split), "_version" (the guard's id of the model
-        and settings that scored; "" without guard), "_client_cost_ms" (wall clock) and "_client_calls" (requests that
-        it was split into); of several, results and usage are merged and the ids joined by commas.
+        scores: N values; scores[i] belongs to documents[i]; None for a document that top_n excluded.
+        raw: the server's JSON plus five keys. "_cut": indices of the documents that the model saw in part, or whose
+        query it saw in part. "_windows": {index: windows} of the documents that were split. "_version": the guard's
+        id of the model and settings that made the scores; "" without guard. "_client_cost_ms": wall clock.
+        "_client_calls": the number of requests. Of several requests, results and usage are merged and the ids are
+        joined by commas.
 
     Raises:
-        ValueError: an argument that cannot be used; nothing was sent.
+        ValueError: an invalid argument; nothing was sent.
         RerankError: any failure of the call; subclasses in errors.py.
 
     Source: vLLM Rerank API, docs for the version in requirements.txt.
@@ -133,7 +137,7 @@ async def arerank(
     batch_size: int | None = None,
     deadline_s: float | None = None,
     max_tokens_per_doc: int | None = None,
-) -> tuple[Items, list[float | None], dict[str, Any]]:
+) -> Ranked:
     """rerank() for asyncio: same arguments, results and errors."""
     more = (model, base_url, timeout_s, instruction, long_documents, batch_size, deadline_s, max_tokens_per_doc)
     return await _arun(_Call("/rerank", query, documents, top_n, *more))
@@ -157,6 +161,42 @@ async def ascore(
     return await _arun(_Call("/score", query, documents, None, *more))
 
 
+@overload
+def rerank_many(
+    queries: Sequence[str],
+    documents_lists: Sequence[Iterable[str]],
+    top_n: int | None = None,
+    model: str | None = None,
+    base_url: str | None = None,
+    timeout_s: float | None = None,
+    *,
+    concurrency: int | None = None,
+    progress: bool = False,
+    return_errors: Literal[False] = False,
+    instruction: str | None = None,
+    long_documents: LongDocuments | None = None,
+    batch_size: int | None = None,
+    deadline_s: float | None = None,
+    max_tokens_per_doc: int | None = None,
+) -> list[Ranked]: ...
+@overload
+def rerank_many(
+    queries: Sequence[str],
+    documents_lists: Sequence[Iterable[str]],
+    top_n: int | None = None,
+    model: str | None = None,
+    base_url: str | None = None,
+    timeout_s: float | None = None,
+    *,
+    concurrency: int | None = None,
+    progress: bool = False,
+    return_errors: bool,
+    instruction: str | None = None,
+    long_documents: LongDocuments | None = None,
+    batch_size: int | None = None,
+    deadline_s: float | None = None,
+    max_tokens_per_doc: int | None = None,
+) -> list[Ranked | RerankError]: ...
 def rerank_many(
     queries: Sequence[str],
     documents_lists: Sequence[Iterable[str]],
@@ -173,22 +213,22 @@ def rerank_many(
     batch_size: int | None = None,
     deadline_s: float | None = None,
     max_tokens_per_doc: int | None = None,
-) -> list[tuple[Items, list[float | None], dict[str, Any]]]:
-    """Rerank Q queries, each with its own documents, with a bounded number of threads.
+) -> list[Ranked] | list[Ranked | RerankError]:
+    """Rerank Q queries, each with its own documents, in a limited number of threads.
 
     Args: as in rerank(), for every query (deadline_s too), and
         queries: Q texts.
         documents_lists: Q lists of texts; documents_lists[i] belongs to queries[i].
-        concurrency: most requests in flight; None = CLIENT_CONCURRENCY.
+        concurrency: limit on requests in flight; None = CLIENT_CONCURRENCY.
         progress: show a counter on stderr.
-        return_errors: put a RerankError in its query's place in the result instead of raising it.
+        return_errors: return the RerankError of a failed query in its place instead of raising it.
 
     Returns:
         Q results of rerank(), in the order of the queries.
 
     Raises:
-        ValueError: an argument that cannot be used; nothing was sent.
-        RerankError: the first failure; queries not yet started are dropped.
+        ValueError: an invalid argument; nothing was sent.
+        RerankError: the first failure. Queries that have not started are dropped.
     """
     queries, documents_lists = _as_list("queries", queries), _as_list("documents_lists", documents_lists)
     if len(queries) != len(documents_lists):
@@ -204,9 +244,9 @@ def rerank_many(
 
     stop = threading.Event()
 
-    def one(call: _Call):
+    def one(call: _Call) -> Ranked | RerankError:
         try:
-            return _run(call, 1, stop)  # the threads are the queries'
+            return _run(call, 1, stop)  # one thread: the queries already run in threads
         except RerankError as exc:
             if not return_errors:
                 raise
@@ -217,7 +257,7 @@ def rerank_many(
 
 
 class _Call:
-    """One rerank or score call: its parts, what to send for each, and what their answers mean."""
+    """One rerank or score call: its arguments, the requests of its parts, and the check and merge of their answers."""
 
     def __init__(
         self,
@@ -254,9 +294,9 @@ class _Call:
             if long_documents in ("error", "chunk"):
                 cuts = f"max_tokens_per_doc={_shown(max_tokens_per_doc)} cuts"
                 raise ValueError(f'{cuts}: it excludes long_documents="{long_documents}"')
-            self.extra["max_tokens_per_doc"] = _at_least("max_tokens_per_doc", 1, max_tokens_per_doc, None)
+            self.extra["max_tokens_per_doc"] = _at_least("max_tokens_per_doc", 1, max_tokens_per_doc, 0)
         if long_documents == "error":
-            self.extra["max_tokens_per_doc"] = 0  # vLLM's own word for it: also a server without the guard obeys
+            self.extra["max_tokens_per_doc"] = 0  # means "error" to vLLM, so it works without the guard too
         elif long_documents:
             self.extra["long_documents"] = long_documents
         size = _at_least("batch_size", 1, batch_size, cfg.client_batch_size)
@@ -267,22 +307,23 @@ class _Call:
         self.t0 = time.perf_counter()
         self.until = math.inf if self.deadline_s is None else time.monotonic() + self.deadline_s
 
-    def request(self, part: range) -> tuple:
+    def request(self, part: range) -> tuple[str, dict[str, Any], str | None, float | None, float]:
         """Arguments of post() for the documents of one part."""
         documents = self.documents[part.start : part.stop]
         if self.path == "/score":
-            payload = {"model": self.model, "text_1": self.query, "text_2": documents}
+            payload: dict[str, Any] = {"model": self.model, "text_1": self.query, "text_2": documents}
         else:
             payload = {"model": self.model, "query": self.query, "documents": documents}
-            if self.top_n < len(self.documents):  # the best of all are among the best of each part
+            if self.top_n < len(self.documents):  # the overall best are among the best of each part
                 payload["top_n"] = min(self.top_n, len(documents))
         return self.path, payload | self.extra, self.base_url, self.timeout_s, self.until
 
-    def check(self, part: range, reply: Reply) -> dict:
-        """The reply's JSON, once every result is sure to belong to exactly one document of the part.
+    def check(self, part: range, reply: Reply) -> dict[str, Any]:
+        """The reply's JSON, after a check that each result belongs to exactly one document of the part.
 
         Raises:
-            RerankResponseError: results missing, twice, too many, of another document or model, not a finite score.
+            RerankResponseError: a result is missing, duplicate or superfluous, belongs to another document or model,
+                or has no finite score.
         """
         rows_name, score_name = self.names
         if self.chunk and reply.windows is None:
@@ -294,31 +335,31 @@ class _Call:
             raise reply.error(f"without a list of {rows_name}")
         if len(rows) != (n := min(self.top_n, len(part))):
             raise reply.error(f"{len(rows)} {rows_name} for {n}")
-        seen = set()
+        seen: set[int] = set()
         for row in rows:
             index, value = row.get("index"), row.get(score_name)
             if type(index) is not int or not 0 <= index < len(part) or index in seen:
                 raise reply.error(f"index {_shown(index)} (wanted: 0 to {len(part) - 1}, each once)")
             seen.add(index)
-            # A score beyond a float's range makes isfinite() raise.
+            # isfinite() raises for an integer beyond a float's range, so that is checked first.
             if type(value) not in (int, float) or abs(value) > sys.float_info.max or not math.isfinite(value):
                 raise reply.error(f"{score_name} {_shown(value)} for index {index}")
             echo = row.get("document")
             echo = echo.get("text") if isinstance(echo, dict) else echo
-            # Some servers echo the beginning or nothing; any other text is the answer to somebody else's request.
-            # The guard sends a space for an empty document of a cross-encoder.
+            # Some servers echo the beginning of the document or nothing. Any other text belongs to another request.
+            # For an empty document of a cross-encoder the guard sends a space.
             if isinstance(echo, str) and not (self.documents[part.start + index] or " ").startswith(echo):
                 raise reply.error(f"another document at index {index}")
-        # Documents of which the model saw a part only, and those that were split; the guard names them.
+        # The guard's headers list the documents that were cut or split.
         cut = {part.start + index for index in _listed(reply.cut, len(part))}
         windows = {part.start + index: n for index, n in _listed(reply.windows or "", len(part)).items()}
         return reply.data | {"_cut": cut, "_windows": windows, "_version": reply.version}
 
-    def mixed(self, answers: list[dict], n_tries: int) -> bool:
-        """The parts were scored by different models, as when a fleet changes its model meanwhile: ask all again.
+    def mixed(self, answers: list[dict[str, Any]], n_tries: int) -> bool:
+        """True if different models scored the parts, as while a fleet changes its model. All parts are then sent again.
 
         Raises:
-            RerankResponseError: after MIXED_TRIES tries. Scores of two models cannot be ranked together.
+            RerankResponseError: after MIXED_TRIES tries, because scores of two models cannot be ranked together.
         """
         versions = sorted({answer["_version"] for answer in answers} - {""})
         if len(versions) > 1 and n_tries >= MIXED_TRIES:
@@ -326,15 +367,18 @@ class _Call:
             raise RerankResponseError(f"{text}: give all replicas the same, or raise CLIENT_BATCH_SIZE")
         return len(versions) > 1
 
-    def other_name(self, reply: Reply) -> tuple | None:
-        """Arguments of post() for the list of models where the reply has a model name that was not asked for."""
+    def other_name(self, reply: Reply) -> tuple[str, None, str, float | None, float] | None:
+        """Arguments of post() for the server's list of models, if the reply has a model name that was not requested."""
         model, base_url = reply.data.get("model"), reply.url.removesuffix(self.path)
         if model is None or model == self.model or (base_url, self.model, str(model)) in _aliases:
             return None
         return "/models", None, base_url, self.timeout_s, self.until
 
     def learn_alias(self, reply: Reply, models: Reply) -> None:
-        """A server with several names for its model answers with the first: both names have the same root then."""
+        """Accept the reply's model name if the server lists it with the same root as the requested name.
+
+        A server with several names for its model answers with the first of them.
+        """
         listed = models.data.get("data")
         rows = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
         root_of = {str(row.get("id")): row.get("root") for row in rows}
@@ -346,10 +390,10 @@ class _Call:
     def names(self) -> tuple[str, str]:
         return ("data", "score") if self.path == "/score" else ("results", "relevance_score")
 
-    def merge(self, answers: list[dict]) -> tuple[Items, list, dict]:
-        """Checked answers of all parts, in order, to what rerank() and score() return."""
+    def merge(self, answers: list[dict[str, Any]]) -> tuple[Items, list[Any], dict[str, Any]]:
+        """The result of rerank() or score() from the checked answers of all parts, in order."""
         rows_name, score_name = self.names
-        raw = answers[0] if answers else {"model": self.model, rows_name: []}
+        raw: dict[str, Any] = answers[0] if answers else {"model": self.model, rows_name: []}
         if len(answers) > 1:
             rows = [
                 {**row, "index": part.start + row["index"]}
@@ -367,47 +411,51 @@ class _Call:
         items = [RerankItem(r["index"], float(r[score_name]), self.documents[r["index"]]) for r in raw[rows_name]]
         by_index = self.path == "/score"
         items.sort(key=lambda item: item.index if by_index else (-item.score, item.index))
-        scores: list = [None] * len(self.documents)
+        scores: list[float | None] = [None] * len(self.documents)
         for item in items:
             scores[item.index] = item.score
         cost_ms = (time.perf_counter() - self.t0) * 1e3
-        told = {"_cut": sorted(index for answer in answers for index in answer["_cut"])}
+        told: dict[str, Any] = {"_cut": sorted(index for answer in answers for index in answer["_cut"])}
         told["_version"] = next((answer["_version"] for answer in answers if answer["_version"]), "")
         told["_windows"] = {index: n for answer in answers for index, n in answer["_windows"].items()}
         return items, scores, {**raw, **told, "_client_cost_ms": cost_ms, "_client_calls": len(answers)}
 
 
 def _listed(text: str, n_docs: int) -> dict[int, int]:
-    """{index: value} of the guard's lists, `0-3,7` or `0-3:2,7:5`; what makes no sense is dropped."""
-    out = {}
+    """{index: value} from a list of the guard such as `0-3,7` or `0-3:2,7:5`. Invalid entries are ignored."""
+    out: dict[int, int] = {}
     for first, last, value in re.findall(r"(?:^|,)(\d{1,9})(?:-(\d{1,9}))?(?::(\d{1,9}))?(?=,|$)", text):
         for index in range(int(first), min(int(last or first) + 1, n_docs)):
             out[index] = int(value or 1)
     return out
 
 
-def _run(call: _Call, n_threads: int | None = None, stop: threading.Event | None = None) -> tuple[Items, list, dict]:
+def _run(
+    call: _Call, n_threads: int | None = None, stop: threading.Event | None = None
+) -> tuple[Items, list[Any], dict[str, Any]]:
     call.start()
-    stop = stop or threading.Event()
+    given_up = stop or threading.Event()
 
-    def send(part: range) -> dict:
-        reply = post(*call.request(part), stop)
+    def send(part: range) -> dict[str, Any]:
+        reply = post(*call.request(part), given_up)
         if ask := call.other_name(reply):
             with suppress(RerankError):
                 call.learn_alias(reply, post(*ask))
         return call.check(part, reply)
 
-    for n_tries in itertools.count(1):
-        answers = _in_threads(send, call.parts, n_threads or settings.CFG.client_concurrency, stop)
+    n_tries = 0
+    while True:
+        n_tries += 1
+        answers = _in_threads(send, call.parts, n_threads or settings.CFG.client_concurrency, given_up)
         if not call.mixed(answers, n_tries):
             return call.merge(answers)
 
 
-async def _arun(call: _Call) -> tuple[Items, list, dict]:
+async def _arun(call: _Call) -> tuple[Items, list[Any], dict[str, Any]]:
     call.start()
     slots = asyncio.Semaphore(settings.CFG.client_concurrency)
 
-    async def send(part: range) -> dict:
+    async def send(part: range) -> dict[str, Any]:
         async with slots:
             reply = await apost(*call.request(part))
             if ask := call.other_name(reply):
@@ -417,11 +465,13 @@ async def _arun(call: _Call) -> tuple[Items, list, dict]:
 
     if len(call.parts) <= 1:
         return call.merge([await send(part) for part in call.parts])
-    for n_tries in itertools.count(1):
+    n_tries = 0
+    while True:
+        n_tries += 1
         tasks = [asyncio.ensure_future(send(part)) for part in call.parts]
         try:
             answers = await asyncio.gather(*tasks)
-        finally:  # after a failure: no part may go on behind the caller's back
+        finally:  # after a failure no part may go on in the background
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -430,18 +480,26 @@ async def _arun(call: _Call) -> tuple[Items, list, dict]:
 
 
 def _in_threads(
-    work: Callable, jobs: list, n_threads: int, stop: threading.Event, tick: Callable[[], None] = lambda: None
-) -> list:
+    work: Callable[[_Job], _Result],
+    jobs: list[_Job],
+    n_threads: int,
+    stop: threading.Event,
+    tick: Callable[[], None] = lambda: None,
+) -> list[_Result]:
     """[work(job) for job in jobs] in up to n_threads threads.
 
-    The first failure sets stop, drops what has not begun, and is raised when the requests in flight are over; Ctrl-C at
-    once.
+    The first failure sets stop and drops the jobs that have not started. It is raised when the requests in flight have
+    ended. Ctrl-C is raised at once.
     """
-    if len(jobs) <= 1 or n_threads == 1:  # the usual call: no thread for it
-        return [(work(job), tick())[0] for job in jobs]
+    if len(jobs) <= 1 or n_threads == 1:  # the usual call needs no thread
+        results = []
+        for job in jobs:
+            results.append(work(job))
+            tick()
+        return results
     pool = ThreadPoolExecutor(min(n_threads, len(jobs)), thread_name_prefix="rerank")
     try:
-        # Each with a copy of the caller's context, which holds his OpenTelemetry span.
+        # Each job runs in a copy of the caller's context, which holds the OpenTelemetry span.
         futures = [pool.submit(copy_context().run, work, job) for job in jobs]
         for future in as_completed(futures):
             future.result()
@@ -456,7 +514,7 @@ def _in_threads(
 
 @contextmanager
 def _counter(total: int, show: bool) -> Iterator[Callable[[], None]]:
-    """A function that counts one more query on stderr."""
+    """Yields a function that counts one more query on stderr."""
     if not show:
         yield lambda: None
         return
@@ -474,8 +532,8 @@ def _counter(total: int, show: bool) -> Iterator[Callable[[], None]]:
         print(file=sys.stderr)
 
 
-def _as_list(name: str, value: Iterable) -> list:
-    # A str, a dict and a set can be iterated too, but are never a list of documents.
+def _as_list(name: str, value: Iterable[_Job]) -> list[_Job]:
+    # A str, a dict and a set are iterable too, but a caller never means them as a list of documents.
     if isinstance(value, str | bytes | dict | set | frozenset) or not isinstance(value, Iterable):
         raise ValueError(f"{name} is a {type(value).__name__}, not a list: {_shown(value)}")
     return list(value)
@@ -492,7 +550,7 @@ def _text(name: str, value: str) -> str:
     return value
 
 
-def _at_least(name: str, low: int, value: int | None, default: int | None) -> int:
+def _at_least(name: str, low: int, value: int | None, default: int) -> int:
     if value is None:
         return default
     try:
@@ -517,5 +575,5 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:80] + "..."
 
 
-def _sum(values: list) -> Any:
+def _sum(values: list[Any]) -> Any:
     return sum(values) if all(type(value) is int for value in values) else values[0]

@@ -1,9 +1,9 @@
-"""The exceptions of the client, and what they may quote of an answer."""
+"""The exceptions of the client, and the excerpt of an answer that a message may quote."""
 
 from .. import settings
 from .exchange import ERROR_BYTES
 
-MAX_BODY_CHARS = 2000  # of an error's body, kept in the exception
+MAX_BODY_CHARS = 2000  # limit on the characters of an error's body that the exception keeps
 
 
 class RerankError(RuntimeError):
@@ -11,7 +11,7 @@ class RerankError(RuntimeError):
 
 
 class RerankConnectionError(RerankError):
-    """No connection, or it broke before the answer was complete."""
+    """No connection, or the connection broke before the answer was complete."""
 
 
 class RerankTimeout(RerankConnectionError):
@@ -19,7 +19,7 @@ class RerankTimeout(RerankConnectionError):
 
 
 class RerankHTTPError(RerankError):
-    """The server answered with another status than 2xx.
+    """The server answered with a status other than 2xx.
 
     Attributes:
         status_code: the HTTP status.
@@ -32,11 +32,11 @@ class RerankHTTPError(RerankError):
 
 
 class RerankResponseError(RerankError, ValueError):
-    """A 2xx answer that is not what was asked for."""
+    """A 2xx answer that does not fit the request, such as a missing score or a wrong index."""
 
 
 def excerpt(body: bytes | str, limit: int = 200) -> str:
-    """The beginning of an answer on one line, for a message: printable, and without our API key."""
+    """The beginning of an answer as one printable line, without the API key."""
     text = body if isinstance(body, str) else body[:ERROR_BYTES].decode("utf-8", "replace")
     if settings.CFG.api_key:  # a server may echo the request's headers
         text = text.replace(settings.CFG.api_key, "***")

@@ -1,9 +1,9 @@
-"""One HTTP exchange with requests or aiohttp: a Step in, an Answer or a Failure out, never an exception of theirs.
+"""One HTTP exchange over requests or aiohttp. It takes a Step and returns an Answer or a Failure; it raises nothing.
 
-What the two libraries do not do by themselves, and a client in production needs:
+It adds three things that a client in production needs and neither library has:
 - one timer for the whole answer, so that a server that drips bytes cannot hold a caller for ever;
-- to know how far a failed exchange got, since that decides whether it may be sent again;
-- connections that the server is about to close are not used again.
+- a record of how far a failed exchange got, which decides whether it may be sent again;
+- no reuse of a connection that the server is about to close.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from http.cookiejar import DefaultCookiePolicy
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import requests
@@ -33,18 +34,25 @@ from urllib3.util import Timeout
 
 from ..settings import ConfigError
 
-IDLE_S = 4.0  # uvicorn closes a connection that was idle for 5 s: we drop it first
-STALE_S = 1.0  # a connection that the server had closed already shows it within a round trip
-ERROR_BYTES = 65536  # read of an error's body
+if TYPE_CHECKING:
+    import aiohttp  # type: ignore[import-not-found,unused-ignore]  # a program with sync calls only may lack it
+    from urllib3.connection import HTTPConnection as _Connection
+    from urllib3.connectionpool import HTTPConnectionPool as _ConnectionPool
+else:
+    _Connection = _ConnectionPool = object  # the two mixins below have no base of their own
+
+IDLE_S = 4.0  # uvicorn closes a connection after 5 idle seconds; the client drops it before that
+STALE_S = 1.0  # a connection that the server has closed fails within a round trip
+ERROR_BYTES = 65536  # limit on the bytes that are read of an error's body
 
 
 class NoProxy(OSError):
-    """The proxy that the environment names cannot be used."""
+    """The environment names a proxy that cannot be used."""
 
 
 @dataclass(slots=True)
 class Step:
-    """Send this once."""
+    """One request, to be sent once."""
 
     url: str
     base_url: str
@@ -52,18 +60,18 @@ class Step:
     connect_s: float
     answer_s: float  # from the first byte sent to the last received
     until: float  # time.monotonic() of the deadline; inf = none
-    fresh: bool  # over a new connection
+    fresh: bool  # True = use a new connection
     method: str = "POST"
     trace: dict[str, str] = field(default_factory=dict)  # headers that name the caller's span
 
     def limit(self, status: int) -> int:
-        """Most bytes of an answer that are read; /v1/rerank echoes the documents."""
+        """Limit on the bytes that are read of an answer. It grows with the request: /v1/rerank echoes the documents."""
         return (1 << 20) + 4 * len(self.body) if status < 300 else ERROR_BYTES
 
 
 @dataclass(slots=True)
 class Answer:
-    """Status, headers and body; whole is False if there was more than limit bytes."""
+    """Status, headers and body of an answer; whole is False if the body is longer than limit bytes."""
 
     status: int
     headers: Mapping[str, str]
@@ -79,8 +87,12 @@ class Answer:
 
 @dataclass(slots=True)
 class Failure:
-    """No answer. connect, tls, pool (no free connection): nothing was sent; stale: the server had closed; timeout,
-    lost: it may be at work."""
+    """No answer. kind says how far the exchange got.
+
+    connect, tls, pool: nothing was sent (pool: no connection became free).
+    stale: the server had closed the connection before the request arrived.
+    timeout, lost: the server may be working on the request.
+    """
 
     kind: str
     exc: Exception
@@ -92,38 +104,39 @@ class _Wire:
     """How far an exchange got."""
 
     def __init__(self, step: Step):
-        self.step, self.reused, self.n_bytes, self.timer = step, True, 0, None
+        self.step, self.reused, self.n_bytes = step, True, 0
+        self.timer: asyncio.Timeout | None = None
         self.start()
 
     def connecting(self) -> float:
-        """The time.monotonic() at which the connection must stand."""
+        """Start the connect timer; return its deadline (time.monotonic())."""
         self.reused = self.connected = self.waits = False
-        # Also for what a proxy answers before the connection stands.
+        # A proxy's answer to CONNECT is read under this timer too.
         self.answer_by = min(time.monotonic() + self.step.connect_s, self.step.until)
         return self.answer_by
 
     def start(self) -> float:
-        """The time.monotonic() at which the whole answer must be there."""
+        """Start the answer timer; return its deadline (time.monotonic())."""
         self.connected, self.began = True, time.monotonic()
-        self.waits = False  # for a free connection
+        self.waits = False  # True = waits for a free connection of the pool
         self.answer_by = min(self.began + self.step.answer_s, self.step.until)
         return self.answer_by
 
     def left_s(self) -> float:
         left = self.answer_by - time.monotonic()
         if left <= 0:
-            raise TimeoutError("the time for this answer is over")
+            raise TimeoutError("the answer timer has expired")
         return left
 
     def failure(self, answer: Answer | None, exc: Exception) -> Answer | Failure:
-        """Sort an exception: did the server see the request, and may it be sent again?"""
+        """Classify an exception by whether the server saw the request, which decides whether it may be sent again."""
         if answer and answer.status >= 300:
-            return answer  # the status says enough, its text may be cut
-        chain = [exc]
+            return answer  # the status is enough; the body may be incomplete
+        chain: list[BaseException] = [exc]
         while (deeper := chain[-1].__cause__ or chain[-1].__context__) is not None and deeper not in chain:
             chain.append(deeper)
         timed_out = any(isinstance(one, TimeoutError) for one in chain)
-        cause = next((_reason(one) for one in reversed(chain) if getattr(one, "strerror", None)), None)
+        cause = next((_reason(one) for one in reversed(chain) if isinstance(one, OSError) and one.strerror), None)
         if not self.connected:
             kind = "tls" if any(isinstance(one, ssl.SSLError) for one in chain) else "connect"
         elif timed_out:
@@ -131,33 +144,37 @@ class _Wire:
         else:
             worked = answer or self.n_bytes or time.monotonic() - self.began > STALE_S
             kind = "lost" if worked or not self.reused else "stale"
-        if hasattr(exc, "request_info"):  # aiohttp shows the request's headers, and so the key, in this one's repr
-            exc = http.client.HTTPException(exc.message)
+        if hasattr(exc, "request_info"):  # aiohttp: the repr shows the request's headers, and so the API key
+            exc = http.client.HTTPException(getattr(exc, "message", ""))
         return Failure(kind, exc, timed_out, str(cause or exc) or type(exc).__name__)
 
 
 def _reason(exc: OSError) -> str:
-    """ "Connection refused" and the like; asyncio has other words in strerror, TLS and DNS have their own numbers."""
-    own = isinstance(exc, ssl.SSLError | socket.gaierror) or not exc.errno or exc.errno < 0
-    return exc.strerror if own else os.strerror(exc.errno)
+    """The system's text for an error, such as "Connection refused".
+
+    asyncio writes a text of its own into strerror. The numbers of TLS and DNS errors are not the system's.
+    """
+    number = exc.errno or 0
+    own = isinstance(exc, ssl.SSLError | socket.gaierror) or number <= 0
+    return exc.strerror or "" if own else os.strerror(number)
 
 
 # --- requests -------------------------------------------------------------------------------------------------
 
-_local = threading.local()  # .wire: the exchange that runs in this thread
+_local = threading.local()  # .wire: the _Wire of the exchange that runs in this thread
 
 
 class _TimedReader(io.RawIOBase):
-    """A socket's bytes under the timer of the exchange, from the first byte of the head to the last of the body."""
+    """Reads a socket under the timer of the exchange, from the first byte of the head to the last of the body."""
 
-    def __init__(self, sock):
+    def __init__(self, sock: socket.socket):
         self._sock, self._raw = sock, sock.makefile("rb", buffering=0)
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int | None:
-        wire = getattr(_local, "wire", None)
+    def readinto(self, buffer: Any) -> int | None:
+        wire: _Wire | None = getattr(_local, "wire", None)
         if wire:
             self._sock.settimeout(wire.left_s())
         n = self._raw.readinto(buffer)
@@ -165,7 +182,7 @@ class _TimedReader(io.RawIOBase):
             wire.n_bytes += n
         return n
 
-    def makefile(self, mode: str) -> io.BufferedReader:  # http.client asks its socket for a file
+    def makefile(self, mode: str) -> io.BufferedReader:  # http.client calls this on its socket
         return io.BufferedReader(self, 65536)
 
     def close(self) -> None:
@@ -174,28 +191,32 @@ class _TimedReader(io.RawIOBase):
 
 
 class _Response(http.client.HTTPResponse):
-    def __init__(self, sock, *args, **kwargs):
-        super().__init__(_TimedReader(sock), *args, **kwargs)
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any):
+        # All that HTTPResponse does with its socket is sock.makefile("rb").
+        super().__init__(_TimedReader(sock), *args, **kwargs)  # type: ignore[arg-type]
 
     def _read_status(self) -> tuple[str, int, str]:
-        """The final answer's: http.client takes 102 and 103 for it, and the next call would read this one's answer."""
+        """Version, status and reason of the final answer.
+
+        http.client takes 102 and 103 for the final answer, so the next call would read the answer of this one.
+        """
         while True:
-            version, status, reason = super()._read_status()
+            version, status, reason = super()._read_status()  # type: ignore[misc]  # private: typeshed leaves it out
             if status == 101:
-                raise http.client.BadStatusLine("101, a change of the protocol that nobody asked for")
+                raise http.client.BadStatusLine("101 Switching Protocols, which was not requested")
             if status == 100 or not 100 < status < 200:
                 return version, status, reason
             http.client.parse_headers(self.fp)
 
 
-class _Tracked:
-    """What both connection classes add; plain urllib3 while no exchange of ours runs in the thread."""
+class _Tracked(_Connection):
+    """Mixin of both connection classes. Outside an exchange of the client it behaves as plain urllib3."""
 
     response_class = _Response
     idle_since = 0.0
 
     def connect(self) -> None:
-        wire = getattr(_local, "wire", None)
+        wire: _Wire | None = getattr(_local, "wire", None)
         if wire:
             wire.connecting()
         super().connect()
@@ -203,14 +224,14 @@ class _Tracked:
             wire.start()
 
     def _new_conn(self) -> socket.socket:
-        """urllib3 gives every address of a name the whole time; here all of them share it."""
-        wire = getattr(_local, "wire", None)
+        """urllib3 allows the connect timeout for each address of a name; here all addresses share it."""
+        wire: _Wire | None = getattr(_local, "wire", None)
         try:
-            found = socket.getaddrinfo(self._dns_host, self.port, type=socket.SOCK_STREAM) if wire else ()
+            found = socket.getaddrinfo(self._dns_host, self.port, type=socket.SOCK_STREAM) if wire else []
         except (OSError, UnicodeError):
-            found = ()  # urllib3 says it in its own words
-        addresses = list(dict.fromkeys(info[4][0] for info in found))
-        if not addresses:
+            found = []  # urllib3 fails in the same way and raises its own error
+        addresses = list(dict.fromkeys(str(info[4][0]) for info in found))
+        if not wire or not addresses:
             return super()._new_conn()
         name = self._dns_host
         try:
@@ -224,18 +245,19 @@ class _Tracked:
         finally:
             self._dns_host = name
 
-    def send(self, data) -> None:
+    def send(self, data: Any) -> None:
         if self.sock is None:
             self.connect()
-        if wire := getattr(_local, "wire", None):
+        wire: _Wire | None = getattr(_local, "wire", None)
+        if wire and self.sock is not None:
             self.sock.settimeout(wire.left_s())
         super().send(data)
 
     @property
     def is_connected(self) -> bool:
-        wire = getattr(_local, "wire", None)
+        wire: _Wire | None = getattr(_local, "wire", None)
         if (wire and wire.step.fresh) or time.monotonic() - self.idle_since > IDLE_S:
-            return False  # the pool closes it and opens another
+            return False  # the pool then closes this connection and opens another
         return super().is_connected
 
 
@@ -247,8 +269,8 @@ class _HTTPS(_Tracked, HTTPSConnection):
     pass
 
 
-class _Pool:
-    def _put_conn(self, conn) -> None:
+class _Pool(_ConnectionPool):
+    def _put_conn(self, conn: Any) -> None:
         if conn:
             conn.idle_since = time.monotonic()
         super()._put_conn(conn)
@@ -263,37 +285,37 @@ class _HTTPSPool(_Pool, HTTPSConnectionPool):
 
 
 class _Adapter(HTTPAdapter):
-    def init_poolmanager(self, *args, **kwargs) -> None:
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
         self.poolmanager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
 
     def close(self) -> None:
-        # urllib3 leaves idle connections to the garbage collector, and any stored exception keeps them from it.
+        # urllib3 leaves idle connections to the garbage collector. A stored exception keeps them alive.
         for manager in (self.poolmanager, *self.proxy_manager.values()):
             for key in list(manager.pools.keys()):
                 if pool := manager.pools.get(key):
                     pool.close()
         super().close()
 
-    def proxy_manager_for(self, *args, **kwargs):
+    def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
         manager = super().proxy_manager_for(*args, **kwargs)
-        if isinstance(manager, ProxyManager):  # one for SOCKS has pools of its own, which know how to get through
+        if isinstance(manager, ProxyManager):  # not a SOCKS manager: its own pools speak the SOCKS protocol
             manager.pool_classes_by_scheme = {"http": _HTTPPool, "https": _HTTPSPool}
         return manager
 
 
 class PooledSession(requests.Session):
-    """Keeps up to pool_size connections to base_url; more threads than that open new ones."""
+    """A requests.Session that keeps up to pool_size connections to base_url. Further threads open extra ones."""
 
     def __init__(self, base_url: str, headers: dict[str, str], pool_size: int):
         _need("requests", requests.__version__, 2, 32)
-        _need("urllib3", urllib3.__version__, 2, 0)
+        _need("urllib3", urllib3.__version__, 2, 0)  # type: ignore[attr-defined,unused-ignore]  # not in its __all__
         super().__init__()
         self.headers.update(headers)
-        self.trust_env = False  # else .netrc would replace the key, and proxies be looked up for every call
+        self.trust_env = False  # otherwise .netrc replaces the key and every call looks up the proxies
         self.proxies, ca = _net(base_url)
         self.verify = ca or True
-        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # a jar that threads share, for nothing
+        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # threads would share the jar
         adapter = _Adapter(pool_connections=1, pool_maxsize=pool_size)
         self.mount("http://", adapter)
         self.mount("https://", adapter)
@@ -301,12 +323,13 @@ class PooledSession(requests.Session):
 
     def close(self) -> None:
         super().close()
-        self._pools.clear()  # a closed session works again, as any of requests does
+        self._pools.clear()  # a closed requests.Session can be used again, and so can this one
 
     def pool_of(self, url: str) -> tuple[HTTPConnectionPool, str]:
-        """The connection pool for url, and the target of the request line (all of url if a proxy forwards it)."""
+        """The connection pool for url, and the target of the request line (the whole url for a forwarding proxy)."""
         if url not in self._pools:
-            request, adapter = self.prepare_request(requests.Request("POST", url)), self.get_adapter(url)
+            request = self.prepare_request(requests.Request("POST", url))
+            adapter: Any = self.get_adapter(url)  # the stubs give the base class, which lacks the methods below
             pool = adapter.get_connection_with_tls_context(request, self.verify, proxies=self.proxies)
             adapter.cert_verify(pool, url, self.verify, None)
             self._pools[url] = pool, adapter.request_url(request, self.proxies)
@@ -314,23 +337,25 @@ class PooledSession(requests.Session):
 
 
 def exchange(session: PooledSession, step: Step) -> Answer | Failure:
-    """Send step, redirects not followed.
+    """Send a Step. Redirects are not followed.
 
-    Goes straight to the session's pool: the cookies, redirects and hooks of Session.post() are not wanted here, and
-    cost more than all that the kit does itself (measurements/client_overhead.py).
+    The request goes straight to the session's pool. The cookies, redirects and hooks of Session.post() are not needed
+    and cost more than the rest of the client (measurements/client_overhead.py).
     """
     wire, answer = _Wire(step), None
     _local.wire = wire
+    # The stubs allow bytes as values of a session's headers; the client sets str only.
+    headers: Any = {**session.headers, **step.trace} if step.trace else session.headers
     times = Timeout(connect=step.connect_s, read=step.answer_s)
     try:
-        wire.connected = False  # a proxy or CA file that cannot be used fails here
+        wire.connected = False  # an unusable proxy or CA file raises here
         pool, target = session.pool_of(step.url)
         wire.connected = True
         response = pool.urlopen(
             step.method,
             target,
             step.body,
-            {**session.headers, **step.trace} if step.trace else session.headers,
+            headers,
             timeout=times,
             retries=False,
             redirect=False,
@@ -349,17 +374,20 @@ def exchange(session: PooledSession, step: Step) -> Answer | Failure:
         _local.wire = None
 
 
-# --- aiohttp: imported where it is used, so that sync programs need not have it ---------------------------------
+# --- aiohttp: imported where it is used, so sync programs need not install it ------------------------------------
 
 
-def new_async_session(base_url: str, headers: dict[str, str], pool_size: int, *, reuse: bool = True):
-    """An aiohttp.ClientSession with at most pool_size connections; further calls wait for one."""
+def new_async_session(
+    base_url: str, headers: dict[str, str], pool_size: int, *, reuse: bool = True
+) -> "aiohttp.ClientSession":
+    """An aiohttp.ClientSession with at most pool_size connections. Further calls wait until one is free."""
     try:
-        import aiohttp
+        import aiohttp  # type: ignore[import-not-found,unused-ignore]
     except ModuleNotFoundError as exc:
         raise ConfigError('arerank and ascore need aiohttp: pip install "rerank-kit[async]"') from exc
     _need("aiohttp", aiohttp.__version__, 3, 11)
-    trace = aiohttp.TraceConfig(trace_config_ctx_factory=lambda trace_request_ctx: trace_request_ctx)
+    # Any callable will do; aiohttp's annotation wants a class of SimpleNamespace.
+    trace = aiohttp.TraceConfig(trace_config_ctx_factory=_same_context)  # type: ignore[arg-type,unused-ignore]
     trace.on_connection_create_start.append(_on_connect)
     trace.on_connection_create_end.append(_on_connected)
     trace.on_connection_reuseconn.append(_on_connected)
@@ -380,15 +408,16 @@ def new_async_session(base_url: str, headers: dict[str, str], pool_size: int, *,
     )
 
 
-async def aexchange(session, step: Step) -> Answer | Failure:
-    """The same as exchange() with aiohttp."""
-    import aiohttp
+async def aexchange(session: "aiohttp.ClientSession", step: Step) -> Answer | Failure:
+    """exchange() over aiohttp."""
+    import aiohttp  # type: ignore[import-not-found,unused-ignore]
 
     wire, answer = _Wire(step), None
     wire.waits = True
     left_s = None if step.until == math.inf else step.until - time.monotonic()
     try:
-        # A call that waits for a free connection waits until the deadline; the trace moves the timer after that.
+        # While the call waits for a free connection, the deadline applies. The trace then sets the connect timer and
+        # the answer timer.
         async with asyncio.timeout(left_s) as wire.timer:
             body = step.body if len(step.body) < 1 << 20 else io.BytesIO(step.body)  # sent in pieces
             sent = session.request(
@@ -402,16 +431,20 @@ async def aexchange(session, step: Step) -> Answer | Failure:
         return answer
     except (aiohttp.ClientError, OSError) as exc:  # TimeoutError is an OSError
         if not isinstance(getattr(exc, "message", ""), str):
-            wire.n_bytes = 1  # ServerDisconnectedError holds the part of the head that had arrived
+            wire.n_bytes = 1  # ServerDisconnectedError.message holds the part of the head that arrived
         return wire.failure(answer, exc)
 
 
-async def _on_connect(session, wire, params) -> None:
-    if wire:  # None: somebody uses the session for a request of his own
+def _same_context(trace_request_ctx: Any) -> Any:
+    return trace_request_ctx
+
+
+async def _on_connect(session: "aiohttp.ClientSession", wire: Any, params: Any) -> None:
+    if wire:  # None: the request is not an exchange of the client
         wire.timer.reschedule(asyncio.get_running_loop().time() + wire.connecting() - time.monotonic())
 
 
-async def _on_connected(session, wire, params) -> None:
+async def _on_connected(session: "aiohttp.ClientSession", wire: Any, params: Any) -> None:
     if wire:
         wire.timer.reschedule(asyncio.get_running_loop().time() + wire.start() - time.monotonic())
 
@@ -420,26 +453,26 @@ async def _on_connected(session, wire, params) -> None:
 
 
 def _net(base_url: str) -> tuple[dict[str, str], str | None]:
-    """(proxies by scheme, CA file or folder) that the environment asks for; no proxy for loopback."""
-    host = urlsplit(base_url).hostname
+    """(proxies by scheme, CA file or folder) from the environment. Loopback addresses get no proxy."""
+    host = urlsplit(base_url).hostname or ""
     try:
         address = ipaddress.ip_address(host)
         loopback = address.is_loopback or address.is_unspecified
     except ValueError:
         loopback = host == "localhost" or host.endswith(".localhost")
-    proxies = {} if loopback else requests.utils.get_environ_proxies(base_url)
+    proxies: dict[str, str] = {} if loopback else requests.utils.get_environ_proxies(base_url)
     return proxies, os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
 
 
 def _http_proxy(base_url: str, proxies: dict[str, str]) -> str | None:
-    """The proxy that requests would choose, for aiohttp, which knows neither ALL_PROXY nor one without a scheme."""
-    proxy = requests.utils.select_proxy(base_url, proxies)
+    """The proxy that requests would choose. aiohttp reads no ALL_PROXY and takes no address without a scheme."""
+    proxy: str | None = requests.utils.select_proxy(base_url, proxies)
     if not proxy:
         return None
-    proxy = requests.utils.prepend_scheme_if_needed(proxy, "http")
+    proxy = requests.utils.prepend_scheme_if_needed(proxy, "http")  # type: ignore[no-untyped-call]  # no types in the stubs
     if not urlsplit(proxy).hostname or urlsplit(proxy).scheme not in ("http", "https"):
-        # Not quoted: it may hold a password.
-        raise NoProxy("HTTP_PROXY, HTTPS_PROXY or ALL_PROXY is no http proxy: asyncio needs http://HOST:PORT")
+        # The message does not quote the address: it may hold a password.
+        raise NoProxy("HTTP_PROXY, HTTPS_PROXY or ALL_PROXY is not an HTTP proxy: asyncio needs http://HOST:PORT")
     return proxy
 
 
@@ -451,5 +484,5 @@ def _need(name: str, found: str, *oldest: int) -> None:
 
 @lru_cache
 def _tls_context(ca: str | None) -> ssl.SSLContext:
-    ca = ca or requests.certs.where()  # what requests trusts
-    return ssl.create_default_context(**({"capath": ca} if os.path.isdir(ca) else {"cafile": ca}))
+    ca = ca or requests.utils.DEFAULT_CA_BUNDLE_PATH  # the certificates that requests trusts
+    return ssl.create_default_context(capath=ca) if os.path.isdir(ca) else ssl.create_default_context(cafile=ca)

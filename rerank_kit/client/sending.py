@@ -1,7 +1,7 @@
-"""Sends one JSON object: retries, fail-over, deadline.
+"""Sends one JSON object, with retries, fail-over and a deadline.
 
-post() and apost() are both driven by _attempts(), which decides everything (where to, how long, again or not) and does
-no IO: sync and async cannot differ.
+post() and apost() both follow _attempts(). It chooses the address, the timeouts and the retries and does no IO, so
+sync and async calls behave alike.
 """
 
 import asyncio
@@ -16,6 +16,8 @@ from collections.abc import Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from importlib import import_module
+from typing import Any
 
 from .. import settings
 from .errors import (
@@ -30,34 +32,35 @@ from .errors import (
 from .exchange import Answer, Failure, NoProxy, Step, aexchange, exchange, new_async_session
 from .sessions import SharedResources, _Endpoint, _headers, base_urls
 
-try:  # where vLLM is; a client alone may do without: json does the same, 0.1 ms of a call of 32 documents slower
-    import msgspec
+try:  # installed with vLLM, optional for a client: json gives the same result, 0.1 ms slower at 32 documents
+    msgspec: Any = import_module("msgspec")
 except ImportError:
     msgspec = None
 
 BACKOFF_S, BACKOFF_MAX_S = 0.5, 8.0  # retry n waits a random part of BACKOFF_S * 2**n ("full jitter")
-DOWN_S = 10.0  # so long is an address that failed asked last
-UNAVAILABLE = {502, 503, 504}  # another server may do better
+DOWN_S = 10.0  # for this time a failed address comes last
+UNAVAILABLE = {502, 503, 504}  # another address may be able to answer
 RETRY_STATUS = {429, *UNAVAILABLE}
-MAX_SECONDS = 1e6  # 11 days: a socket cannot count to 25
+MAX_SECONDS = 1e6  # 11 days; a socket's timeout overflows at 25 days
 
 
-def _encode(payload: dict) -> bytes:
+def _encode(payload: dict[str, Any]) -> bytes:
     if msgspec:
-        with suppress(TypeError):  # a subclass of str, which json takes
-            return msgspec.json.encode(payload)
+        with suppress(TypeError):  # msgspec takes no subclass of str, json does
+            body: bytes = msgspec.json.encode(payload)
+            return body
     return json.dumps(payload, ensure_ascii=False).encode()
 
 
-def _decode(body: bytes):
+def _decode(body: bytes) -> Any:
     if msgspec:
-        with suppress(ValueError):  # NaN, 1e400, half surrogates, no JSON at all: json decides
+        with suppress(ValueError):  # NaN, 1e400, lone surrogates, invalid JSON: json decides
             return msgspec.json.decode(body)
     return json.loads(body)
 
 
 def _server_text(body: bytes) -> str:
-    """The server's own words: {"error": {"message"}} of vLLM, {"detail"} of FastAPI, else the body."""
+    """The server's error text: {"error": {"message"}} of vLLM, {"detail"} of FastAPI, else the body."""
     try:
         data = json.loads(body)
     except (ValueError, RecursionError):
@@ -66,7 +69,7 @@ def _server_text(body: bytes) -> str:
         value = data.get(key)
         if isinstance(value, dict):
             value = value.get("message")
-        if isinstance(value, list):  # FastAPI: one entry for every field it refused
+        if isinstance(value, list):  # FastAPI: one entry for each invalid field
             value = json.dumps(value, ensure_ascii=False)
         if isinstance(value, str) and value.strip():
             return excerpt(value, 500)
@@ -74,10 +77,10 @@ def _server_text(body: bytes) -> str:
 
 
 def _trace_headers() -> dict[str, str]:
-    """traceparent (and tracestate) of the caller's OpenTelemetry span; empty where his program does not trace."""
+    """traceparent (and tracestate) of the caller's OpenTelemetry span; empty if the program does not trace."""
     headers: dict[str, str] = {}
-    if "opentelemetry.trace" in sys.modules:  # imported by the caller, never by us first
-        from opentelemetry import propagate
+    if "opentelemetry.trace" in sys.modules:  # the client never imports it first
+        from opentelemetry import propagate  # type: ignore[import-not-found,unused-ignore]  # optional
 
         propagate.inject(headers)
     return {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
@@ -87,22 +90,22 @@ def _trace_headers() -> dict[str, str]:
 class Reply:
     """A 2xx answer: its JSON object, the URL it came from, its bytes, and the guard's X-Rerank-... headers."""
 
-    data: dict
+    data: dict[str, Any]
     url: str
     body: bytes
     cut: str = ""
     windows: str | None = None
-    version: str = ""  # id of the model and the settings that scored
+    version: str = ""  # id of the model and settings that made the scores
 
     def error(self, what: str) -> RerankResponseError:
         return RerankResponseError(f"{self.url} answered {excerpt(what)}: {excerpt(self.body)}")
 
 
 def _reply(step: Step, answer: Answer) -> Reply:
-    told = answer.headers.get("X-Rerank-Cut", ""), answer.headers.get("X-Rerank-Windows")
-    told += (answer.headers.get("X-Rerank-Version", ""),)
+    get = answer.headers.get
+    told = get("X-Rerank-Cut", ""), get("X-Rerank-Windows"), get("X-Rerank-Version", "")
     reply = Reply({}, step.url, bytes(answer.body), *told)
-    kind = answer.headers.get("Content-Type", "application/json").partition(";")[0].strip().lower()
+    kind = get("Content-Type", "application/json").partition(";")[0].strip().lower()
     if not answer.whole:
         raise reply.error(f"more than {answer.limit} bytes")
     if kind != "application/json":
@@ -117,7 +120,7 @@ def _reply(step: Step, answer: Answer) -> Reply:
 
 
 def _error(step: Step, outcome: Answer | Failure) -> RerankError:
-    """The exception that tells a caller what happened, where, and what to do."""
+    """The exception whose message says what happened, where, and what to do."""
     if isinstance(outcome, Answer):
         text = _server_text(bytes(outcome.body))
         if 300 <= outcome.status < 400:
@@ -146,13 +149,13 @@ def _error(step: Step, outcome: Answer | Failure) -> RerankError:
 
 
 def _shareable(exc: Exception | None) -> Exception | None:
-    """The exception behind ours, unless it shows the API key: a library quotes what it could not parse."""
+    """exc as the cause of a RerankError; None if it shows the API key, as libraries quote what they cannot parse."""
     key = settings.CFG.api_key
     return None if exc and key and key in "".join(traceback.format_exception(exc)) else exc
 
 
 def _retry_after_s(headers: Mapping[str, str]) -> float:
-    """Retry-After in seconds, given as a number or as an HTTP date; 0.0 if absent or senseless."""
+    """Retry-After in seconds, from a number or an HTTP date; 0.0 if it is absent or invalid."""
     text = headers.get("Retry-After", "")
     try:
         seconds = float(text)
@@ -165,7 +168,7 @@ def _retry_after_s(headers: Mapping[str, str]) -> float:
 
 
 def _choose(endpoints: list[_Endpoint]) -> _Endpoint:
-    """The first that is not known to be down; after DOWN_S one call, not all, finds out whether it is up again."""
+    """The first address that is not known to be down. After DOWN_S a single call tries a down address again."""
     now = time.monotonic()
     endpoint = next((e for e in endpoints if e.down_until <= now), None) or min(endpoints, key=lambda e: e.down_until)
     if endpoint.down_until:
@@ -174,19 +177,20 @@ def _choose(endpoints: list[_Endpoint]) -> _Endpoint:
 
 
 def _attempts(
-    path: str, payload: dict | None, base_url: str | None, timeout_s: float | None, until: float
+    path: str, payload: dict[str, Any] | None, base_url: str | None, timeout_s: float | None, until: float
 ) -> Generator[Step | float, Answer | Failure | None, Reply]:
-    """One call: yields a Step to send (wants its outcome) or seconds to sleep; returns the Reply.
+    """Drive one call. Yields a Step, whose outcome the caller sends back, or seconds to sleep; returns the Reply.
 
-    Sent again are failed connects and 429, 502, 503, 504, and at once a request that met a connection which the
-    server had closed. Not after a read timeout, nor when a connection broke later: the GPU may be busy with it.
+    A failed connect and 429, 502, 503, 504 are retried. A request on a connection that the server had closed is sent
+    again at once. A read timeout and a connection that broke later are not retried: the GPU may be busy with the call.
     """
     cfg = settings.CFG
     timeout_s = min(cfg.timeout_s if timeout_s is None else timeout_s, MAX_SECONDS)
     body = _encode(payload) if payload is not None else b""
     method = "GET" if payload is None else "POST"
     endpoints = [SharedResources._endpoint(url) for url in base_urls(base_url)]
-    untried, n_retries, fresh, endpoint, error, budget = list(endpoints), 0, False, None, None, endpoints[0]
+    untried, n_retries, fresh, endpoint, budget = list(endpoints), 0, False, endpoints[0], endpoints[0]
+    error: RerankError | None = None
     trace = _trace_headers()
     budget.earn()
     while True:
@@ -197,11 +201,12 @@ def _attempts(
         connect_s, answer_s = min(cfg.connect_timeout_s, timeout_s, left_s), min(timeout_s, left_s)
         step = Step(endpoint.url + path, endpoint.url, body, connect_s, answer_s, until, fresh, method, trace)
         outcome = yield step
-        what = outcome.status if isinstance(outcome, Answer) else outcome.kind
-        if isinstance(what, int) and what not in UNAVAILABLE:
+        assert outcome is not None  # only a sleep has no outcome
+        if isinstance(outcome, Answer) and outcome.status not in UNAVAILABLE:
             endpoint.down_until = 0.0
-            if 200 <= what < 300:
+            if 200 <= outcome.status < 300:
                 return _reply(step, outcome)
+        what = outcome.status if isinstance(outcome, Answer) else outcome.kind
         fresh = what == "stale" and not step.fresh
         if fresh:
             continue
@@ -226,7 +231,7 @@ def _attempts(
 
 def post(
     path: str,
-    payload: dict | None,
+    payload: dict[str, Any] | None,
     base_url: str | None = None,
     timeout_s: float | None = None,
     until: float = math.inf,
@@ -239,18 +244,20 @@ def post(
         payload: the object; None = GET.
         base_url: one address or several, separated by commas; None = config.
         timeout_s: seconds for one answer, from the first byte sent to the last received; None = config.
-        until: time.monotonic() at which the call with all its retries must be over.
-        stop: once it is set, nothing more is sent; an answer that is under way is still awaited.
+        until: time.monotonic() by which the call with all its retries must end.
+        stop: once it is set, nothing more is sent; the answer to a request in flight is still awaited.
 
     Raises:
-        RerankError: one of its subclasses; no exception of requests or aiohttp leaves.
+        RerankError: one of its subclasses; never an exception of requests or aiohttp.
     """
-    steps, outcome = _attempts(path, payload, base_url, timeout_s, until), None
+    steps = _attempts(path, payload, base_url, timeout_s, until)
+    outcome: Answer | Failure | None = None
     while True:
         try:
             step = steps.send(outcome)
         except StopIteration as done:
-            return done.value
+            reply: Reply = done.value
+            return reply
         if stop and stop.is_set():
             raise RerankError("given up: another part of this call has failed")
         if isinstance(step, Step):
@@ -262,28 +269,31 @@ def post(
 
 async def apost(
     path: str,
-    payload: dict | None,
+    payload: dict[str, Any] | None,
     base_url: str | None = None,
     timeout_s: float | None = None,
     until: float = math.inf,
 ) -> Reply:
-    """The same as post() on the running event loop."""
-    steps, outcome = _attempts(path, payload, base_url, timeout_s, until), None
+    """post() on the running event loop."""
+    steps = _attempts(path, payload, base_url, timeout_s, until)
+    outcome: Answer | Failure | None = None
     while True:
         try:
             step = steps.send(outcome)
         except StopIteration as done:
-            return done.value
+            reply: Reply = done.value
+            return reply
         if not isinstance(step, Step):
-            outcome = await asyncio.sleep(step)
+            await asyncio.sleep(step)
+            outcome = None
         else:
             outcome = await _aexchange(step)
 
 
 async def _aexchange(step: Step) -> Answer | Failure:
-    """aexchange() over the right session."""
+    """aexchange() over the session of the event loop, or over a new one if the Step asks for that."""
     try:
-        if step.fresh:  # aiohttp offers no other way to a new connection
+        if step.fresh:  # aiohttp has no other way to force a new connection
             async with new_async_session(step.base_url, _headers(), 1, reuse=False) as session:
                 return await aexchange(session, step)
         session = await SharedResources.get_async_rerank_client(step.base_url)

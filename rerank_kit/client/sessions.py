@@ -1,10 +1,11 @@
-"""Sessions that all calls of a process share: one for each address, and for asyncio one for each event loop too."""
+"""Sessions that all calls of a process share: one for each address; for asyncio, one for each event loop too."""
 
 import asyncio
 import os
 import re
 import threading
 import time
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,14 +16,15 @@ from .. import settings
 from .exchange import PooledSession, new_async_session
 
 if TYPE_CHECKING:
-    import aiohttp
+    import aiohttp  # type: ignore[import-not-found,unused-ignore]  # a program with sync calls only may lack it
 
-RETRY_SHARE, RETRY_FLOOR, RETRY_CEIL = 0.1, 10.0, 100.0  # retry budget: share of calls, always free, most saved up
+# Retry budget, a token bucket for each address: tokens a call adds, level up to which time refills it, capacity.
+RETRY_SHARE, RETRY_FLOOR, RETRY_CEIL = 0.1, 10.0, 100.0
 
 
 @lru_cache
 def _base_urls(text: str) -> tuple[str, ...]:
-    """ "http://a:1, http://b:2/v1/" -> ("http://a:1/v1", "http://b:2/v1"); ValueError names the bad one."""
+    """ "http://a:1, http://b:2/v1/" -> ("http://a:1/v1", "http://b:2/v1"). ValueError names the bad address."""
     urls = []
     for url in (part.strip() for part in text.split(",") if part.strip()):
         try:
@@ -31,8 +33,8 @@ def _base_urls(text: str) -> tuple[str, ...]:
             ok = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         except ValueError:  # also a bad port and UnicodeError
             ok = False
-        if "@" in url:  # may hold a password: never shown
-            raise ValueError("base_url holds a user name or password: put the key into API_KEY")
+        if "@" in url:  # the message does not quote it: it may hold a password
+            raise ValueError("base_url holds a user name or a password: set API_KEY instead")
         if not ok or parts.query or parts.fragment or re.search(r"\s", url):
             raise ValueError(f"base_url={url!r} is not like http://127.0.0.1:11438/v1")
         urls.append(url.rstrip("/").removesuffix("/v1").rstrip("/") + "/v1")
@@ -54,7 +56,7 @@ def base_urls(base_url: str | None = None) -> tuple[str, ...]:
 
 
 def _headers() -> dict[str, str]:
-    # identity: answers are small, and what is not compressed cannot be a bomb.
+    # identity: answers are small, and an uncompressed body cannot be a decompression bomb.
     headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
     key = settings.CFG.api_key
     if key and not (key.isascii() and key.isprintable()):
@@ -64,18 +66,21 @@ def _headers() -> dict[str, str]:
 
 @dataclass
 class _Endpoint:
-    """One address: its sessions, whether it was down, how many retries it may still cost."""
+    """One address: its sessions, whether it is known to be down, and its retry budget."""
 
     url: str
     session: PooledSession | None = None
-    loops: dict = field(default_factory=dict)  # event loop -> (aiohttp session, the generator that closes it)
+    # event loop -> (session, the generator that closes it when the loop ends)
+    loops: "dict[asyncio.AbstractEventLoop, tuple[aiohttp.ClientSession, AsyncGenerator[None, None]]]" = field(
+        default_factory=dict
+    )
     down_until: float = 0.0
     tokens: float = RETRY_FLOOR
     seen: float = field(default_factory=time.monotonic)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def earn(self) -> None:
-        """A call pays for a share of a retry; below the floor, time does too: 1 a second."""
+        """Token bucket: each call adds RETRY_SHARE tokens; below RETRY_FLOOR one token a second is added too."""
         with self.lock:
             now = time.monotonic()
             if self.tokens < RETRY_FLOOR:
@@ -83,7 +88,7 @@ class _Endpoint:
             self.tokens, self.seen = min(RETRY_CEIL, self.tokens + RETRY_SHARE), now
 
     def spend(self) -> bool:
-        """Take one retry from the budget, so that retries cannot multiply an overload; False = none left."""
+        """Take one token for a retry; False = none is left. The limit keeps retries from multiplying an overload."""
         with self.lock:
             paid = self.tokens >= 1
             self.tokens -= paid
@@ -91,20 +96,20 @@ class _Endpoint:
 
 
 class SharedResources:
-    """Sessions that all calls of this process share: one per base_url, and for asyncio one per event loop too.
+    """Sessions that all calls of this process share: one for each base_url; for asyncio, one for each event loop too.
 
-    Safe with threads, with several event loops (also closed ones) and after a fork: a child opens its own
-    connections. A session keeps POOL_SIZE connections; more threads than that work, but open new ones.
+    They are safe with threads, with several event loops (closed ones too) and after a fork, as a child opens its own
+    connections. A session keeps POOL_SIZE connections. Threads beyond that number work, but open new connections.
     """
 
     _lock = threading.RLock()
     _endpoints: ClassVar[dict[str, _Endpoint]] = {}
-    _inherited: ClassVar[list] = []
+    _inherited: ClassVar[list[dict[str, _Endpoint]]] = []
     _fork_hook = False
 
     @classmethod
     def _after_fork(cls) -> None:
-        # Kept, not closed: closing would change the parent's selector, which an event loop shares with its child.
+        # The sessions are kept, not closed: parent and child share the event loop's selector, and closing changes it.
         cls._inherited.append(cls._endpoints)
         cls._endpoints, cls._lock = {}, threading.RLock()
 
@@ -121,10 +126,13 @@ class SharedResources:
 
     @classmethod
     def get_local_rerank_client(cls, base_url: str | None = None) -> PooledSession:
-        """The requests.Session for base_url (the first, if it lists several; None = config), with the API key.
+        """The requests.Session for base_url, with the API key in its headers.
+
+        Args:
+            base_url: an address; of several separated by commas, the first is used. None = config.
 
         Raises:
-            ValueError: base_url is no address, or the key fits in no header.
+            ValueError: base_url is not an address, or no header can carry the key.
         """
         endpoint = cls._endpoint(base_urls(base_url)[0])
         if endpoint.session is None:
@@ -135,13 +143,13 @@ class SharedResources:
 
     @classmethod
     async def get_async_rerank_client(cls, base_url: str | None = None) -> "aiohttp.ClientSession":
-        """The same with aiohttp for the running event loop; it closes when that loop ends."""
+        """The aiohttp.ClientSession for base_url and the running event loop. It is closed when the loop ends."""
         endpoint = cls._endpoint(base_urls(base_url)[0])
         loop = asyncio.get_running_loop()
         session, _ = endpoint.loops.get(loop, (None, None))
         if session is None or session.closed:
             for other in [known for known in list(endpoint.loops) if known.is_closed()]:
-                with suppress(KeyError, StopIteration):  # closed by loop.close() alone: nothing is left to wait for
+                with suppress(KeyError, StopIteration):  # its loop is closed: close() cannot wait for anything
                     endpoint.loops.pop(other)[0].close().send(None)
             session = new_async_session(endpoint.url, _headers(), settings.CFG.pool_size)
             owner = cls._close_with_loop(session, endpoint.loops, loop)
@@ -150,18 +158,22 @@ class SharedResources:
         return session
 
     @staticmethod
-    async def _close_with_loop(session, loops: dict, loop):
-        """asyncio.run() finishes the async generators that are still open: there the session is closed."""
+    async def _close_with_loop(
+        session: "aiohttp.ClientSession",
+        loops: "dict[asyncio.AbstractEventLoop, tuple[aiohttp.ClientSession, AsyncGenerator[None, None]]]",
+        loop: asyncio.AbstractEventLoop,
+    ) -> AsyncGenerator[None, None]:
+        """A generator that closes the session when it is closed: asyncio.run() closes open generators at its end."""
         try:
             yield
         finally:
-            if loops.get(loop, (None,))[0] is session:  # not one that took its place
+            if loops.get(loop, (None,))[0] is session:  # a newer session stays
                 loops.pop(loop)
             await session.close()
 
     @classmethod
     def close_local_rerank_client(cls) -> None:
-        """Close all sync sessions; the next call opens new ones. Event loops close theirs when they end."""
+        """Close all sync sessions. The next call opens new ones. Async sessions are closed with their event loop."""
         with cls._lock:
             sessions = [endpoint.session for endpoint in cls._endpoints.values() if endpoint.session]
             for endpoint in cls._endpoints.values():
