@@ -46,6 +46,7 @@ if command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ]; then
 fi
 "$PY" -m ruff check .
 "$PY" -m ruff format --check .
+"$PY" -m mypy
 shellcheck start_rerank.sh deploy/switch_model.sh tests/run.sh .ci/run
 
 # Exit code of pytest; 5, nothing to run, is none of a part.

@@ -8,8 +8,12 @@ from rerank_kit.benchmark.report import calls_of
 from rerank_kit.benchmark.server_view import gpus_of
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... 30 degrees of freedom (any statistics textbook).
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-T95 += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+# fmt: off
+T95 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)
+# fmt: on
 BETTER = {"pairs/s": 1, "p50_ms": -1, "p95_ms": -1}  # 1: more is better
 SETTINGS = ("model", "model_root", "vllm", "server_flags", "hardware", "load", "texts", "tokens_per_pair")
 
@@ -52,16 +56,16 @@ def compare(base: dict, other: dict, fail_over: float | None = None) -> tuple[li
         if base.get(name) != other.get(name):
             lines.append(f"differs: {name}: {_apart(base.get(name), other.get(name))}")
     gpus = [(gpus_of(out.get("server_flags")) or 0) * out.get("services", 1) for out in (base, other)]
-    groups = [{}, {}]
+    groups: list[dict[str, list[dict]]] = [{}, {}]
     for group, out in zip(groups, (base, other), strict=True):
         for row in out["rows"]:
             if not row["interrupted"]:
                 tuned = f" [{row['settings']}]" if row.get("settings") else ""
                 group.setdefault(f"{row['endpoint']} {row['mode']} {row['level']:g}{tuned}", []).append(row)
     for level in [*groups[0], *(name for name in groups[1] if name not in groups[0])]:
-        rows = [group.get(level) for group in groups]
-        if None in rows:
-            lines.append(f"{level}: only in {'one' if rows[1] is None else 'the other'}")
+        rows = [group.get(level, []) for group in groups]
+        if not all(rows):
+            lines.append(f"{level}: only in {'the other' if rows[1] else 'one'}")
             untold.append(f"{level} (only in one file)")
             continue
         few = min(map(len, rows)) < 2

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
+from typing import Any
 
 import aiohttp
 
@@ -52,7 +53,15 @@ def answer_fault(endpoint: str, data: bytes, n_docs: int) -> tuple[str | None, i
 class Bench:
     """What all levels share: session, texts, the number of the next call, the first text of each error."""
 
-    def __init__(self, base_url, model, texts=None, api_key=None, timeout_s=120.0, connect_timeout_s=5.0):
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        texts: Any = None,
+        api_key: str | None = None,
+        timeout_s: float = 120.0,
+        connect_timeout_s: float = 5.0,
+    ):
         self.addresses, self.model, self.texts = base_url, model, texts
         self.base_urls = [url.strip().rstrip("/") for url in base_url.split(",")]
         self.base_url = self.base_urls[0]
@@ -115,7 +124,7 @@ class Bench:
         finally:
             self.in_flight[url] -= 1
         if error:
-            self.note_error(error, text)
+            self.note_error(error, text or "")
         else:
             self.answered += n_docs
         return Call(sent if due is None else due, sent, end or time.perf_counter(), error, tokens, n_docs, measured)
@@ -162,7 +171,7 @@ class Level:
         """True if no call is to be sent (open loop: due) at `now` after n. opened: start of the window, 0 = not yet."""
         if not opened:
             return False
-        return now >= opened + self.seconds if self.seconds else n >= self.warmup + self.requests
+        return now >= opened + self.seconds if self.seconds else n >= self.warmup + (self.requests or 0)
 
     def __str__(self) -> str:
         return f"{self.endpoint} {self.mode} {self.level:g}"
@@ -304,8 +313,10 @@ def client_process(bench: Bench, level: Level, gate: Gate, share: int, pipe) -> 
 
 def collect(pipes: list, gate: Gate) -> list[tuple[Level, dict] | None]:
     """What each client process sends back; None = it died, which stops the others."""
-    parts, waiting = [], list(pipes)
+    parts: list[tuple[Level, dict] | None] = []
+    waiting = list(pipes)
     while waiting:
+        pipe: Any
         for pipe in wait(waiting):
             waiting.remove(pipe)
             try:
@@ -340,10 +351,11 @@ async def drive_processes(bench: Bench, level: Level, gate: Gate) -> None:
         await asyncio.shield(collecting)
     except asyncio.CancelledError:
         gate.n[STOP] = 1
-    parts = await collecting
+    found = await collecting
     for process in processes:
         process.join()
-    if None in parts:
+    parts = [part for part in found if part is not None]
+    if len(parts) < len(found):
         raise RuntimeError("a client process died; see its error above")
     for part, error_texts in parts:
         level.calls += part.calls

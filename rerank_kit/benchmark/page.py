@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,7 +32,9 @@ def ticks(low: float, high: float) -> list[float]:
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step + 1e-9) + 1)]
 
 
-def chart(title: str, x_name: str, lines: dict[str, list[tuple]], bars: list[list] = (), log_x: bool = False) -> str:
+def chart(
+    title: str, x_name: str, lines: dict[str, list[tuple]], bars: Sequence[list] = (), log_x: bool = False
+) -> str:
     """An SVG of lines {name: [(x, y), ...]} or bars [from, to, height]. y starts at 0; points without y are gaps."""
     lines = {name: sorted((x, y) for x, y in points if y is not None) for name, points in lines.items()}
     xs = [x for points in lines.values() for x, _ in points] + [x for bar in bars for x in bar[:2]]
@@ -58,8 +61,8 @@ def chart(title: str, x_name: str, lines: dict[str, list[tuple]], bars: list[lis
         out.append(f'<text x="{at(x, 0).split(",")[0]}" y="{HIGH - BOTTOM + 14}" text-anchor="middle">{x:g}</text>')
     out.append(f'<text x="{WIDE - 12}" y="{HIGH - 4}" text-anchor="end">{html.escape(x_name)}</text>')
     for left, right, height in bars:
-        (x0, y0), (x1, y1) = (map(float, at(*p).split(",")) for p in ((left, height), (right, 0)))
-        box = f'x="{x0:.1f}" y="{y0:.1f}" width="{max(1.0, x1 - x0 - 1):.1f}" height="{y1 - y0:.1f}"'
+        (x, y), (x1, y1) = (map(float, at(*p).split(",")) for p in ((left, height), (right, 0)))
+        box = f'x="{x:.1f}" y="{y:.1f}" width="{max(1.0, x1 - x - 1):.1f}" height="{y1 - y:.1f}"'
         out.append(f'<rect {box} fill="{COLORS[0]}"><title>{left:g} to {right:g}: {height:g}</title></rect>')
     for color, points in zip(itertools.cycle(COLORS), lines.values(), strict=False):
         # Repeated runs: one point per run; the line connects their medians.
@@ -80,7 +83,8 @@ def tuning(state: dict) -> list[str]:
     """The search of --tune: every candidate with its result and cost, a chart of them, and the turns of the proof."""
     head = ("", "settings", "measured", "windows", "outcome", "score difference", "start, s", "measuring, s")
     out = ["<h2>Settings tried</h2><table><tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in head) + "</tr>"]
-    best, points = 0.0, {"each window": [], "best so far": []}
+    best: float | None = 0.0
+    points: dict[str, list[tuple]] = {"each window": [], "best so far": []}
     for n, one in enumerate(state["tried"], 1):
         mean = statistics.mean(one["values"]) if one["values"] else None
         best = mean if one["outcome"] in ("start", "better") else best
@@ -89,8 +93,8 @@ def tuning(state: dict) -> list[str]:
         shown = "-" if mean is None else f"{mean:.4g}"
         apart = "-" if one["score_difference"] is None else f"{one['score_difference']:.2g}"
         outcome = f"{one['outcome']}: {one['why']}" if one["why"] else one["outcome"]
-        cells = (n, one["label"], shown, len(one["values"]), outcome, apart)
-        cells += (f"{one['restart_s']:.0f}", f"{one['measure_s']:.0f}")
+        cells = [n, one["label"], shown, len(one["values"]), outcome, apart]
+        cells += [f"{one['restart_s']:.0f}", f"{one['measure_s']:.0f}"]
         out.append("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in cells) + "</tr>")
     out.append("</table>" + chart(f"{state['unit']} of each candidate", "candidate", points))
     if state["turns"]:
@@ -168,16 +172,16 @@ def page(about: dict, rows: list[dict]) -> str:
 
 def write_files(paths: dict[str, str | None], about: dict, rows: list[dict]) -> None:
     """Write the json, csv and html files. Called after each level, so a run that dies keeps its rows."""
-    if paths.get("json"):
-        _replace(Path(paths["json"]), json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    if paths.get("csv"):
+    if path := paths.get("json"):
+        _replace(Path(path), json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    if path := paths.get("csv"):
         out = io.StringIO()
         writer = csv.DictWriter(out, [name for name in (rows or [{}])[0] if name != "series"], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(row | {"errors": error_cell(row)} for row in rows)
-        _replace(Path(paths["csv"]), out.getvalue())
-    if paths.get("html"):
-        _replace(Path(paths["html"]), page(about, rows))
+        _replace(Path(path), out.getvalue())
+    if path := paths.get("html"):
+        _replace(Path(path), page(about, rows))
 
 
 def _replace(path: Path, text: str) -> None:

@@ -2,8 +2,9 @@
 
 import math
 from collections import Counter
+from typing import Any
 
-from rerank_kit.benchmark.load import Level
+from rerank_kit.benchmark.load import Call, Level
 from rerank_kit.benchmark.server_view import SEEN, gpus_of
 
 # fmt: off
@@ -27,19 +28,20 @@ def summarise(level: Level, seen: dict | None = None) -> dict:
     Args:
         seen: measurements of the server inside the window, by the names in SEEN.
     """
+    opened, closed = level.opened or 0.0, level.closed or 0.0
     measured = [c for c in level.calls if c.measured]
     good = [c for c in measured if c.error is None]
     errors = Counter(c.error for c in measured if c.error)
     refused = sum(errors[kind] for kind in REFUSED)
     latencies = sorted((c.end - c.due) * 1000 for c in good)
-    window_s = level.closed - level.opened
-    inside = [c for c in level.calls if c.error is None and level.opened < c.end <= level.closed]
+    window_s = closed - opened
+    inside = [c for c in level.calls if c.error is None and opened < c.end <= closed]
     per_s = 1 / window_s if window_s > 0 else 0.0
     lags_ms = sorted(s * 1000 for s in level.lags_s)
     # A very late loop wakes up too rarely for a percentile; then its largest lag is used.
     lag_ms = percentile(lags_ms, 95) or max(lags_ms, default=None)
     tokens = sum(c.tokens for c in inside)
-    row = {"endpoint": level.endpoint, "mode": level.mode, "level": level.level, "ok": len(good)}
+    row: dict[str, Any] = {"endpoint": level.endpoint, "mode": level.mode, "level": level.level, "ok": len(good)}
     row |= {"refused": refused, "err": errors.total() - refused}
     row |= {"req/s": len(inside) * per_s, "pairs/s": sum(c.pairs for c in inside) * per_s}
     row |= {"tok/s": tokens * per_s if tokens else None}
@@ -73,15 +75,16 @@ def histogram(latencies: list[float]) -> list[list]:
 def timeline(level: Level) -> list[dict]:
     """Answers, failures and latencies in each of 40 equal parts of the window."""
     out = []
-    part_s = (level.closed - level.opened) / 40
-    parts = [[] for _ in range(40)]
+    opened, closed = level.opened or 0.0, level.closed or 0.0
+    part_s = (closed - opened) / 40
+    parts: list[list[Call]] = [[] for _ in range(40)]
     for call in level.calls:
-        if part_s > 0 and level.opened < call.end <= level.closed:
-            parts[min(39, int((call.end - level.opened) / part_s))].append(call)
+        if part_s > 0 and opened < call.end <= closed:
+            parts[min(39, int((call.end - opened) / part_s))].append(call)
     for i, calls in enumerate(parts):
         ms = sorted((c.end - c.due) * 1000 for c in calls if c.error is None)
         pairs = sum(c.pairs for c in calls if c.error is None)
-        at = {
+        at: dict[str, float | None] = {
             "t_s": (i + 0.5) * part_s,
             "pairs/s": pairs / part_s if part_s > 0 else 0.0,
             "failed": len(calls) - len(ms),

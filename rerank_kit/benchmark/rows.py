@@ -79,8 +79,11 @@ class Rows:
     """Makes, prints and writes rows. Adds client processes when the client is the bottleneck."""
 
     def __init__(self, args: argparse.Namespace, bench: Bench, about: dict):
-        self.args, self.bench, self.about, self.rows = args, bench, about, []
-        self.model, self.gpu = {}, ""  # config.json and name of the GPU, where they are known
+        self.args, self.bench, self.about = args, bench, about
+        self.rows: list[dict] = []
+        # config.json of the model and name of the GPU; empty = not known
+        self.model: dict = {}
+        self.gpu = ""
         cores = len(os.sched_getaffinity(0))
         # A server on this host needs cores too.
         self.most = args.processes or (max(2, cores // 2) if is_local(args.base_url) else cores)
@@ -118,7 +121,7 @@ class Rows:
                 say(f"[WARN] {level}: {text}")
             if (lines := self.bench.texts.lines) and self.bench.first > lines:
                 say(f"[WARN] {level}: the file's {lines} calls were sent again and may hit the prefix cache")
-        if level.interrupted:
+        if level.interrupted or row is None:
             raise Interrupted
         return row
 

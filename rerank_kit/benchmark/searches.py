@@ -16,7 +16,8 @@ MOST_PROBES = 20  # windows of one --slo search
 
 async def saturate(rows: Rows, endpoint: str) -> str:
     """Double the calls in flight until throughput stops growing. Returns the finding in a sentence."""
-    made, n = [], 1
+    made: list[dict] = []
+    n = 1
     while n <= MOST_IN_FLIGHT and not stops_growing(made):
         made.append(await rows.make(level_of(rows.args, endpoint, "closed", n)))
         if not made[-1]["ok"]:
@@ -33,7 +34,8 @@ async def saturate(rows: Rows, endpoint: str) -> str:
 
 async def search_slo(rows: Rows, endpoint: str) -> str:
     """Find the highest open-loop rate that holds the SLO. Returns the finding in sentences."""
-    (p, slo_ms), made = rows.args.slo, []
+    p, slo_ms = rows.args.slo
+    made: list[dict] = []
     first = await rows.make(level_of(rows.args, endpoint, "closed", 16))
     if not first["req/s"]:
         return f"{endpoint}: search ended: no call succeeded"
@@ -104,7 +106,8 @@ async def highest_rate(held, guess: float, most: int) -> tuple[float, float, boo
         differ by at most 10 %, unless the limit on tries was reached.
     """
     holds: dict[float, bool] = {}
-    tries, rate = Counter(), guess
+    tries: Counter[float] = Counter()
+    rate = guess
     while True:
         holds[rate] = await held(rate)
         tries[rate] += 1

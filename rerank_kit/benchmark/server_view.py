@@ -23,8 +23,12 @@ from rerank_kit.benchmark.load import CLOSED, OPENED, Bench, Gate
 from rerank_kit.engine.choices import count_weights
 
 # What may be observed of the server inside a window; None = not observed.
-SEEN = ("gpu_util", "gpu_mem_gib", "api_cpu", "engine_cpu", "server_cpu", "host_cpu", "host_cores")
-SEEN += ("queue_ms", "cache_hits", "step_tokens", "mfu")
+# fmt: off
+SEEN = (
+    "gpu_util", "gpu_mem_gib", "api_cpu", "engine_cpu", "server_cpu", "host_cpu", "host_cores",
+    "queue_ms", "cache_hits", "step_tokens", "mfu",
+)
+# fmt: on
 
 
 def hardware() -> str:
@@ -67,9 +71,13 @@ def server_flags(base_url: str) -> str | None:
 
 # Dense bf16 peak of one GPU in 1e12 operations a second, from NVIDIA's data sheets (without sparsity); the first
 # name whose words nvidia-smi's name holds.
-PEAKS = (("H200 NVL", 835), ("H200", 989), ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H20", 148))
-PEAKS += (("B200", 2250), ("A100", 312), ("A800", 312), ("L40S", 362), ("L40", 181), ("L4", 121), ("A10G", 70))
-PEAKS += (("A10", 125), ("RTX 4090", 165), ("A30", 165))
+# fmt: off
+PEAKS = (
+    ("H200 NVL", 835), ("H200", 989), ("H100 PCIe", 756), ("H100 NVL", 835), ("H100", 989), ("H20", 148),
+    ("B200", 2250), ("A100", 312), ("A800", 312), ("L40S", 362), ("L40", 181), ("L4", 121), ("A10G", 70),
+    ("A10", 125), ("RTX 4090", 165), ("A30", 165),
+)
+# fmt: on
 
 
 def peak_flops(name: str) -> float | None:
@@ -116,19 +124,21 @@ METRICS = {
 }
 
 
-def metric_sums(text: str) -> Counter:
+def metric_sums(text: str) -> dict[str, float]:
     """The counters that METRICS needs from the text of /metrics, each summed over all engines."""
-    sums = Counter()
+    sums: dict[str, float] = {}
     for name, value in re.findall(r"^(vllm:\w+)(?:\{.*\})? (\S+)$", text, re.M):
         if any(name in names for names in METRICS.values()):
-            sums[name] += float(value)
+            sums[name] = sums.get(name, 0.0) + float(value)
     return sums
 
 
 def what_changed(first: dict, last: dict, pids: dict[int, bool], gpu_lines: list[str]) -> dict:
     """Counters of two looks at the server, and nvidia-smi's lines (index, % busy, MiB) between, as a row's SEEN."""
     d = {name: last[name] - first[name] for name in last if name in first}
-    out, time_s, gpus = {}, d["time_s"], {}
+    out: dict[str, float | None] = {}
+    time_s = d["time_s"]
+    gpus: dict[float, list[tuple[float, float]]] = {}
     for line in gpu_lines:
         with contextlib.suppress(ValueError):  # [N/A], or a line cut short
             index, used, mib = map(float, line.split(","))
@@ -204,9 +214,9 @@ def server_processes(base_url: str) -> dict[int, bool]:
     return found
 
 
-async def look(bench: Bench) -> dict[str, float]:
+async def look(bench: Bench) -> dict[str | int, float]:
     """Counters of the server now: CPU seconds by PID and of the host, sums of /metrics over all engines."""
-    now = Counter({"time_s": time.perf_counter()})
+    now: dict[str | int, float] = {"time_s": time.perf_counter()}
     for pid in bench.server_pids:
         with contextlib.suppress(OSError):
             used = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
@@ -218,15 +228,16 @@ async def look(bench: Bench) -> dict[str, float]:
         url, timeout = base_url.removesuffix("/v1") + "/metrics", aiohttp.ClientTimeout(total=2)
         with contextlib.suppress(aiohttp.ClientError, OSError, ValueError):
             async with bench.session.get(url, timeout=timeout) as answer:
-                now.update(metric_sums(await answer.text()) if answer.status == 200 else {})
+                for name, value in metric_sums(await answer.text()).items() if answer.status == 200 else ():
+                    now[name] = now.get(name, 0.0) + value
     return now
 
 
 async def sample_gpus(samples: list[tuple[float, str]]) -> None:
     """Append (time, line of nvidia-smi) four times a second until cancelled; a line: index, % busy, MiB used."""
     ask = ["--query-gpu=index,utilization.gpu,memory.used", "--format=csv,noheader,nounits", "-lms", "250"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    smi = await asyncio.create_subprocess_exec("nvidia-smi", *ask, **pipes)
+    smi = await asyncio.create_subprocess_exec("nvidia-smi", *ask, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert smi.stdout is not None
     try:
         async for line in smi.stdout:
             samples.append((time.perf_counter(), line.decode(errors="replace")))
@@ -238,7 +249,8 @@ async def sample_gpus(samples: list[tuple[float, str]]) -> None:
 
 async def observe(bench: Bench, gate: Gate) -> dict:
     """What the server did inside the window, by the names in SEEN. What cannot be observed is left out."""
-    samples, sampling = [], None
+    samples: list[tuple[float, str]] = []
+    sampling = None
     if is_local(bench.base_url) and shutil.which("nvidia-smi"):
         sampling = asyncio.create_task(sample_gpus(samples))
     try:

@@ -28,6 +28,7 @@ def read_cfg(text: str) -> dict:
     parts = shlex.split(commands[0])
     at = parts.index("serve")
     found = re.search(r"^vllm=(\S+) gpus=(.*) cores=(\d+) ", text, re.M)
+    assert found is not None, "start_rerank.sh cfg prints this line"
     env = dict(part.partition("=")[::2] for part in parts[: at - 1])
     gpus = 0 if found[2] == "none" else found[2].count(";") + 1
     machine = {"vllm": found[1], "gpus": gpus, "cores": int(found[3])}
@@ -43,10 +44,12 @@ class Service:
     async def run(self, *action: str, settings: dict[str, str] | None = None) -> tuple[int, str, str]:
         """(exit code, stdout, stderr) of the script. A cancelled call ends the script with all it started."""
         command = ["sh", str(KIT_DIR / "start_rerank.sh"), *action]
-        pipes = {"stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.PIPE}
         env = {**os.environ, **(settings or {})}
         # A group of its own: Ctrl-C reaches this program alone, which then ends the script in order.
-        process = await asyncio.create_subprocess_exec(*command, env=env, start_new_session=True, **pipes)
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(
+            *command, env=env, start_new_session=True, stdout=pipe, stderr=pipe
+        )
         try:
             out, err = await process.communicate()
         except asyncio.CancelledError:
@@ -54,6 +57,7 @@ class Service:
                 os.killpg(process.pid, signal.SIGTERM)
             await process.wait()
             raise
+        assert process.returncode is not None  # communicate() waits for the end
         return process.returncode, out.decode(errors="replace"), err.decode(errors="replace")
 
     async def shown(self) -> dict:
@@ -83,7 +87,7 @@ class Service:
     async def stop(self) -> None:
         await self.run("stop")
 
-    async def leader(self) -> list[int] | None:
+    async def leader(self) -> list[int | None] | None:
         """[PID, start time] of the supervisor, which name it for ever."""
         pid = (await self.state())["pid"]
         return [pid, born(pid)] if pid else None

@@ -32,7 +32,8 @@ class Lengths:
         """Raises ValueError for a text that names no distribution, or lengths outside 5..32768."""
         number = r"(\d+(?:\.\d+)?)"
         if found := re.fullmatch(r"(\d+)(?:-(\d+))?", spec):
-            kind, low, high = ("uniform" if found[2] else "fixed"), int(found[1]), int(found[2] or found[1])
+            kind = "uniform" if found[2] else "fixed"
+            low, high = float(found[1]), float(found[2] or found[1])
             wrong = high < low or high > LONGEST
         elif found := re.fullmatch(rf"lognormal:{number},{number}", spec):
             kind, low, high = "lognormal", float(found[1]), float(found[2])
@@ -49,11 +50,12 @@ class Lengths:
             # exp(mu + sigma**2 / 2) is the mean of a lognormal distribution.
             drawn = round(rng.lognormvariate(math.log(self.low) - self.high**2 / 2, self.high))
             return min(max(drawn, SERIAL_WORDS), LONGEST)
-        return rng.randint(self.low, self.high) if self.kind == "uniform" else self.low
+        low, high = int(self.low), int(self.high)
+        return rng.randint(low, high) if self.kind == "uniform" else low
 
     @property
     def most(self) -> int:
-        return LONGEST if self.kind == "lognormal" else self.high
+        return LONGEST if self.kind == "lognormal" else int(self.high)
 
 
 class Texts:

@@ -20,6 +20,7 @@ import signal
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -74,7 +75,8 @@ class Meter:
 
     async def scores(self) -> list[float]:
         """Scores of fixed texts, one call after the other. Raises RuntimeError."""
-        out, k = [], 0
+        out: list[float] = []
+        k = 0
         while len(out) < PARITY_PAIRS and k < 16:
             body, n_docs = self.fixed.body(self.endpoint, self.bench.model, 10**6 + k)
             try:
@@ -105,15 +107,17 @@ class Tuner:
     `state` holds all results and is saved after each step. A resumed search replays its path on these results.
     """
 
-    def __init__(self, service, meter, start: dict, knobs: list[Knob], *, extra_args="", slo=False, budget_s=1800.0):
+    def __init__(
+        self, service: Any, meter: Any, start: dict, knobs: list[Knob], *, extra_args="", slo=False, budget_s=1800.0
+    ):
         self.service, self.meter, self.start, self.knobs = service, meter, start, knobs
         self.extra_args, self.slo, self.budget_s = extra_args, slo, budget_s
         self.unit = "calls/s within the SLO" if slo else "pairs/s"
         self.tolerance, self.clock, self.save = TOLERANCE, time.monotonic, lambda: None
-        self.state = {"tried": [], "turns": [], "spent_s": 0.0, "scores": None, "unit": self.unit}
+        self.state: dict[str, Any] = {"tried": [], "turns": [], "spent_s": 0.0, "scores": None, "unit": self.unit}
         self.seen: list[dict] = []  # settings of this search's path so far
         self.running: dict | None = None  # settings of the service that runs now
-        self.began = None
+        self.began: float | None = None
 
     # - time -
 
@@ -162,7 +166,14 @@ class Tuner:
     async def measure(self, values: dict, best: dict | None) -> dict:
         """Start and judge one candidate. Its record has the result and the cost."""
         label = label_of(values, self.start)
-        out = {"settings": values, "label": label, "values": [], "outcome": "", "why": "", "measure_s": 0.0}
+        out: dict[str, Any] = {
+            "settings": values,
+            "label": label,
+            "values": [],
+            "outcome": "",
+            "why": "",
+            "measure_s": 0.0,
+        }
         out |= {"score_difference": None, "bound": None, "p95_ms": None}
         out["restart_s"], wrong = await self.started(values)
         began = self.clock()
@@ -190,7 +201,7 @@ class Tuner:
     async def others(self, before: float | None, ours: int) -> None:
         """Raise Trouble when the server answered more pairs than we sent."""
         after, sent = await self.meter.served(), self.meter.bench.answered - ours
-        if None not in (before, after) and after - before > 1.02 * sent + OTHER_PAIRS:
+        if before is not None and after is not None and after - before > 1.02 * sent + OTHER_PAIRS:
             came = after - before - sent
             raise Trouble(f"others use the service ({came:.0f} pairs came from outside this search): search ended")
 
@@ -353,7 +364,9 @@ class Tuner:
         if not all(map(statistics.mean, sides.values())):
             self.state["gain"] = (0.0, None, False)
             return [*out, "tune: no rate held the SLO in the proof: use a larger SLO or longer windows (--seconds)"]
-        change, half = difference(sides["present"], sides["best"])
+        found = difference(sides["present"], sides["best"])
+        assert found is not None, "the proof has two turns or more for each side"
+        change, half = found
         percent = 100 / statistics.mean(sides["present"])
         self.state["gain"] = (change * percent, half * percent, change > half)
         n = len(sides["best"])
@@ -406,8 +419,8 @@ def budget(text: str) -> float:
 
 def same_search(args: argparse.Namespace, shown: dict, start: dict, knobs: list[Knob]) -> dict:
     """What must be equal for a search to resume from a state file. The budget may differ."""
-    names = ("endpoint", "concurrency", "slo", "seconds", "requests", "docs", "doc_words", "doc_tokens", "query_words")
-    names += ("query_tokens", "repeat", "input", "model", "constant")
+    names = ["endpoint", "concurrency", "slo", "seconds", "requests", "docs", "doc_words", "doc_tokens", "query_words"]
+    names += ["query_tokens", "repeat", "input", "model", "constant"]
     key = {name: getattr(args, name) for name in names}
     key |= {"command": shown["words"], "env": shown["env"], "vllm": shown["vllm"]}
     key |= {"start": start, "knobs": [k.name for k in knobs]}
@@ -437,12 +450,14 @@ class Session:
 
     def __init__(self, args: argparse.Namespace, cfg: EnvConfig, begin):
         self.args, self.cfg, self.begin = args, cfg, begin
-        self.service, self.tuner, self.touched = Service(cfg), None, False
+        self.service, self.touched = Service(cfg), False
+        self.tuner: Tuner | None = None
         self.path = cfg.log_path / f"tune-{cfg.port}.json"
 
     async def run(self) -> int:
         """Prepare, search, report. Raises Trouble; Interrupted or CancelledError after a signal."""
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None  # a coroutine of asyncio.run() is a task
         for number in (signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, task.cancel)
         args, cfg = self.args, self.cfg
@@ -503,6 +518,7 @@ class Session:
     def put_back(self) -> str | None:
         """Leave the service as it was found. None = done, else what went wrong."""
         tuner, wrong = self.tuner, None
+        assert tuner is not None  # touched is set with it
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: say("[INFO] please wait: the service is being put back as it was"))
         if not tuner.state["was_running"]:

@@ -69,7 +69,7 @@ def check_nodes(cfg: EnvConfig) -> None:
 def head_address(cfg: EnvConfig) -> str:
     """DP_ADDRESS as an IP address, because vLLM cannot listen on a name."""
     try:
-        return socket.getaddrinfo(cfg.dp_address, cfg.dp_rpc_port, type=socket.SOCK_STREAM)[0][4][0]
+        return str(socket.getaddrinfo(cfg.dp_address, cfg.dp_rpc_port, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as exc:
         raise ConfigError(f"DP_ADDRESS={cfg.dp_address!r} is not an address: {exc.strerror}") from exc
 
@@ -114,5 +114,5 @@ def node_env(cfg: EnvConfig) -> dict[str, str]:
 def describe_node(cfg: EnvConfig) -> str:
     """`node 1 of 2 (1 engine, head 10.0.0.1:29550)`."""
     engines = f"{cfg.engines_here} engine" + "s" * (cfg.engines_here > 1)
-    head = f"[{cfg.dp_address}]" if ":" in cfg.dp_address else cfg.dp_address
+    head = f"[{cfg.dp_address}]" if ":" in (cfg.dp_address or "") else cfg.dp_address
     return f"node {cfg.node_rank} of {cfg.dp // cfg.engines_here} ({engines}, head {head}:{cfg.dp_rpc_port})"

@@ -4,6 +4,7 @@ Few imports, since every API process loads this module. docs/guard.md lists ever
 """
 
 import time
+from pathlib import Path
 
 from rerank_kit.guard.answers import Refusal
 from rerank_kit.guard.counts import Counts
@@ -42,7 +43,8 @@ class Load:
         self.pairs_per_s = 0.0  # 0 = not known yet
         self._clock, self._last = clock, clock()
         self._busy_s = self._pair_seconds = 0.0
-        self._least_busy_s, self._seen_pair_s, self._seen_busy_s = 0.0, 0.0, {}
+        self._least_busy_s = self._seen_pair_s = 0.0
+        self._seen_busy_s: dict[Path, float] = {}  # by file of a process
         self._served_before = 0
         self._from_idle = True
 

@@ -25,12 +25,12 @@ class Counts:
         # Named after the common parent's PID, since the folder may outlive a server and its files.
         self._prefix = f"guard-{os.getppid()}-{born(os.getppid())}-"
         self._own_file = self._folder / f"{self._prefix}{pid or os.getpid()}.load"
-        self._others: dict[Path, memoryview] = {}
+        self._others: dict[Path, memoryview[float]] = {}
         self._looked = -math.inf
         if self._n_others > 0:
             unseen = self._own_file.with_suffix(".new")
             unseen.write_bytes(bytes(self.SIZE))
-            self._own = _mapped(unseen)
+            self._own: memoryview[float] = _mapped(unseen)
             unseen.rename(self._own_file)
         else:
             self._own = memoryview(bytearray(self.SIZE)).cast("d")
@@ -81,15 +81,15 @@ class Counts:
                 self._others[file] = _mapped(file)
 
 
-def _mapped(file: Path) -> memoryview:
+def _mapped(file: Path) -> "memoryview[float]":
     with file.open("r+b") as opened:
         return memoryview(mmap.mmap(opened.fileno(), Counts.SIZE)).cast("d")
 
 
-def _settled(view: memoryview) -> list[float]:
+def _settled(view: "memoryview[float]") -> list[float]:
     """The numbers of one process, not from the middle of a change."""
     for _ in range(100):
-        values = view.tolist()
+        values: list[float] = view.tolist()  # type: ignore[assignment]  # typeshed knows list[int] only
         if values[0] % 2 == 0 and view[0] == values[0]:
             break
     return values

@@ -161,7 +161,8 @@ def split_payload(fitter: Fitter, payload: dict, most: int = 0) -> tuple[Split |
     top_n = _top_n(payload)
     if fields is None or top_n is None:
         return None, []
-    instruction, parts, n = _instruction(payload), [], 0
+    instruction, n = _instruction(payload), 0
+    parts: list[tuple[str, list[str], bool]] = []
     pairs = _pairs(fitter, payload, fields)
     for query, document in pairs:
         # Each remaining document makes at least one window.

@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from rerank_kit.guard.answers import Refusal
 from rerank_kit.guard.long_bodies import (
@@ -40,7 +41,7 @@ class LongDocuments:
         self.default = os.environ.get("GUARD_LONG_DOCUMENTS", "")
         if self.default not in ("", *MODES):
             raise ValueError(f"GUARD_LONG_DOCUMENTS={self.default!r} is unknown: allowed is {', '.join(MODES)}")
-        self.fitter = None  # made by the first scoring call, which is start's own probe
+        self.fitter: Any = None  # made by the first scoring call, which is start's own probe
         self.worker = ThreadPoolExecutor(1, "guard-tokenizer")  # one thread: a fast tokenizer is not thread-safe
 
     def choose_mode(self, call, payload: dict) -> str | None:
@@ -89,7 +90,7 @@ class LongDocuments:
             call.cut = await self._in_worker(call, receive, fit_payload, self.fitter, call.payload) or []
         return None if call.aborted else self.encode(call.payload)
 
-    async def _in_worker(self, call, receive, work, *args):
+    async def _in_worker(self, call, receive, work: Callable, *args) -> Any:
         """work(*args) in the tokenizer's thread; None if the client disconnects first, which frees its place."""
         job = asyncio.get_running_loop().run_in_executor(self.worker, work, *args)
         leaves = asyncio.ensure_future(receive())  # the body is read: what comes now is a disconnect

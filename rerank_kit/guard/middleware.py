@@ -224,6 +224,7 @@ class Guard:
 
     def _take_windows(self, call: Call) -> None:
         """Admit a call again, now by its windows instead of its documents."""
+        assert call.split is not None  # LongDocuments calls this after a split
         n = len(call.split.owners)
         self.load.reserve(n, instead_of=call.pairs)
         call.pairs = n

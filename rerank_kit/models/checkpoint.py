@@ -57,7 +57,8 @@ class Checkpoint:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(self.path / "tokenizer.json"))
-        return tuple(t if t is None else tokenizer.id_to_token(t) for t in self.logit_tokens)
+        first, second = (t if t is None else tokenizer.id_to_token(t) for t in self.logit_tokens)
+        return first, second
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -161,7 +161,8 @@ class Fitter:
         n_about = len(offsets) // room
         if most and n_about > most:
             raise TooManyWindows(n_about)
-        out, start = [], 0
+        out: list[str] = []
+        start = 0
         while True:
             if most and len(out) >= most:
                 raise TooManyWindows(most + 1)

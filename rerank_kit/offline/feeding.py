@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from rerank_kit.offline.prompts import Prompt
 
@@ -51,7 +52,7 @@ class Feeder:
         self._first = engine.input_processor.process_inputs(
             "0", one, PoolingParams(task=task), engine.get_supported_tasks()
         )
-        self._params = {None: self._first.pooling_params}
+        self._params: dict[int | None, Any] = {None: self._first.pooling_params}
         self._where: dict[str, tuple[Batch, int, int]] = {}
         self._numbers = itertools.count()
         scheduler = engine.vllm_config.scheduler_config
@@ -94,7 +95,7 @@ class Feeder:
         self._where.clear()
         self._n_tokens = 0
 
-    def _params_for(self, n_first: int):
+    def _params_for(self, n_first: int | None) -> Any:
         """Parameters of a pair whose first segment has n_first tokens; one object for all such pairs."""
         more = {"compressed_token_type_ids": n_first}
         self._params[n_first] = self._replace(self._first.pooling_params, extra_kwargs=more)

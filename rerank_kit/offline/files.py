@@ -283,7 +283,7 @@ def _reason(exc: Exception) -> str:
 
 
 def _output_row(pair: Pair, result: Result) -> dict:
-    row = {"line": pair.line}
+    row: dict[str, Any] = {"line": pair.line}
     row |= {"error": result.error} if result.score is None else {"score": result.score}
     row |= {"cut": True} if result.cut else {}
     return row | ({"windows": result.windows} if result.windows > 1 else {}) | dict(pair.extra)

@@ -29,9 +29,9 @@ def print_example(plan: Plan, results: list[Result]) -> int:
     """Print the built-in example's scores, best first: 0 when every document has one, else 1."""
     print(f"model: {plan.checkpoint.path}\nprofile: {plan.profile.name}\nquery: {EXAMPLE_QUERY}")
     failed = [index for index, result in enumerate(results) if result.score is None]
-    scored = [index for index, result in enumerate(results) if result.score is not None]
-    for index in sorted(scored, key=lambda index: -results[index].score):
-        print(f"- score={results[index].score:.4f} | idx={index} | doc={EXAMPLE_DOCUMENTS[index]}")
+    scored = [(-result.score, index) for index, result in enumerate(results) if result.score is not None]
+    for minus_score, index in sorted(scored):
+        print(f"- score={-minus_score:.4f} | idx={index} | doc={EXAMPLE_DOCUMENTS[index]}")
     for index in failed:
         print(f"- error={results[index].error} | idx={index} | doc={EXAMPLE_DOCUMENTS[index]}")
     return 1 if failed else 0

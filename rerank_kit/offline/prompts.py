@@ -46,9 +46,11 @@ class PairEncoder:
         self.template, self.max_length = plan.template, plan.engine["max_model_len"]
         self._backend = _rust_tokenizer(self.tokenizer)
         self._ids_of = _fast_ids(plan, self.tokenizer) if self.template is not None else None
-        self._plain = _plain_macro(self.template) if self.template is not None else None
+        self._plain: Callable[[str], str] | None = None
+        if self.template is not None:
+            self._plain = _plain_macro(self.template)
         # Queries and instructions repeat often, documents rarely.
-        self._plain_again = lru_cache(4096)(self._plain) if self._plain else None
+        self._plain_again = lru_cache(4096)(self._plain) if self._plain else str
         self._last_suffix: tuple[str | None, list[int]] | None = None
         self._frames: dict[bool, list[str] | None] = {}
 
@@ -108,7 +110,7 @@ class PairEncoder:
         out = []
         for pair in pairs:
             parts = self._frame(bool(pair.instruction))
-            if parts is None:
+            if parts is None or self._plain is None:
                 out.append(self.render_by_jinja(pair))
                 continue
             filled = list(parts)

@@ -3,14 +3,14 @@
 import math
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rerank_kit.engine.plan import Plan
 from rerank_kit.models.fitting import Fitter
 from rerank_kit.models.pair import Pair
-from rerank_kit.offline.feeding import Feeder, ahead
+from rerank_kit.offline.feeding import Batch, Feeder, ahead
 from rerank_kit.offline.files import CHUNK, Result
 from rerank_kit.offline.prompts import PairEncoder, Prompt
 
@@ -21,7 +21,7 @@ class Prepared:
 
     n_pairs: int
     owners: list[int]  # owners[i] = index of the pair to which the i-th scored pair (or window) belongs
-    needs: list[tuple[int, ...]]  # needs[i] = indices of the prompts that its score comes from
+    needs: Sequence[tuple[int, ...]]  # needs[i] = indices of the prompts that its score comes from
     prompts: list[Prompt]
     cut: set[int]  # indices of pairs that were cut before the prompts were made
 
@@ -94,11 +94,12 @@ class OfflineReranker:
 
         The engine gets the next lists while it works on the first, so it is never idle between two.
         """
-        source, more, waiting = iter(source), True, deque()
+        lists, more = iter(source), True
+        waiting: deque[tuple[Any, Prepared, Batch]] = deque()
         try:
             while True:
                 while more and self.feeder.has_room:
-                    tag, prepared = next(source, (None, None))
+                    tag, prepared = next(lists, (None, None))
                     if prepared is None:
                         more = False
                     else:
@@ -127,11 +128,11 @@ class OfflineReranker:
                 out[owner] = Result(None, error=f"longer than MAX_MODEL_LEN={limit} (LONG_DOCUMENTS=error)")
             elif not math.isfinite(score):
                 out[owner] = Result(None, error=f"the model gave the score {score}")
-            elif out[owner] is refused or (out[owner].score is not None and score > out[owner].score):
+            elif out[owner] is refused or ((best := out[owner].score) is not None and score > best):
                 out[owner] = Result(score, cut or owner in prepared.cut, windows=windows[owner])
         return out
 
-    def _scores(self, needs: list[tuple[int, ...]], outputs: list) -> list[float]:
+    def _scores(self, needs: Sequence[tuple[int, ...]], outputs: list) -> list[float]:
         """One score for each of `needs`: the head's output, or the cosine of two embeddings."""
         import torch
 

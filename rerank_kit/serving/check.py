@@ -160,11 +160,13 @@ def run_checks(cfg: EnvConfig, reference: bool = False) -> Iterator[tuple[str, s
         yield "prompt", None, "skipped: the checkpoint has no tokenizer.json"
 
     # A head without activation (ms-marco) returns the logit itself, which can be any finite number.
-    low, high = (0.0, 1.0) if profile.template else (-1.0, 1.0) if profile.reference == "embedding" else (None, None)
+    low, high = (
+        (0.0, 1.0) if profile.template else (-1.0, 1.0) if profile.reference == "embedding" else (-math.inf, math.inf)
+    )
     fault = None
     if not all(isinstance(s, float) and math.isfinite(s) for s in scores):
         fault = f"scores {scores} are not all finite numbers"
-    elif low is not None and not (low - 1e-3 <= min(scores) and max(scores) <= high + 1e-3):
+    elif not (low - 1e-3 <= min(scores) and max(scores) <= high + 1e-3):
         fault = f"scores {scores} are not within {low:g} to {high:g}"
     elif max(scores) - min(scores) < 1e-6:
         fault = f"every score is {scores[0]}: the head was not loaded (an untied lm_head, as in the 8B model?)"

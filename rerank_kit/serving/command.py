@@ -87,6 +87,7 @@ def _hidden(text: str) -> str:
 
 def _template_file(plan: Plan) -> Path:
     """The profile's template; if INSTRUCTION is set, a copy in LOG_DIR that contains it."""
+    assert plan.profile.template is not None  # profiles without a template need no file
     if not plan.cfg.instruction:
         return KIT_DIR / "profiles" / plan.profile.template
     return plan.cfg.log_path / f"template-{plan.cfg.port}.jinja"

@@ -40,12 +40,14 @@ def request(
         OSError or http.client.HTTPException: no answer.
     """
     url = urlsplit(cfg.service_url)
+    host = url.hostname or ""
+    connection: http.client.HTTPConnection
     if url.scheme == "https":
         # The certificate has the name that clients use, and this call goes to a local address.
         context = ssl._create_unverified_context()
-        connection = http.client.HTTPSConnection(url.hostname, url.port, timeout=timeout_s, context=context)
+        connection = http.client.HTTPSConnection(host, url.port, timeout=timeout_s, context=context)
     else:
-        connection = http.client.HTTPConnection(url.hostname, url.port, timeout=timeout_s)
+        connection = http.client.HTTPConnection(host, url.port, timeout=timeout_s)
     headers = {"Content-Type": "application/json"}
     if cfg.api_key:
         headers["Authorization"] = f"Bearer {cfg.api_key}"
@@ -105,7 +107,7 @@ def warm_up(cfg: EnvConfig, n_calls: int = 32, n_docs: int = 64, timeout_s: floa
 def healthy(cfg: EnvConfig) -> int:
     """Print the answer of /health and return 0 if it is 200, else 1. A container's health check must not score."""
     try:
-        status = request(cfg, "GET", "/health")[0]
+        status: int | str = request(cfg, "GET", "/health")[0]
     except (OSError, http.client.HTTPException) as exc:
         status = f"no answer from {cfg.service_url} ({type(exc).__name__})"
     print("healthy" if status == 200 else f"/health: {status}")
@@ -147,7 +149,9 @@ def progress(cfg: EnvConfig) -> dict[str, tuple[float, bool]]:
     The engines are those of vLLM's metrics. Without these (--disable-log-stats) there is one entry "" with the guard's
     count of answered pairs.
     """
-    steps, held, pairs = {}, {}, None
+    steps: dict[str, float] = {}
+    held: dict[str, float] = {}
+    pairs: float | None = None
     for name, labels, value in samples(cfg):
         if name == "rerank_guard_pairs_total":
             pairs = (pairs or 0.0) + value
@@ -194,7 +198,8 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
         READY, DIED or LOADING.
     """
     begin = looked = time.monotonic()
-    shown, shown_at, last, answered = "", -10.0, "no answer yet", 0.0
+    shown, shown_at, answered = "", -10.0, 0.0
+    last: str | None = "no answer yet"
     spent: dict[str, float] = {}  # seconds by phase
     while True:
         waited = time.monotonic() - begin

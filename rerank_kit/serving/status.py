@@ -110,8 +110,8 @@ def _leader(cfg: EnvConfig) -> tuple[int | None, bool, str]:
         PermissionError: the file belongs to another user.
     """
     try:
-        pid, since, *where = pid_file(cfg).read_text().split()
-        pid, since = int(pid), int(since)
+        first, second, *where = pid_file(cfg).read_text().split()
+        pid, since = int(first), int(second)
     except PermissionError:
         raise
     except (OSError, ValueError):
@@ -132,7 +132,7 @@ def memory_of_service(cfg: EnvConfig) -> int:
 
 
 def _same(pid: int | None, since: int | None) -> bool:
-    return bool(pid and since) and born(pid) == since
+    return bool(pid and since and born(pid) == since)
 
 
 def _memory_mib(pids: list[int]) -> int | None:

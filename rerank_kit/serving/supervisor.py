@@ -174,11 +174,12 @@ class Supervisor:
 
     def _watch_until_death(self) -> str | None:
         """Why the server died, or None after a requested stop."""
-        peers = watch = None
+        peers: Peers | None = None
+        watch: Peers | Watch | None = None
         next_rotation = 0.0
         try:
             peers = Peers(self.cfg, rest_of_session) if has_other_nodes(self.cfg) else None
-            watch = peers if is_headless(self.cfg) else Watch(self.cfg, self.warm, self.plan.copies)
+            watch = peers if peers and is_headless(self.cfg) else Watch(self.cfg, self.warm, self.plan.copies)
             while True:
                 ended = [(number, reap(pid)) for number, pid in enumerate(self.servers)]
                 if self.asked_to_stop:
@@ -188,7 +189,7 @@ class Supervisor:
                     if status is not None:  # vLLM's API process does not notice that an engine of another group died
                         who = f"engine process {number + 1} of {len(ended)}: " if number else ""
                         return who + describe_end(status, None if self.foreground else read_log(self.log))
-                if watch is not peers and watch.warming and self.state.state == "starting":
+                if watch.warming and self.state.state == "starting":
                     self._save(state=WARMING)
                 if watch.ready and not self.state.ready_since:
                     if peers and peers is not watch:
@@ -203,8 +204,9 @@ class Supervisor:
                     rotate_if_large(self.log, self.cfg.log_max_mib * 2**20, self.cfg.log_keep)
                 time.sleep(TICK_S)
         finally:
-            for thread in filter(None, (watch, peers)):
-                thread.stopped.set()
+            for thread in (watch, peers):
+                if thread:
+                    thread.stopped.set()
 
     def _hangs(self, watch: Watch | Peers) -> str:
         """Why this live server counts as dead; empty = it does not."""

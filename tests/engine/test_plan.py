@@ -256,6 +256,7 @@ def test_every_flag_is_known_to_the_installed_vllm(checkpoints):
         ({"ssl_certfile": "/c.pem"}, "belong together"),
         ({"ssl_keyfile": "/k.pem"}, "belong together"),
         ({"ssl_certfile": "/no/c.pem", "ssl_keyfile": "/no/k.pem"}, "No such file"),
+        ({"ssl_certfile": "/c\0.pem", "ssl_keyfile": "/k.pem"}, "cannot be used: embedded null"),  # a ValueError
     ],
 )
 def test_a_service_that_strangers_could_use_is_refused(settings, said):
