@@ -102,7 +102,7 @@ class Bench:
         """Send one call and judge its answer. Never raises for what the server or the network does."""
         sent = time.perf_counter()
         end, error, text, tokens = None, None, None, 0
-        url = min(self.in_flight, key=self.in_flight.get)
+        url = min(self.in_flight, key=self.in_flight.__getitem__)
         self.in_flight[url] = self.in_flight.pop(url) + 1
         try:
             async with self.session.post(f"{url}/{endpoint}", data=body, allow_redirects=False) as answer:
