@@ -308,7 +308,7 @@ class PooledSession(requests.Session):
     """A requests.Session that keeps up to pool_size connections to base_url. Further threads open extra ones."""
 
     def __init__(self, base_url: str, headers: dict[str, str], pool_size: int):
-        _need("requests", requests.__version__, 2, 32)
+        _need("requests", requests.__version__, 2, 32)  # type: ignore[attr-defined,unused-ignore]  # not in its __all__
         _need("urllib3", urllib3.__version__, 2, 0)  # type: ignore[attr-defined,unused-ignore]  # not in its __all__
         super().__init__()
         self.headers.update(headers)
@@ -469,7 +469,7 @@ def _http_proxy(base_url: str, proxies: dict[str, str]) -> str | None:
     proxy: str | None = requests.utils.select_proxy(base_url, proxies)
     if not proxy:
         return None
-    proxy = requests.utils.prepend_scheme_if_needed(proxy, "http")  # type: ignore[no-untyped-call]  # no types in the stubs
+    proxy = requests.utils.prepend_scheme_if_needed(proxy, "http")  # type: ignore[no-untyped-call,unused-ignore]  # no types in the stubs
     if not urlsplit(proxy).hostname or urlsplit(proxy).scheme not in ("http", "https"):
         # The message does not quote the address: it may hold a password.
         raise NoProxy("HTTP_PROXY, HTTPS_PROXY or ALL_PROXY is not an HTTP proxy: asyncio needs http://HOST:PORT")

@@ -79,7 +79,7 @@ class Peers(threading.Thread):
         super().__init__(daemon=True)
         self.cfg, self.pids = cfg, pids  # pids() returns the processes of this vLLM
         self.head = head_address(cfg)
-        self.warming = False  # as in Watch; a node without an API has nothing to warm
+        self.warming = False  # as in Watch; a headless node has no API to warm
         self.ready = False  # on a headless node: its engines are connected to the head
         self.baseline: set[tuple] = set()
         self.why = ""  # why the other nodes count as lost; empty = they do not

@@ -204,10 +204,9 @@ class Supervisor:
                     rotate_if_large(self.log, self.cfg.log_max_mib * 2**20, self.cfg.log_keep)
                 time.sleep(TICK_S)
         finally:
-            if watch:
-                watch.stopped.set()
-            if peers:
-                peers.stopped.set()
+            for thread in (watch, peers):
+                if thread:
+                    thread.stopped.set()
 
     def _hangs(self, watch: Watch | Peers) -> str:
         """Why this live server counts as dead; empty = it does not."""
