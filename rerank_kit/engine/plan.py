@@ -7,7 +7,15 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rerank_kit.engine.choices import api_servers, count_weights, engines_per_gpu, fastokens_agrees, weight_bytes
+from rerank_kit.engine.choices import (
+    api_servers,
+    count_weights,
+    engines_per_gpu,
+    fastokens_agrees,
+    graph_sizes,
+    weight_bytes,
+    whole_calls,
+)
 from rerank_kit.engine.machine import GIB, Machine, cpu_has_bf16, probe_machine
 from rerank_kit.engine.nodes import check_nodes, describe_node, has_other_nodes, is_headless, node_env
 from rerank_kit.models.checkpoint import Checkpoint, content_id
@@ -69,6 +77,7 @@ def plan_service(cfg: EnvConfig, model: str | Path | None = None, machine: Machi
     else:
         _plan_gpu(plan, *_service_steps(plan))
         _plan_tokenizing(plan)
+        _plan_light_load(plan)
     if has_other_nodes(cfg):
         plan.env |= node_env(cfg)
         plan.why["node"] = describe_node(cfg)
@@ -308,6 +317,26 @@ def _plan_tokenizing(plan: Plan) -> None:
         if agrees:
             plan.env["VLLM_USE_FASTOKENS"] = "1"
         plan.why["fastokens"] = f"{'on' if agrees else 'off'}: {why}"
+
+
+def _plan_light_load(plan: Plan) -> None:
+    """What makes one call alone fast: one step for all its pairs, and CUDA graphs for steps of that size."""
+    cfg, engine, why = plan.cfg, plan.engine, plan.why
+    fits, why["scheduler_cls"] = whole_calls(plan.machine.vllm_version, cfg.extra_args)
+    if fits:
+        engine["scheduler_cls"] = "rerank_kit.engine.call_scheduler.CallScheduler"
+    if re.search(r"--(enforce[-_]eager|compilation[-_]config|cuda[-_]?graph)|(^|\s)-(cc|O)", cfg.extra_args):
+        why["compilation_config"] = "EXTRA_ARGS"
+    elif (
+        plan.profile.prefix_caching
+        and plan.machine.gpu_mib > 70_000
+        and 0 < count_weights(plan.checkpoint.config) <= 2e9
+    ):
+        # Measured with decoders on an H100 only. Pooling models use no graphs of the whole model: PIECEWISE spares
+        # vLLM's warning about its default mode.
+        sizes = graph_sizes(engine["max_num_batched_tokens"])
+        engine["compilation_config"] = {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": sizes}
+        why["compilation_config"] = "a small model is launched slower than it computes: graphs for steps of whole calls"
 
 
 def _plan_cpu(plan: Plan) -> None:

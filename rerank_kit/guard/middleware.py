@@ -53,7 +53,8 @@ class Call:
         self.path = scope["path"].removeprefix(scope.get("root_path", ""))
         self.scoring = scope["method"] == "POST" and self.path in SCORING
         given = self.headers.get(b"x-request-id", b"")
-        self.request_id = given if re.fullmatch(rb"[!-~]{1,128}", given) else uuid.uuid4().hex.encode()
+        self.has_clients_id = bool(re.fullmatch(rb"[!-~]{1,128}", given))
+        self.request_id = given if self.has_clients_id else uuid.uuid4().hex.encode()
         trace = re.fullmatch(rb"[0-9a-f]{2}-([0-9a-f]{32})-.*", self.headers.get(b"traceparent", b""))
         self.trace_id = trace[1].decode() if trace else "-"
         self.payload: dict = {}
@@ -65,6 +66,11 @@ class Call:
         self.status = 0  # 0 = no answer yet
         self.pairs = self.n_bytes = 0
         self.in_flight = self.aborted = self.has_own_id = self.answered = False
+
+    @property
+    def engine_id(self) -> bytes:
+        """The id for vLLM. One of our own says how many pairs come: call_scheduler.py waits for them."""
+        return self.request_id if self.has_clients_id else b"%b.n%d" % (self.request_id, self.pairs)
 
 
 class Guard:
@@ -372,7 +378,7 @@ def _inner_headers(headers, call: Call, length: int) -> list:
     dropped = (b"content-length", b"transfer-encoding", b"x-request-id")
     kept = [pair for pair in headers if pair[0] not in dropped]
     kept.append((b"content-length", str(length).encode()))
-    return kept if call.has_own_id else [*kept, (b"x-request-id", call.request_id)]
+    return kept if call.has_own_id else [*kept, (b"x-request-id", call.engine_id)]
 
 
 def _replay(body: bytes, receive):

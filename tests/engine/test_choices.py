@@ -1,11 +1,19 @@
 """Choices by model and machine: API processes, fastokens; what the plan makes of them."""
 
 import json
+from itertools import pairwise
 
 import pytest
 
 from rerank_kit.engine import choices
-from rerank_kit.engine.choices import api_servers, count_weights, engines_per_gpu, fastokens_agrees
+from rerank_kit.engine.choices import (
+    api_servers,
+    count_weights,
+    engines_per_gpu,
+    fastokens_agrees,
+    graph_sizes,
+    whole_calls,
+)
 from rerank_kit.engine.machine import Machine
 from rerank_kit.engine.plan import plan_engine, plan_service
 from rerank_kit.serving.command import explain, serve_args
@@ -117,3 +125,42 @@ def test_other_services(checkpoints, monkeypatch, other):
     # Two copies need twice the API processes of one.
     assert ("--api-server-count" in serve_args(plan)) == ("dp" in other)
     assert ("VLLM_USE_FASTOKENS" in plan.env) == ("dp" in other)
+
+
+@pytest.mark.parametrize(
+    ("vllm", "extra", "fits"),
+    [
+        *(("0.32.0", "", True), ("0.32.1", "--max-logprobs 1", True), ("0.32.0+cpu", "", True), ("0.33.0", "", False)),
+        *(("0.26.0", "", False), ("0.32.0", "--async-scheduling", False), ("0.32.0", "--scheduler_cls a.B", False)),
+        *(("0.32.0", "-pp 2", False), ("0.32.0", "--kv-transfer-config {}", False)),
+    ],
+)
+def test_whole_calls_only_with_the_scheduler_that_is_known(vllm, extra, fits):
+    found, why = whole_calls(vllm, extra)
+    assert found == fits and (fits or extra.split(" ")[0] in why or vllm in why)
+
+
+@pytest.mark.parametrize("limit", [50, 512, 5000, 8192, 24576])
+def test_graph_sizes_pad_a_step_by_an_eighth_at_most(limit):
+    sizes = graph_sizes(limit)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == min(limit, 8192) and len(sizes) <= 36
+    assert all(big - small <= max(64, big / 8) for small, big in pairwise(sizes))
+
+
+def test_light_load_is_planned_for_a_small_decoder_on_a_large_gpu(checkpoints):
+    def engine(machine=H100, model="qwen3", **settings):
+        return plan_service(get_config(**settings), checkpoints[model], machine)
+
+    plan = engine()
+    args = serve_args(plan, group=1)
+    assert args[args.index("--scheduler-cls") + 1] == "rerank_kit.engine.call_scheduler.CallScheduler"
+    sizes = json.loads(args[args.index("--compilation-config") + 1])
+    assert sizes == {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": graph_sizes(8192)}
+    assert "graphs for steps of whole calls" in explain(plan) and "scored in one step" in explain(plan)
+    own = engine(extra_args="--scheduler-cls a.B --compilation-config {}")
+    assert "scheduler_cls" not in own.engine and "compilation_config" not in own.engine
+    assert "EXTRA_ARGS holds --scheduler-cls" in explain(own)
+    small = engine(Machine("0.32.0", ("NVIDIA L4, 23034",), tuple(range(16)), 2**37))
+    assert "compilation_config" not in small.engine and "scheduler_cls" in small.engine
+    assert "compilation_config" not in engine(model="bert").engine
+    assert "compilation_config" not in plan_engine(get_config(), checkpoints["qwen3"], H100).engine
