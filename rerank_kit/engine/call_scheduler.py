@@ -2,8 +2,8 @@
 
 `vllm serve --scheduler-cls rerank_kit.engine.call_scheduler.CallScheduler`. An API process sends the pairs of a call to
 the engine one by one, over some milliseconds. vLLM's own scheduler begins a step with the first of them, and the others
-wait for the next step. This one gives vLLM an empty step while pairs of a call are still arriving and nothing else runs.
-vLLM sleeps 1 ms after an empty step and takes in what came since then.
+wait for the next step. This one gives vLLM an empty step while pairs of a call are still arriving and nothing else
+runs. vLLM sleeps 1 ms after an empty step and takes in what came since then.
 
 A wait ends when the call is complete, when QUIET_S passed without a new pair, when a full step waits, or after HOLD_S.
 How many pairs a call has is read from the request id where the guard wrote it (`pair_count_id`); without it only the

@@ -77,7 +77,7 @@ def whole_calls(vllm: str, extra_args: str) -> tuple[bool, str]:
 
 
 def graph_sizes(max_tokens: int) -> list[int]:
-    """Tokens of the steps for which CUDA graphs are captured: an eighth of padding at most above 512 tokens."""
+    """Tokens of the steps for which CUDA graphs are captured: a fifth of a step is padding at most."""
     steps = ((64, 512), (128, 2048), (256, 4096), (512, 8192))
     sizes, size = [], 0
     for step, end in steps:

@@ -424,6 +424,8 @@ def test_metrics_add_up_over_api_processes(tmp_path):
 )
 def test_slow_call_is_logged_in_one_line(monkeypatch, caplog, sent, trace):
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # vLLM's logger has its own handler
+    # vLLM's import, by another test of this process, disables the loggers that are there.
+    monkeypatch.setattr(logging.getLogger("vllm.rerank_guard"), "disabled", False)
     monkeypatch.setenv("GUARD_SLOW_CALL_MS", "0.000001")
     guard = Guard(Inner())
     with caplog.at_level(logging.WARNING, "vllm.rerank_guard"):
