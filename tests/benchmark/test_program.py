@@ -440,6 +440,7 @@ def test_html_has_what_is_needed_to_repeat_the_run(tmp_path, capsys):
     assert text.count("<svg") == 2 * 1 + 1 + 3 * 4  # throughput; latency of two endpoints; three a row
 
 
+@pytest.mark.timing
 def test_compare_of_two_servers_exits_1_on_a_regression(tmp_path, capsys):
     files = []
     for i, delay_s in enumerate((0.05, 0.05, 0.1)):

@@ -354,6 +354,7 @@ def wait_for(what, timeout_s=60):
     return found
 
 
+@pytest.mark.timing
 def test_tune_through_the_script_with_an_interrupt(tunable_kit, tmp_path, monkeypatch, capsys):
     kit = tunable_kit
     env_file = tmp_path / "my.env"

@@ -14,7 +14,7 @@ from conftest import KIT, free_port, http
 from fake_kit import alive, session_of
 from fleet import KEY
 
-DEPLOY, TESTS = KIT / "deploy", KIT / "tests"
+DEPLOY = KIT / "deploy"
 GPU = re.compile(r"DCGM_\w+")  # of dcgm-exporter; there is no GPU here
 METRIC = re.compile(r"\b(?:rerank_guard_|vllm:|DCGM_FI_)\w+")
 
@@ -66,7 +66,7 @@ def test_configuration_and_rules_are_valid(tmp_path):
 
 
 def test_alerts_fire_when_they_should():
-    done = promtool("test", "rules", TESTS / "alerts_test.yml")
+    done = promtool("test", "rules", Path(__file__).with_name("alerts_test.yml"))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -77,7 +77,7 @@ def test_every_alert_is_tested(tmp_path):
         rule["expr"] = "vector(0) > 1"
         assert rule["labels"]["severity"] in ("page", "ticket") and set(rule["annotations"]) == {"summary", "action"}
     (tmp_path / "alerts.yml").write_text(yaml.safe_dump(group, allow_unicode=True))
-    tests = (TESTS / "alerts_test.yml").read_text().replace("../deploy/alerts.yml", "alerts.yml")
+    tests = Path(__file__).with_name("alerts_test.yml").read_text().replace("../../deploy/alerts.yml", "alerts.yml")
     (tmp_path / "test.yml").write_text(tests)
     done = promtool("test", "rules", tmp_path / "test.yml")
     failed = set(re.findall(r"alertname: (\w+),", done.stdout + done.stderr))

@@ -561,6 +561,6 @@ def test_check_fails_when_scores_differ(monkeypatch, capsys):
     config = SimpleNamespace(model_config=SimpleNamespace(dtype="torch.float32"))
     reranker = SimpleNamespace(llm=SimpleNamespace(llm_engine=config), score=lambda pairs: [Result(0.5), Result(0.7)])
     for expected, agrees in (([0.5, 0.70005], True), ([0.5, 0.7002], False), ([0.5, float("nan")], False)):
-        monkeypatch.setattr(reference, "reference_scores", lambda *_, expected=expected: expected)
+        monkeypatch.setattr(vllm_usage_tiny, "reference_scores", lambda *_, expected=expected: expected)
         assert vllm_usage_tiny.check(plan, reranker, [None, None]) is agrees
         capsys.readouterr()

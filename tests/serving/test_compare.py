@@ -16,7 +16,7 @@ from rerank_kit.serving.status import one_line
         ({"MODEL_PROFILE": "none"}, "MODEL_PROFILE='none' is unknown"),
         ({"MAX_MODEL_LEN": 999999}, "MAX_MODEL_LEN=999999 is more than"),
         ({"HOST": "0.0.0.0"}, "opens the service to the network"),
-        ({"EXTRA_ARGS": "'open"}, "does not read as shell words"),
+        ({"EXTRA_ARGS": "'open"}, "is not valid shell syntax"),
         ({"SSL_CERTFILE": "/no/such.pem"}, "belong together: set both"),
         ({"SSL_CERTFILE": "/no/such.pem", "SSL_KEYFILE": "/no/such.pem"}, "cannot be used: No such file"),
     ],

@@ -231,7 +231,7 @@ class Fleet:
             thread.join()
 
 
-def use_client(certificate: str = "", **settings) -> None:
+def use_client(certificate: str = "", **changed) -> None:
     """The kit's client of this process takes these settings and the key from now on."""
     from rerank_kit.client.sessions import SharedResources
 
@@ -239,7 +239,7 @@ def use_client(certificate: str = "", **settings) -> None:
     SharedResources._endpoints.clear()
     if certificate:
         os.environ["REQUESTS_CA_BUNDLE"] = certificate
-    settings._cache["CFG"] = settings.get_config("/nonexistent", api_key=KEY, client_batch_size=16, **settings)
+    settings._cache["CFG"] = settings.get_config("/nonexistent", api_key=KEY, client_batch_size=16, **changed)
 
 
 class Load:
