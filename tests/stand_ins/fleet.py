@@ -20,6 +20,8 @@ KIT = Path(__file__).resolve().parents[2]
 from conftest import free_port, http, run_kit, self_signed  # noqa: E402
 from fake_kit import session_of  # noqa: E402
 
+from rerank_kit import settings
+
 KEY = "a-key-that-no-log-may-show"
 FAIL_TIMEOUT_S = 10  # of nginx-upstream.conf
 TOLERANCE = 1e-5  # float32; vLLM's batches differ from call to call
