@@ -15,10 +15,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-KIT = Path(__file__).resolve().parents[2]
-
-from conftest import free_port, http, run_kit, self_signed  # noqa: E402
-from fake_kit import session_of  # noqa: E402
+from conftest import KIT, free_port, http, run_kit, self_signed
+from fake_kit import session_of
 
 from rerank_kit import settings
 
