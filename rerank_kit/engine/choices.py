@@ -64,7 +64,8 @@ def engines_per_gpu(n_weights: int, gpu_mib: int, n_cores: int) -> tuple[int, st
 def whole_calls(vllm: str, extra_args: str) -> tuple[bool, str]:
     """Whether call_scheduler.py may replace vLLM's scheduler, and why.
 
-    H100, 0.6B, vLLM 0.32, three engines, one call of 32 documents alone: p50 64 ms and 6 steps, with it 51 ms and 3.
+    H100, 0.6B, vLLM 0.32, three engines, one call of 32 documents alone: p50 64 ms and 6 steps, with it 51 ms and 3
+    (docs/performance_h100.md).
     """
     if not re.match(r"0\.32\.", vllm):
         return False, f"vLLM's own: call_scheduler.py knows the scheduler of vLLM 0.32, not that of {vllm}"

@@ -192,7 +192,32 @@ THREE_8192 = defaults("h200", "ENGINES_PER_GPU=3 MAX_NUM_BATCHED_TOKENS=8192")
 GRAPHS = "--cudagraph-capture-sizes 1 2 4 8 16 32 64 128 256 384 512 768 1024 1536 2048 3072 4096'"
 SMALL = "MAX_NUM_BATCHED_TOKENS=4096 EXTRA_ARGS='--kv-cache-memory-bytes 2G"
 KV_4G = "EXTRA_ARGS='--kv-cache-memory-bytes 4G"
+CALL = [{"kind": "load", "level": n} for n in (1, 2, 4, 16, 64, 150)]
+CALL += [{"kind": "one", "level": 1}, {"kind": "long", "level": 64}]
+
+
+def call(arrangement: str, *columns: str) -> Cells:
+    """p50 and pairs/s of one arrangement in call-h100-c."""
+    return speed("call-h100-c", *(columns or ("p50", "pairs_s")), arrangement=arrangement)
+
+
+def p50_ratio(mine: str, base: str) -> Cells:
+    return lambda column: [call(mine, "p50")(column)[0] / call(base, "p50")(column)[0]]
+
+
 TABLES = [
+    Table(
+        "performance_h100.md",
+        ("call-h100-c",),
+        CALL,
+        {
+            "plain": call("plain"),
+            "before": call("kit"),
+            "after": call("new"),
+            "p50, after / plain": p50_ratio("new", "plain"),
+            "p50, after / before": p50_ratio("new", "kit"),
+        },
+    ),
     Table(
         "performance.md",
         ("defaults-h100",),
@@ -398,6 +423,21 @@ def fp8_scores() -> list[float]:
 
 PAGE = "performance.md"
 SENTENCES = [
+    says(
+        "performance_h100.md",
+        "but # pairs/s at 16 in flight (# to # with four).",
+        "call-h100-b",
+        lambda: [
+            one("call-h100-b", "pairs_s", kind="load", arrangement="newapi1", level=16),
+            *spread("call-h100-b", "pairs_s", kind="load", arrangement="new", level=16),
+        ],
+    ),
+    says(
+        "performance_h100.md",
+        "# pairs/s at 16 in flight.",
+        "call-h100-a",
+        lambda: [one("call-h100-a", "pairs_s", kind="load", arrangement="one", level=16)],
+    ),
     says(PAGE, "one window under MPS refused #.", H100, lambda: [max(values(H100, "refused"))]),
     says(
         PAGE,
