@@ -32,19 +32,22 @@ sys.path[:0] = [str(Path(__file__).parent / "stand_ins"), str(Path(__file__).par
 SETTINGS = {*settings.FIELDS, "VLLM_API_KEY", "KIT_ENV_FILE"}
 
 
-# pytest -n 3: what uses one of these fixtures is run by one process, in the order of the files; so is a file.
-# (--dist loadgroup of xdist 3.8 does nothing under pytest 9.2.)
-LANES = {"keyed_service": "keyed", "fleet": "fleet", "service": "service", "fork_server": "service"}
-# What takes longest comes first; real servers need both cores, so the others sleep most of the time then.
-FIRST = ("service", "test_supervisor", "test_start_rerank", "test_one_service", "test_nodes", "fleet", "keyed")
+# pytest -n 3: what uses one of these fixtures is run by one process, one fixture after the other; a file is run by one
+# process too. Two real servers at a time would each wait for the other's cores: the other two processes run what sleeps.
+# (--dist loadgroup of xdist 3.8 does nothing under pytest 9.2: findings/xdist_loadgroup_pytest9.sh.)
+REAL = ("keyed_service", "fleet", "fork_server", "service")
+# What takes longest comes first.
+FIRST = ("real", "test_supervisor", "test_start_rerank", "test_one_service", "test_compare", "test_nodes")
 
 
 def pytest_collection_modifyitems(config, items):
     """Sort the tests by lane, and tell the process that deals them out."""
     if not hasattr(config, "workerinput"):
         return
-    lanes = {item: next((LANES[f] for f in LANES if f in item.fixturenames), item.path.stem) for item in items}
-    items.sort(key=lambda item: FIRST.index(lanes[item]) if lanes[item] in FIRST else len(FIRST))
+    real = {item: next((i for i, name in enumerate(REAL) if name in item.fixturenames), None) for item in items}
+    lanes = {item: item.path.stem if number is None else "real" for item, number in real.items()}
+    places = {lane: number for number, lane in enumerate(FIRST)}
+    items.sort(key=lambda item: (places.get(lanes[item], len(FIRST)), real[item] or 0))
     file = Path(config.workerinput["lanes"])
     file.write_text(json.dumps({item.nodeid: lane for item, lane in lanes.items()}))
 

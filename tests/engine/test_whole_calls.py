@@ -14,6 +14,7 @@ def url(checkpoints, forked_python, tmp_path_factory):
         "LOG_DIR": tmp_path_factory.mktemp("logs"),
         "PYTHON": forked_python,
         "DTYPE": "float32",
+        "MAX_NUM_BATCHED_TOKENS": 16384,  # room for a whole call in a step
         "STOP_TIMEOUT_S": 10,
         "EXTRA_ARGS": "--scheduler-cls rerank_kit.engine.call_scheduler.CallScheduler",
     }
