@@ -225,16 +225,15 @@ def test_explain_shows_the_command_and_no_secret(checkpoints):
     assert "vllm serve " in text and "PORT=11438" in text
 
 
-def test_every_flag_is_known_to_the_installed_vllm(checkpoints):
+def test_every_flag_is_known_to_the_installed_vllm(checkpoints, fork_server):
     """`vllm serve` exits at an unknown flag; ask its help instead of a running server."""
     args = serve_args(plan(checkpoints, GPU4, tp=2, dp=2, quantization="fp8", api_server_count=2))
     args += serve_args(plan(checkpoints))
     args += serve_args(plan(checkpoints, GPU4, engines_per_gpu=2), 1)
     flags = sorted({a for a in args if a.startswith("--")})
     env = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
-    help_text = subprocess.run(
-        [engine_machine.vllm_command(), "serve", "--help=all"], env=env, capture_output=True, text=True, timeout=120
-    ).stdout
+    command = [*fork_server.command, engine_machine.vllm_command(), "serve", "--help=all"]
+    help_text = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120).stdout
     assert "--served-model-name" in help_text
     assert [f for f in flags if not re.search(rf"(^|[\s,]){f}\b(?!-)", help_text)] == []
 

@@ -503,7 +503,7 @@ def test_real_file_run_interrupted_and_resumed(checkpoints, fork_server, tmp_pat
     The first run is no fork: it is the suite's one real start of vllm.LLM.
     """
     documents = ["The capital of China is Beijing.", "中国的首都是北京。", "Gravity attracts bodies."]
-    rows = [{"query": f"question {n}", "document": documents[n % 3], "id": n} for n in range(4096 * 3)]
+    rows = [{"query": f"question {n}", "document": documents[n % 3], "id": n} for n in range(4096 + 2048)]
     rows[5] = {"query": "no document", "id": 5}
     rows[7]["document"] = "far too long " * 2000
     source, output = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
@@ -532,7 +532,7 @@ def test_real_file_run_interrupted_and_resumed(checkpoints, fork_server, tmp_pat
     )
     assert "document" in out[5]["error"] and sum("error" in r for r in out) == 1
     assert [r["line"] for r in out if r.get("cut")] == [8]
-    some = [0, 1, 2, 7, 4095, 4096, 9000, len(rows) - 1]
+    some = [0, 1, 2, 7, 4095, 4096, 5000, len(rows) - 1]
     pairs = [Pair(rows[i]["query"], rows[i]["document"]) for i in some]
     expected = reference.reference_scores(checkpoints["qwen3"], "causal_yes_no", pairs, None, 512)
     assert [out[i]["score"] for i in some] == pytest.approx(expected, abs=1e-4)

@@ -88,6 +88,7 @@ def serve(path: str) -> None:
     spawn_is_fork()
     for name in PRELOAD:
         __import__(name)
+    look_at_models_here()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
@@ -174,6 +175,13 @@ def spawn_is_fork() -> None:
     contexts = multiprocessing.context._concrete_contexts
     contexts["spawn"] = contexts["fork"]
     os.register_at_fork(after_in_child=bind_threads)
+
+
+def look_at_models_here() -> None:
+    """vLLM imports itself once more in a new process to look at each class of model that it has not met before."""
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda look: look()
 
 
 def bind_threads() -> None:
