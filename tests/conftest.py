@@ -32,8 +32,8 @@ sys.path[:0] = [str(Path(__file__).parent / "stand_ins"), str(Path(__file__).par
 SETTINGS = {*settings.FIELDS, "VLLM_API_KEY", "KIT_ENV_FILE"}
 
 
-# pytest -n 3: what uses one of these fixtures is run by one process, one fixture after the other; a file is run by one
-# process too. Two real servers at a time would wait for each other's cores: the other two processes run what sleeps.
+# pytest -n 4: what uses one of these fixtures is run by one process, one fixture after the other; a file is run by one
+# process too. Two real servers at a time would wait for each other's cores: the other processes run what sleeps.
 # (--dist loadgroup of xdist 3.8 does nothing under pytest 9.2: findings/xdist_loadgroup_pytest9.sh.)
 REAL = ("keyed_service", "fleet", "fork_server", "service")
 # What takes longest comes first.

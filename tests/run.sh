@@ -1,7 +1,7 @@
 #!/bin/sh
 # The whole test suite from nothing: sets up .venv as a user would, adds the test tools, checks style, runs pytest.
 #   sh tests/run.sh [--coverage] [pytest arguments]
-# Without a file, -m or -n the suite runs in two parts: three tests at a time, then those that measure time, alone.
+# Without a file, -m or -n the suite runs in two parts: four tests at a time, then those that measure time, alone.
 #   sh tests/run.sh                                   all but what needs a GPU or many minutes
 #   sh tests/run.sh --coverage                        and print the lines of the kit that no test reaches (slower)
 #   sh tests/run.sh -x --durations=25                 options of pytest
@@ -57,6 +57,6 @@ if [ -z "$WHOLE" ]; then
   exec "$PY" -m pytest -m "not gpu and not soak" "$@"
 fi
 FAILED=0
-part -m "not gpu and not soak and not timing" -n 3 ${COVERAGE:+--cov --cov-report=} "$@"
+part -m "not gpu and not soak and not timing" -n 4 ${COVERAGE:+--cov --cov-report=} "$@"
 part -m "timing and not gpu and not soak" ${COVERAGE:+--cov --cov-append} "$@"
 exit "$FAILED"
