@@ -13,6 +13,7 @@ from rerank_kit.engine.choices import (
     engines_per_gpu,
     fastokens_agrees,
     graph_sizes,
+    step_graphs,
     weight_bytes,
     whole_calls,
 )
@@ -325,6 +326,7 @@ def _plan_light_load(plan: Plan) -> None:
     fits, why["scheduler_cls"] = whole_calls(plan.machine.vllm_version, cfg.extra_args)
     if fits:
         engine["scheduler_cls"] = "rerank_kit.engine.call_scheduler.CallScheduler"
+        plan.env["RERANK_ENGINES"] = str(plan.copies)  # the scheduler cannot learn it from vLLM's configuration
     if re.search(r"--(enforce[-_]eager|compilation[-_]config|cuda[-_]?graph)|(^|\s)-(cc|O)", cfg.extra_args):
         why["compilation_config"] = "EXTRA_ARGS"
     elif (
@@ -334,9 +336,10 @@ def _plan_light_load(plan: Plan) -> None:
     ):
         # Measured with decoders on an H100 only. vLLM 0.32 captures the pieces of a pooling model only, and warns of
         # its own default mode.
-        sizes = graph_sizes(engine["max_num_batched_tokens"])
-        engine["compilation_config"] = {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": sizes}
-        why["compilation_config"] = "a small model is launched slower than it computes: graphs for steps of whole calls"
+        fits, why["compilation_config"] = step_graphs(plan.machine.vllm_version)
+        if fits:
+            sizes = graph_sizes(engine["max_num_batched_tokens"])
+            engine["compilation_config"] = {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": sizes}
 
 
 def _plan_cpu(plan: Plan) -> None:
