@@ -88,15 +88,22 @@ def plan_service(cfg: EnvConfig, model: str | Path | None = None, machine: Machi
     return _finished(plan)
 
 
-def plan_engine(cfg: EnvConfig, model: str | Path | None = None, machine: Machine | None = None) -> Plan:
+def plan_engine(
+    cfg: EnvConfig, model: str | Path | None = None, machine: Machine | None = None, *, several: bool = False
+) -> Plan:
     """Decide how vllm.LLM scores with one model in this process. Throughput matters here, latency does not.
 
     DP and DP_ADDRESS apply to the service only. Arguments and errors are those of plan_service().
+
+    Args:
+        several: plan.engines may be more than 1; then the plan is that of one of so many processes on the GPU.
     """
     cfg = replace(cfg, dp=1, dp_local=None, dp_address=None)
     model, machine = _checked(cfg, model), machine or probe_machine()
     _check_gpus(cfg, machine, may_be_more=True)
     plan = _plan_model(cfg, model, machine)
+    if several:
+        plan.engines, plan.why["engines_per_gpu"] = _engines(plan)
     if machine.is_cpu:
         _plan_cpu(plan)
     elif machine.gpu_mib > 70_000:
