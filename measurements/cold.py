@@ -3,8 +3,9 @@
 python measurements/cold.py --model FOLDER [--pairs 24000] [--doc-tokens 128] [--runs 3] [--csv FILE]
 
 Two rows. "end_to_end": score_shards() with the real engine, or with the several engines that vllm_usage.py takes for so
-many pairs; every run has its own documents, one engine's prefix cache is emptied in between, starting is not counted. "host": the same with an engine core that answers at once with a made-up
-score, after the requests were encoded and the outputs decoded as for the real one: what the Python side can feed.
+many pairs; every run has its own documents, one engine's prefix cache is emptied in between, starting is not counted.
+"host": the same with an engine core that answers at once with a made-up score, after the requests were encoded and the
+outputs decoded as for the real one: what the Python side can feed.
 Runs on CPU and GPU. It measures the checkout that it lies in.
 """
 
