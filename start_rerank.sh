@@ -11,7 +11,7 @@
 #   wait-for PID  waits for the server that "run" became
 #   status        prints the state in one line, with --json all of it
 #   healthy       asks /health, for the health check of a container
-#   check         checks that the scores are right, with --reference against transformers
+#   check         checks that the scores are right, with --reference against transformers, with --exact in other batches
 #   tail          follows the log
 #   cfg           explains the settings, every automatic choice and the vllm command
 #   python        prints the Python that serves
@@ -392,7 +392,7 @@ usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 main() {
   case "$#:$*" in
     1:wait-for | "2:wait-for " | 2:wait-for\ *[!0-9]*) usage >&2; exit 2 ;;
-    1:* | "2:check --reference" | "2:status --json" | 2:wait-for\ *) ;;
+    1:* | "2:check --reference" | "2:check --exact" | "2:status --json" | 2:wait-for\ *) ;;
     *) usage >&2; exit 2 ;;
   esac
   case $1 in help | -h | --help) usage; exit 0 ;; esac

@@ -33,7 +33,7 @@ def main() -> int:
         if args.input or args.output or args.shard:
             if not args.input:
                 raise ConfigError("--output and --shard need --input")
-            return run_file(args, plan)
+            return run_file(args, plan, args.model)
         with OfflineReranker(plan) as reranker:
             return print_example(plan, reranker.score(example_pairs()))
     except ConfigError as exc:

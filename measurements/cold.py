@@ -2,9 +2,10 @@
 
 python measurements/cold.py --model FOLDER [--pairs 24000] [--doc-tokens 128] [--runs 3] [--csv FILE]
 
-Two rows. "end_to_end": score_shards() with the real engine; every run has its own documents, the prefix cache
-is emptied in between, starting is not counted. "host": the same with an engine core that answers at once with a made-up
-score, after the requests were encoded and the outputs decoded as for the real one: what the Python side can feed.
+Two rows. "end_to_end": score_shards() with the real engine, or with the several engines that vllm_usage.py takes for so
+many pairs; every run has its own documents, one engine's prefix cache is emptied in between, starting is not counted.
+"host": the same with an engine core that answers at once with a made-up score, after the requests were encoded and the
+outputs decoded as for the real one: what the Python side can feed.
 Runs on CPU and GPU. It measures the checkout that it lies in.
 """
 
@@ -30,6 +31,8 @@ from measurements import results
 from rerank_kit.benchmark.server_view import hardware
 from rerank_kit.engine.plan import plan_engine
 from rerank_kit.offline.files import Shard, score_shards
+from rerank_kit.offline.pool import RerankerPool
+from rerank_kit.offline.program import opened_for
 from rerank_kit.offline.reranker import OfflineReranker
 from rerank_kit.settings import get_config
 
@@ -139,13 +142,19 @@ def main() -> int:
         "model": args.model.name,
         "doc_tokens": args.doc_tokens,
         "docs_per_query": args.docs_per_query,
-        "engine": results.settings({k: v for k, v in plan.engine.items() if k != "model"}),
     }
     began = time.perf_counter()
-    with OfflineReranker(plan) as reranker, tempfile.TemporaryDirectory() as folder:
+    with opened_for(plan, args.pairs, str(args.model)) as reranker, tempfile.TemporaryDirectory() as folder:
         result["start_s"] = round(time.perf_counter() - began, 1)
-        size = plan.checkpoint.config.get("hidden_size", 1) if reranker.embeds else 1
-        for kind in KINDS[1:] if args.host_only else KINDS:
+        plan, several = reranker.plan, isinstance(reranker, RerankerPool)
+        result["engines"] = plan.engines if several else 1
+        result["engine"] = results.settings({k: v for k, v in plan.engine.items() if k != "model"})
+        if several:  # each has its own process: this one has neither their caches nor their front ends
+            kinds: tuple[str, ...] = KINDS[:1]
+        else:
+            kinds = KINDS[1:] if args.host_only else KINDS
+        size = plan.checkpoint.config.get("hidden_size", 1) if plan.profile.reference == "embedding" else 1
+        for kind in kinds:
             n_pairs = args.host_pairs if kind == "host" else args.pairs
             runs = []
             for number in range(args.runs + 1):  # the first warms up
@@ -155,7 +164,8 @@ def main() -> int:
                     with FreeEngine(reranker.llm.llm_engine.engine_core, size):
                         runs.append(measure(reranker, source, n))
                 else:
-                    reranker.llm.reset_prefix_cache()
+                    if isinstance(reranker, OfflineReranker):
+                        reranker.llm.reset_prefix_cache()
                     runs.append(measure(reranker, source, n))
             result[kind] = {"pairs": n_pairs, **summary(runs[1:])}
             row = result[kind]

@@ -123,24 +123,21 @@ def register():
     around(P, "_postprocessing", "api.post")
     around(AsyncLLM, "add_request", "api.add", is_async=True)
     around(OutputProcessor, "process_outputs", "api.out", detail=lambda s, a, k: len(a[0]) if a else None)
-    try:
-        import server_guard
+    from rerank_kit.guard import Guard
 
-        old = server_guard.Guard.__call__
+    old = Guard.__call__
 
-        async def guard(self, scope, receive, send):
-            if scope.get("type") != "http" or scope.get("method") != "POST":
-                return await old(self, scope, receive, send)
+    async def guard(self, scope, receive, send):
+        if scope.get("type") != "http" or scope.get("method") != "POST":
+            return await old(self, scope, receive, send)
 
-            async def snd(m):
-                await send(m)
-                if m["type"] == "http.response.body":
-                    ev("api.sent")
+        async def snd(m):
+            await send(m)
+            if m["type"] == "http.response.body":
+                ev("api.sent")
 
-            ev("api.guard<")
-            return await old(self, scope, receive, snd)
+        ev("api.guard<")
+        return await old(self, scope, receive, snd)
 
-        server_guard.Guard.__call__ = guard
-    except ImportError:
-        pass
+    Guard.__call__ = guard
     threading.Thread(target=_watch, daemon=True).start()

@@ -293,7 +293,7 @@ class _Call:
         if max_tokens_per_doc is not None:
             if long_documents in ("error", "chunk"):
                 cuts = f"max_tokens_per_doc={_shown(max_tokens_per_doc)} cuts"
-                raise ValueError(f'{cuts}: it excludes long_documents="{long_documents}"')
+                raise ValueError(f'{cuts} documents: it cannot be combined with long_documents="{long_documents}"')
             self.extra["max_tokens_per_doc"] = _at_least("max_tokens_per_doc", 1, max_tokens_per_doc, 0)
         if long_documents == "error":
             self.extra["max_tokens_per_doc"] = 0  # means "error" to vLLM, so it works without the guard too

@@ -6,19 +6,24 @@ wait for the next step. This one gives vLLM an empty step while pairs of a call 
 runs. vLLM sleeps 1 ms after an empty step and takes in what came since then.
 
 A wait ends when the call is complete, when QUIET_S passed without a new pair, when a full step waits, or after HOLD_S.
-How many pairs a call has is read from the request id where the guard wrote it (`pair_count_id`); without it only the
+How many pairs a call has is read from the request id where the guard wrote it (`Call.engine_id`); without it only the
 other three rules end the wait.
+
+vLLM sets data_parallel_size to 1 in each engine before it makes the scheduler (but for mixtures of experts), so the
+plan passes the number of engines in RERANK_ENGINES.
 
 Source: vllm/v1/core/sched/scheduler.py and vllm/v1/engine/core.py of vLLM 0.32.0. PAUSED_NEW is vLLM's own state in
 which no waiting request is scheduled.
 """
 
+import os
 import re
 import time
 
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 
+ENGINES = "RERANK_ENGINES"  # environment: number of engines that share the calls
 QUIET_S = 0.0008  # vLLM sleeps 1 ms after an empty step: this is one such step without a new pair
 KNOWN_QUIET_S = 0.003  # the same where the ids say that more is to come
 HOLD_S = 0.012  # the longest wait for a step; a call of 32 pairs takes 4 to 8 ms to arrive
@@ -31,10 +36,10 @@ class CallScheduler(Scheduler):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        parallel = self.vllm_config.parallel_config
-        self.n_engines = parallel.data_parallel_size
+        own_ranks = self.vllm_config.parallel_config.data_parallel_size
+        self.n_engines = max(own_ranks, int(os.environ.get(ENGINES, 1)))
         # Ranks of a mixture of experts step together: an empty step of one is a dummy step of all.
-        self.may_hold = not (self.n_engines > 1 and self.vllm_config.model_config.is_moe)
+        self.may_hold = not (own_ranks > 1 and self.vllm_config.model_config.is_moe)
         self.open_calls: set[str] = set()  # of which more pairs are to come, as far as their ids say
         self.uncounted = False  # pairs of calls of unknown size came since the last step
         self.left_over = False  # the last step was full

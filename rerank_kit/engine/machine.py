@@ -3,6 +3,7 @@
 It reads files, package metadata and nvidia-smi. Importing torch or vllm would cost 10 s.
 """
 
+import ast
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from rerank_kit.settings import ConfigError
@@ -76,6 +78,32 @@ def list_gpus() -> tuple[str, ...]:
     except (OSError, subprocess.TimeoutExpired):
         return ()
     return tuple(line.strip() for line in done.stdout.splitlines() if line.strip()) if done.returncode == 0 else ()
+
+
+def compute_capabilities() -> tuple[str, ...]:
+    """`9.0` and so on of every NVIDIA GPU of this host; empty if nvidia-smi does not know."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    found = tuple(re.findall(r"^\d+\.\d+$", done.stdout, re.MULTILINE))
+    return found if done.returncode == 0 else ()
+
+
+def quantization_methods() -> tuple[str, ...]:
+    """Names that the installed vLLM takes for a quantization method, from its source text; empty if it is not found."""
+    found = find_spec("vllm")  # imports nothing
+    for folder in found.submodule_search_locations or () if found else ():
+        try:
+            file = Path(folder) / "model_executor" / "layers" / "quantization" / "__init__.py"
+            tree = ast.parse(file.read_text("utf-8"))
+        except (OSError, ValueError, SyntaxError):
+            continue
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "QuantizationMethods":
+                return tuple(item.value for item in ast.walk(node.value) if isinstance(item, ast.Constant))
+    return ()
 
 
 def free_memory() -> int:

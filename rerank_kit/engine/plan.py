@@ -13,11 +13,13 @@ from rerank_kit.engine.choices import (
     engines_per_gpu,
     fastokens_agrees,
     graph_sizes,
+    step_graphs,
     weight_bytes,
     whole_calls,
 )
 from rerank_kit.engine.machine import GIB, Machine, cpu_has_bf16, probe_machine
 from rerank_kit.engine.nodes import check_nodes, describe_node, has_other_nodes, is_headless, node_env
+from rerank_kit.engine.precision import MODE, check_exact, quantization
 from rerank_kit.models.checkpoint import Checkpoint, content_id
 from rerank_kit.models.opened import opened
 from rerank_kit.models.profiles import Profile
@@ -86,15 +88,22 @@ def plan_service(cfg: EnvConfig, model: str | Path | None = None, machine: Machi
     return _finished(plan)
 
 
-def plan_engine(cfg: EnvConfig, model: str | Path | None = None, machine: Machine | None = None) -> Plan:
+def plan_engine(
+    cfg: EnvConfig, model: str | Path | None = None, machine: Machine | None = None, *, several: bool = False
+) -> Plan:
     """Decide how vllm.LLM scores with one model in this process. Throughput matters here, latency does not.
 
     DP and DP_ADDRESS apply to the service only. Arguments and errors are those of plan_service().
+
+    Args:
+        several: plan.engines may be more than 1; then the plan is that of one of so many processes on the GPU.
     """
     cfg = replace(cfg, dp=1, dp_local=None, dp_address=None)
     model, machine = _checked(cfg, model), machine or probe_machine()
     _check_gpus(cfg, machine, may_be_more=True)
     plan = _plan_model(cfg, model, machine)
+    if several:
+        plan.engines, plan.why["engines_per_gpu"] = _engines(plan)
     if machine.is_cpu:
         _plan_cpu(plan)
     elif machine.gpu_mib > 70_000:
@@ -148,7 +157,10 @@ def _plan_model(cfg: EnvConfig, model: str | Path, machine: Machine) -> Plan:
         engine["pooler_config"] = profile.pooler_config
     engine["dtype"] = cfg.dtype
     if cfg.quantization:
-        engine["quantization"] = cfg.quantization
+        engine["quantization"], why["quantization"] = quantization(cfg.quantization, found.checkpoint.config)
+    if cfg.exact:
+        why["exact"] = check_exact(cfg, machine, found.checkpoint.config)
+        plan.env[MODE] = "1"
     engine["max_model_len"], why["max_model_len"] = _max_model_len(cfg, found.max_length)
     engine |= profile.engine
     engine["tensor_parallel_size"] = cfg.tp
@@ -182,13 +194,19 @@ def _guard_env(plan: Plan) -> dict[str, str]:
 
 
 def version_id(plan: Plan) -> str:
-    """12 hex digits of everything that decides a score. Replicas with the same id give the same scores, on any host."""
+    """12 hex digits of everything that decides a score. Replicas with the same id give the same scores, on any host.
+
+    With EXACT=1 it ends in "-exact", and replicas with the same id give the same bits.
+    """
     cfg = plan.cfg
     names = ("convert", "hf_overrides", "pooler_config", "dtype", "quantization", "max_model_len")
     decides = {name: plan.engine.get(name) for name in names}
     decides |= {name: getattr(cfg, name) for name in ("long_documents", "max_tokens_per_doc", "max_tokens_per_query")}
     decides |= {"template": plan.template, "extra_args": cfg.extra_args, "checkpoint": content_id(plan.checkpoint.path)}
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+    if cfg.exact:  # each kind of GPU and each release has its own kernels, and so its own bits
+        decides["exact"] = [plan.machine.vllm_version, *sorted({gpu.rpartition(",")[0] for gpu in plan.machine.gpus})]
+    digits = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+    return f"{digits}-exact" if cfg.exact else digits
 
 
 def _check_gpus(cfg: EnvConfig, machine: Machine, *, may_be_more: bool = False) -> None:
@@ -262,7 +280,7 @@ def _plan_gpu(plan: Plan, tokens: int, pairs: int, reason: str) -> None:
     # Each engine checks at its start that its share is free, while the others allocate theirs.
     engine["gpu_memory_utilization"] = round(share / plan.engines, 3)
     _plan_steps(plan, tokens, pairs, reason)
-    why["quantization"] = "QUANTIZATION" if cfg.quantization else "off: it changes scores, see docs/performance.md"
+    why.setdefault("quantization", "off: it changes scores, see docs/performance.md")
     why["gpu_memory_utilization"] = "GPU_MEMORY_UTILIZATION" if cfg.gpu_memory_utilization else "0.85 unless set"
     if plan.copies > 1 and cfg.tp == 1 and not re.search("--(distributed|pipeline|nnodes)", cfg.extra_args):
         # By default each rank has a worker process of its own. H100, 0.6B, two engines on the card, vLLM 0.26, pairs/s
@@ -325,6 +343,7 @@ def _plan_light_load(plan: Plan) -> None:
     fits, why["scheduler_cls"] = whole_calls(plan.machine.vllm_version, cfg.extra_args)
     if fits:
         engine["scheduler_cls"] = "rerank_kit.engine.call_scheduler.CallScheduler"
+        plan.env["RERANK_ENGINES"] = str(plan.copies)  # the scheduler cannot learn it from vLLM's configuration
     if re.search(r"--(enforce[-_]eager|compilation[-_]config|cuda[-_]?graph)|(^|\s)-(cc|O)", cfg.extra_args):
         why["compilation_config"] = "EXTRA_ARGS"
     elif (
@@ -334,9 +353,10 @@ def _plan_light_load(plan: Plan) -> None:
     ):
         # Measured with decoders on an H100 only. vLLM 0.32 captures the pieces of a pooling model only, and warns of
         # its own default mode.
-        sizes = graph_sizes(engine["max_num_batched_tokens"])
-        engine["compilation_config"] = {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": sizes}
-        why["compilation_config"] = "a small model is launched slower than it computes: graphs for steps of whole calls"
+        fits, why["compilation_config"] = step_graphs(plan.machine.vllm_version)
+        if fits:
+            sizes = graph_sizes(engine["max_num_batched_tokens"])
+            engine["compilation_config"] = {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": sizes}
 
 
 def _plan_cpu(plan: Plan) -> None:

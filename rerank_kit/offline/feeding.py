@@ -60,6 +60,11 @@ class Feeder:
         self._n_tokens = 0
 
     @property
+    def busy(self) -> bool:
+        """The engine holds requests."""
+        return bool(self._where)
+
+    @property
     def has_room(self) -> bool:
         """The engine holds less than STEPS_AHEAD steps of work."""
         return len(self._where) < self._most[0] and self._n_tokens < self._most[1]

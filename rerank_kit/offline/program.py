@@ -6,12 +6,14 @@ import sys
 import time
 from pathlib import Path
 
-from rerank_kit.engine.plan import Plan
+from rerank_kit.engine.plan import Plan, plan_engine
 from rerank_kit.models.pair import Pair
 from rerank_kit.offline.files import Result, find_shard, score_shards, shard_files
+from rerank_kit.offline.pool import RerankerPool
 from rerank_kit.offline.reranker import OfflineReranker
 from rerank_kit.settings import ConfigError
 
+MANY_PAIRS = 20_000  # from here on several engines gain more than their start costs
 EXAMPLE_QUERY = "What is the capital of China?"
 EXAMPLE_DOCUMENTS = (
     "Gravity attracts bodies.",
@@ -62,7 +64,16 @@ def parse_part(text: str) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def run_file(args: argparse.Namespace, plan: Plan) -> int:
+def opened_for(plan: Plan, n_pairs: int, model: str | None) -> OfflineReranker | RerankerPool:
+    """The engine or the engines for a run over this many pairs."""
+    if n_pairs >= MANY_PAIRS or plan.cfg.engines_per_gpu:
+        several = plan_engine(plan.cfg, model, plan.machine, several=True)
+        if several.engines > 1:
+            return RerankerPool(several)
+    return OfflineReranker(plan)
+
+
+def run_file(args: argparse.Namespace, plan: Plan, model: str | None = None) -> int:
     """--input / --output, a file or a folder: 0 when every line has a score, 1 when some have none."""
     if args.output is None or args.output.resolve() == args.input.resolve():
         raise ConfigError("--input needs --output, another file than the input")
@@ -86,7 +97,7 @@ def run_file(args: argparse.Namespace, plan: Plan) -> int:
         return 1 if failed_before or broken else 0
     if skip:
         print(f"going on after line {skip} of {total}", file=sys.stderr)
-    with OfflineReranker(plan) as reranker:
+    with opened_for(plan, total - skip, model) as reranker:
         began = time.perf_counter()
         scored, failed, more = score_shards(reranker, todo)
         speed = f"{scored / (time.perf_counter() - began):.0f} pairs/s"

@@ -89,28 +89,36 @@ class OfflineReranker:
                 out = [replace(pair, **{name: short[getattr(pair, name)]}) for pair in out]
         return out, {i for i, (old, new) in enumerate(zip(pairs, out, strict=True)) if old != new}
 
-    def stream(self, source: Iterable[tuple[Any, Prepared]]) -> Iterator[tuple[Any, list[Result]]]:
+    @property
+    def busy(self) -> bool:
+        """The engine holds pairs whose outputs are to be fetched."""
+        return self.feeder.busy
+
+    def stream(self, source: Iterable[tuple[Any, Prepared] | None]) -> Iterator[tuple[Any, list[Result]]]:
         """Results of many prepare()d lists, each with the tag that came with it, in their order.
 
         The engine gets the next lists while it works on the first, so it is never idle between two.
+
+        Args:
+            source: the lists. A None means that none is there yet; it may come only while the engine is busy.
         """
         lists, more = iter(source), True
         waiting: deque[tuple[Any, Prepared, Batch]] = deque()
+        end = object()
         try:
             while True:
-                while more and self.feeder.has_room:
-                    tag, prepared = next(lists, (None, None))
-                    if prepared is None:
-                        more = False
-                    else:
-                        waiting.append((tag, prepared, self.feeder.submit(prepared.prompts)))
-                if not waiting:
-                    return
-                tag, prepared, batch = waiting[0]
-                if batch.done:
-                    waiting.popleft()
+                while waiting and waiting[0][2].done:
+                    tag, prepared, batch = waiting.popleft()
                     yield tag, self._results(prepared, batch.outputs)
-                else:
+                while more and self.feeder.has_room and not (waiting and waiting[0][2].done):
+                    found: Any = next(lists, end)
+                    more = found is not end
+                    if found is end or found is None:
+                        break
+                    waiting.append((*found, self.feeder.submit(found[1].prompts)))
+                if not waiting and not more:
+                    return
+                if self.feeder.busy:
                     self.feeder.step()
         finally:
             self.feeder.abort()

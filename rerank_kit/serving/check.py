@@ -1,4 +1,6 @@
-"""Checks whether the running service scores as its model family should: `sh start_rerank.sh check [--reference]`.
+"""Checks whether the running service scores as its model family should: `sh start_rerank.sh check`.
+
+`--reference` compares with transformers in float32 too, `--exact` scores the same pairs in many batches (exact.py).
 
 These faults give wrong scores without an error: a missing or broken template (one token is enough), a head that was not
 loaded (all scores are the same), and another model than the configured one. It prints one line for each check. Exit
@@ -12,12 +14,14 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 from rerank_kit.engine.machine import GIB, free_memory, vllm_version
 from rerank_kit.engine.nodes import is_headless
 from rerank_kit.models.checkpoint import Checkpoint, read_checkpoint
 from rerank_kit.models.profiles import Profile, find_profile
+from rerank_kit.serving.exact import check_exact
 from rerank_kit.serving.health import progress, request
 from rerank_kit.settings import ConfigError, EnvConfig, get_config
 
@@ -198,13 +202,19 @@ def run_checks(cfg: EnvConfig, reference: bool = False) -> Iterator[tuple[str, s
         length = checkpoint.config.get("max_position_embeddings") or 4096
         expected = reference_scores(checkpoint.path, profile.reference, pairs, cfg.instruction, min(length, 8192))
         worst = max(abs(a - b) if isinstance(a, float) else math.inf for a, b in zip(scores, expected, strict=True))
-        fault = None if worst <= TOLERANCE else f"a score differs by {worst:.4f} from transformers in float32"
+        fault = f"a score differs by {worst:.4f} from transformers in float32" if not worst <= TOLERANCE else None
+        quantized = cfg.quantization or (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+        if fault and quantized:
+            fault += (
+                f"; its weights are quantized ({quantized}), which moves single scores by more than {TOLERANCE}: "
+                "compare without QUANTIZATION first, and judge this one by your own relevance data"
+            )
         yield "reference", fault, f"transformers in float32 agrees within {worst:.1e} (bf16 explains {TOLERANCE})"
 
 
 def main(argv: list[str]) -> int:
-    if argv not in ([], ["--reference"], ["--quiet"]):
-        print("usage: sh start_rerank.sh check [--reference | --quiet]", file=sys.stderr)
+    if argv not in ([], ["--reference"], ["--exact"], ["--quiet"]):
+        print("usage: sh start_rerank.sh check [--reference | --exact | --quiet]", file=sys.stderr)
         return 2
     failed = 0
     try:
@@ -212,7 +222,8 @@ def main(argv: list[str]) -> int:
         vllm_version()
         if is_headless(cfg):
             raise ConfigError(f"NODE_RANK={cfg.node_rank} has no API: run check on node 0, which asks all engines")
-        for name, fault, seen in run_checks(cfg, "--reference" in argv):
+        checks = run_checks(cfg, "--reference" in argv)
+        for name, fault, seen in chain(checks, check_exact(cfg, ask, TOLERANCE) if "--exact" in argv else ()):
             failed += fault is not None
             if fault or "--quiet" not in argv:
                 print(f"{'FAILED' if fault else 'ok':<6}  {name:<9}  {fault or seen}")

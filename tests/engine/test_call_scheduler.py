@@ -140,9 +140,14 @@ def test_as_many_pairs_as_a_step_takes_do_not_wait(scheduler):
     assert n_pairs(scheduler) == 16
 
 
-def test_engines_share_a_call(config, clock):
+def test_engines_share_a_call(config, clock, monkeypatch):
+    from copy import deepcopy
+
+    monkeypatch.setenv("RERANK_ENGINES", "3")
+    config = deepcopy(config)
+    config.parallel_config.data_parallel_size, config.parallel_config.data_parallel_rank = 3, 1
+    config.parallel_config.reconfigure_for_independent_dp_rank()  # as vLLM's engines do first
     scheduler = make(config)
-    scheduler.n_engines = 3
     add(scheduler, pair("a", 8, 0), pair("a", 8, 3))
     assert n_pairs(scheduler) == 0
     add(scheduler, pair("a", 8, 6))

@@ -141,10 +141,20 @@ def test_whole_calls_only_with_the_scheduler_that_is_known(vllm, extra, fits):
 
 
 @pytest.mark.parametrize("limit", [50, 512, 5000, 8192, 24576])
-def test_graph_sizes_pad_a_step_by_a_fifth_at_most(limit):
+def test_graph_sizes_pad_little(limit):
     sizes = graph_sizes(limit)
-    assert sizes == sorted(set(sizes)) and sizes[-1] == min(limit, 8192) and len(sizes) <= 36
-    assert all(big - small <= max(64, big / 5) for small, big in pairwise(sizes))
+    assert sizes == sorted(set(sizes)) and sizes[-1] == min(limit, 8192) and len(sizes) <= 40
+    for small, big in pairwise([0, *sizes]):
+        assert big - small <= (32 if big <= 256 else 64 if big <= 512 else big / 5)
+
+
+@pytest.mark.parametrize(
+    ("vllm", "fits"), [("0.26.0", False), ("0.31.4", False), ("0.32.0", True), ("0.33.0+cu130", True)]
+)
+def test_step_graphs_are_for_releases_that_they_were_measured_with(checkpoints, vllm, fits):
+    plan = plan_service(get_config(), checkpoints["qwen3"], Machine(vllm, H100.gpus, H100.cores, 2**37))
+    assert ("compilation_config" in plan.engine) == fits
+    assert ("this is " + vllm in plan.why["compilation_config"]) != fits
 
 
 def test_light_load_is_planned_for_a_small_decoder_on_a_large_gpu(checkpoints):
@@ -154,6 +164,7 @@ def test_light_load_is_planned_for_a_small_decoder_on_a_large_gpu(checkpoints):
     plan = engine()
     args = serve_args(plan, group=1)
     assert args[args.index("--scheduler-cls") + 1] == "rerank_kit.engine.call_scheduler.CallScheduler"
+    assert plan.env["RERANK_ENGINES"] == "3"
     sizes = json.loads(args[args.index("--compilation-config") + 1])
     assert sizes == {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": graph_sizes(8192)}
     assert "graphs for steps of whole calls" in explain(plan) and "scored in one step" in explain(plan)

@@ -59,7 +59,7 @@ def test_settings_reach_vllm(checkpoints):
             max_num_batched_tokens=999,
             max_num_seqs=7,
             dtype="bfloat16",
-            quantization="fp8",
+            quantization="fp8_per_channel",
             host="0.0.0.0",
             port=1234,
             served_model_name="mine",
@@ -75,7 +75,7 @@ def test_settings_reach_vllm(checkpoints):
         "--max-num-batched-tokens": "999",
         "--max-num-seqs": "7",
         "--dtype": "bfloat16",
-        "--quantization": "fp8",
+        "--quantization": "fp8_per_channel",
         "--host": "0.0.0.0",
         "--port": "1234",
         "--served-model-name": "mine",
@@ -87,13 +87,13 @@ def test_settings_reach_vllm(checkpoints):
 
 def test_steps_fit_the_engines_and_cfg_says_why(checkpoints):
     one, three = (plan(checkpoints, GPU4, engines_per_gpu=n) for n in (1, 3))
-    own = plan(checkpoints, GPU4, engines_per_gpu=3, max_num_batched_tokens=999, max_num_seqs=7, quantization="fp8")
+    own = plan(checkpoints, GPU4, engines_per_gpu=3, max_num_batched_tokens=999, max_num_seqs=7)
     plans = (one, three, own, plan(checkpoints))
     steps = [(p.engine["max_num_batched_tokens"], p.engine["max_num_seqs"]) for p in plans]
     assert steps == [(24576, 256), (8192, 256), (999, 7), (4096, 128)]
     assert "max_num_batched_tokens: 8192 (small steps" in explain(three)
-    assert "max_num_seqs: 256 (256 pairs a step unless set)\nquantization: off" in explain(three)
-    said = "max_num_batched_tokens: 999 (MAX_NUM_BATCHED_TOKENS)\nmax_num_seqs: 7 (MAX_NUM_SEQS)\nquantization: fp8 ("
+    assert "max_num_seqs: 256 (256 pairs a step unless set)" in explain(three)
+    said = "max_num_batched_tokens: 999 (MAX_NUM_BATCHED_TOKENS)\nmax_num_seqs: 7 (MAX_NUM_SEQS)\nquantization: off"
     assert said in explain(own)
     engine_plan._plan_steps(three, three.engine["max_model_len"] - 1, 8, "small")
     assert "max_num_batched_tokens: 2048 (at least max_model_len)" in explain(three)

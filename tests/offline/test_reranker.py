@@ -330,6 +330,10 @@ class SlowFeeder:
     def has_room(self):
         return len(self.queue) < 3
 
+    @property
+    def busy(self):
+        return bool(self.queue)
+
     def submit(self, prompts):
         batch = Batch(prompts, [None] * len(prompts), len(prompts))
         self.queue += [(batch, i) for i in range(len(prompts))]
