@@ -38,6 +38,7 @@ NO_KEY_PATHS = frozenset(("/health", "/live", "/ready"))
 PATHS = NO_KEY_PATHS | {"/ping", "/version", "/metrics", "/load", "/v1/models", *SCORING}
 
 DRAIN_RETRY_S = 5
+ID = re.compile(rb"[!-~]{1,128}")  # a request id that a header can carry
 
 logger = logging.getLogger("vllm.rerank_guard")  # below "vllm": its handler and level
 # vLLM 0.32 warns at each call of /v1/score (api_router.py) that the route is not part of OpenAI's API.
@@ -53,8 +54,7 @@ class Call:
         self.path = scope["path"].removeprefix(scope.get("root_path", ""))
         self.scoring = scope["method"] == "POST" and self.path in SCORING
         given = self.headers.get(b"x-request-id", b"")
-        self.has_clients_id = bool(re.fullmatch(rb"[!-~]{1,128}", given))
-        self.request_id = given if self.has_clients_id else uuid.uuid4().hex.encode()
+        self.request_id = given if ID.fullmatch(given) else uuid.uuid4().hex.encode()
         trace = re.fullmatch(rb"[0-9a-f]{2}-([0-9a-f]{32})-.*", self.headers.get(b"traceparent", b""))
         self.trace_id = trace[1].decode() if trace else "-"
         self.payload: dict = {}
@@ -65,12 +65,14 @@ class Call:
         self.taken_s = 0.0  # until the answer began, since a client that reads slowly is not a slow call
         self.status = 0  # 0 = no answer yet
         self.pairs = self.n_bytes = 0
-        self.in_flight = self.aborted = self.has_own_id = self.answered = False
+        self.in_flight = self.aborted = self.answered = False
+        self.body_id = self.request_id  # the id in vLLM's answer: the body's own request_id comes before the header's
+        self.start: dict = {}  # the answer's head, while its body is awaited
 
     @property
     def engine_id(self) -> bytes:
-        """The id for vLLM. One of our own says how many pairs come: call_scheduler.py waits for them."""
-        return self.request_id if self.has_clients_id else b"%b.n%d" % (self.request_id, self.pairs)
+        """The id for vLLM says how many pairs come, because call_scheduler.py waits for them."""
+        return b"%b.n%d" % (self.body_id, self.pairs) if ID.fullmatch(self.body_id) else self.body_id
 
 
 class Guard:
@@ -144,6 +146,12 @@ class Guard:
                 if self.version:
                     headers.append((b"x-rerank-version", self.version))
                 message = {**message, "headers": headers}
+                if call.pairs and call.status == 200:
+                    call.start = message
+                    return
+            elif call.start:
+                start, message, call.start = *_with_callers_id(call, message), {}
+                await send(start)
             await send(message)
 
         async def watched_receive():
@@ -218,7 +226,8 @@ class Guard:
             except UnicodeEncodeError as exc:
                 raise Refusal(400, "json", "the body holds half of a surrogate pair (\\ud800-\\udfff)") from exc
             body = encoded if changed else body
-        call.has_own_id = "request_id" in payload  # in vLLM the header would win over it
+        if "request_id" in payload:
+            call.body_id = str(payload["request_id"]).encode("utf-8", "replace")
         fields = [payload[name] for name in SCORING[call.path] if name in payload]
         pairs = max([1, *(len(field) for field in fields if isinstance(field, list))])
         if self.draining:  # since the body began
@@ -378,7 +387,22 @@ def _inner_headers(headers, call: Call, length: int) -> list:
     dropped = (b"content-length", b"transfer-encoding", b"x-request-id")
     kept = [pair for pair in headers if pair[0] not in dropped]
     kept.append((b"content-length", str(length).encode()))
-    return kept if call.has_own_id else [*kept, (b"x-request-id", call.engine_id)]
+    # In vLLM the header takes precedence over the body's request_id.
+    return [*kept, (b"x-request-id", call.engine_id)] if ID.fullmatch(call.body_id) else kept
+
+
+def _with_callers_id(call: Call, message: dict) -> tuple[dict, dict]:
+    """(head, body) of vLLM's answer with the caller's id in place of the engine's, which counts the pairs too."""
+    start, body = call.start, message.get("body", b"")
+    ours, callers = (
+        b"score-%b" % name.replace(b"\\", b"\\\\").replace(b'"', b'\\"') for name in (call.engine_id, call.body_id)
+    )
+    changed = body.replace(b'"%b"' % ours, b'"%b"' % callers, 1)
+    if changed == body:
+        return start, message
+    less = len(body) - len(changed)
+    headers = [(k, str(int(v) - less).encode() if k.lower() == b"content-length" else v) for k, v in start["headers"]]
+    return {**start, "headers": headers}, {**message, "body": changed}
 
 
 def _replay(body: bytes, receive):
