@@ -23,6 +23,7 @@ from rerank_kit.guard.admission import FIRST_PAIRS, Load
 from rerank_kit.guard.answers import Refusal, _send_json, _send_refusal
 from rerank_kit.guard.body import Limits, parse
 from rerank_kit.guard.counts import Counts
+from rerank_kit.guard.health import Health
 from rerank_kit.guard.long_bodies import LIMITS, Split, as_int
 from rerank_kit.guard.long_documents import LongDocuments
 from rerank_kit.guard.metrics import _metrics
@@ -35,6 +36,7 @@ SCORING = {
     **dict.fromkeys(("/score", "/v1/score"), SCORE_FIELDS),
 }
 NO_KEY_PATHS = frozenset(("/health", "/live", "/ready"))
+PROBES = ("/live", "/ready")
 PATHS = NO_KEY_PATHS | {"/ping", "/version", "/metrics", "/load", "/v1/models", *SCORING}
 
 DRAIN_RETRY_S = 5
@@ -99,7 +101,7 @@ class Guard:
         share = 1 if folder else n_processes
         max_pairs = math.ceil(_setting("MAX_PAIRS_IN_FLIGHT") / share)
         first_pairs = math.ceil((_setting("FIRST_PAIRS") or FIRST_PAIRS) / share)
-        counts = Counts(folder, n_processes)
+        counts = Counts(folder, n_processes, n_engines=_setting("ENGINES") or 1)
         self.load = Load(max_pairs, _setting("MAX_WAIT_S", float), first_pairs, counts=counts)
         self.metrics = _metrics()
         self.version = os.environ.get("GUARD_VERSION", "").encode()
@@ -108,6 +110,7 @@ class Guard:
         self.metrics.version.labels(self.version.decode()).set(1)
         logging.getLogger(SCORE_LOGGER).addFilter(_once(SCORE_WARNING))
         self.long = LongDocuments(self.limits.max_docs, self.encode, self._take_windows)
+        self.health = Health(counts, _setting("HEALTH_TIMEOUT_S", float), self.long.prepare)
         self.takes_instruction = os.environ.get("GUARD_TAKES_INSTRUCTION", "1") != "0"
         # With several API processes the parent ends those still working after --shutdown-timeout, so finish before it.
         self.early_s = 2.0 if n_processes > 1 else 0.0
@@ -162,10 +165,10 @@ class Guard:
 
         try:
             self._check_access(call)
-            if call.path == "/live":
-                return await _send_json(answer, 200, {"status": "live"})
-            if call.path == "/ready":
-                return await self._ready(scope, watched_receive, answer)
+            if call.path in PROBES:
+                return await self._probe(call.path, scope, watched_receive, answer)
+            if scope["method"] == "HEAD" and call.path in PATHS:
+                scope = {**scope, "method": "GET"}  # vLLM has no HEAD; uvicorn leaves the body out
             if call.scoring:
                 body = await self._admit(call, watched_receive)
                 if body is None:  # the client left while it sent
@@ -182,6 +185,8 @@ class Guard:
             self.metrics.refusals.labels(exc.reason).inc()
             await _send_refusal(answer, exc)
         except BaseException as exc:
+            if call.start:  # vLLM began an answer of which nothing was sent
+                call.start, call.status = {}, 0
             if isinstance(exc, asyncio.CancelledError) and self.draining and not call.status:
                 return await _send_refusal(answer, self._stopping())
             if isinstance(exc, Exception) and not call.status:
@@ -278,26 +283,34 @@ class Guard:
         payload |= added
         return bool(nulls or added or asked or limits)
 
-    async def _ready(self, scope, receive, answer) -> None:
-        """200 while the engine is healthy (vLLM's /health) and no stop is under way."""
+    async def _probe(self, path: str, scope, receive, answer) -> None:
+        """/live: no engine hangs. /ready: and the first pairs were scored, /health is 200, no stop is under way."""
+        if hang := self.health.hang:
+            raise Refusal(503, "hang", hang, retry_s=DRAIN_RETRY_S)
+        if path == "/live":
+            return await _send_json(answer, 200, {"status": "live"})
         status = 503
 
         async def note_status(message):
             nonlocal status
             status = message.get("status", status)
 
-        if not self.draining:
+        wrong = "the server is stopping" if self.draining else self.health.not_ready
+        if not wrong:
             inner = {**scope, "method": "GET", "path": "/health", "raw_path": b"/health"}
             await self.app(inner, receive, note_status)
-        if status != 200:
-            text = "the server is stopping" if self.draining else "the engine is not healthy: see the server's log"
-            raise Refusal(503, "not_ready", text, retry_s=DRAIN_RETRY_S)
+            wrong = "" if status == 200 else "the engine is not healthy: see the server's log"
+        if wrong:
+            raise Refusal(503, "not_ready", wrong, retry_s=DRAIN_RETRY_S)
         await _send_json(answer, 200, {"status": "ready"})
 
     def _release(self, call: Call) -> None:
         if call.in_flight:
             call.in_flight = False
-            self.load.release(call.pairs, call.status == 200 and not call.aborted)
+            served = call.status == 200 and not call.aborted
+            self.load.release(call.pairs, served)
+            if served:
+                self.health.served()
             self._show_load()
 
     def _show_load(self) -> None:
@@ -333,9 +346,11 @@ class Guard:
         if engine is None:
             return
         stop, loop = engine.shutdown, asyncio.get_running_loop()
+        self.health.begin(scope["app"], self.app)
 
         def drain_then_stop(*args, timeout=None, **kwargs):
             self.draining = True
+            loop.call_soon_threadsafe(self.health.end)
             if threading.current_thread() is threading.main_thread():  # the event loop's own: it must not wait
                 return stop(*args, timeout=timeout, **kwargs)
             end_s = time.monotonic() + max(0.0, (timeout or 0) - self.early_s)
