@@ -1,4 +1,4 @@
-"""A real service without a supervisor (`run`): ready after its own first scores, and 503 while its engine is stopped."""
+"""A real service without a supervisor (`run`): ready after its own first scores, 503 while its engine is stopped."""
 
 import os
 import signal
@@ -109,7 +109,7 @@ def test_a_hang_is_seen_by_both_probes_without_a_supervisor(model, more, checkpo
         began = time.monotonic()
         caller = Caller(url, 1)
         until(both(503), 40)
-        assert LIMIT_S - 1 < time.monotonic() - began
+        assert time.monotonic() - began > LIMIT_S - 1
         for _, answer in probes():
             assert "hangs: pairs wait, and none was scored for" in answer["error"]["message"]
             assert ("engine 1 hangs" in answer["error"]["message"]) == ("DP" in more)
