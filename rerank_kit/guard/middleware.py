@@ -27,6 +27,7 @@ from rerank_kit.guard.health import Health
 from rerank_kit.guard.long_bodies import LIMITS, Split, as_int
 from rerank_kit.guard.long_documents import LongDocuments
 from rerank_kit.guard.metrics import _metrics
+from rerank_kit.guard.reading import Reading
 
 RERANK_FIELDS = ("documents",)
 # The four spellings that vLLM's score routes take. All are counted: a body may hold several.
@@ -99,6 +100,7 @@ class Guard:
         # each admits its share.
         n_processes, folder = _setting("API_SERVERS") or 1, os.environ.get("PROMETHEUS_MULTIPROC_DIR")
         share = 1 if folder else n_processes
+        self.reading = Reading(self.limits, _setting("BODY_TIMEOUT_S", float), n_processes)
         max_pairs = math.ceil(_setting("MAX_PAIRS_IN_FLIGHT") / share)
         first_pairs = math.ceil((_setting("FIRST_PAIRS") or FIRST_PAIRS) / share)
         counts = Counts(folder, n_processes, n_engines=_setting("ENGINES") or 1)
@@ -218,7 +220,7 @@ class Guard:
             raise self._stopping()
         self.limits.check_length(call.headers.get(b"content-length", b"0"))
         self.load.check(1)  # too busy for any call, so the body is not read; uvicorn discards it
-        body = await self.limits.read(receive)
+        body = await self.reading.read(receive)
         if body is None:
             return None
         call.n_bytes = len(body)
