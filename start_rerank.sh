@@ -10,7 +10,7 @@
 #   wait          waits until the service is ready or dead
 #   wait-for PID  waits for the server that "run" became
 #   status        prints the state in one line, with --json all of it
-#   healthy       asks /health, for the health check of a container
+#   healthy       asks /ready, for the health check of a container
 #   check         checks that the scores are right, with --reference against transformers, with --exact in other batches
 #   tail          follows the log
 #   cfg           explains the settings, every automatic choice and the vllm command

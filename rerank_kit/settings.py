@@ -96,6 +96,7 @@ class EnvConfig:
     guard: int = _key(1, "1: load the guard into the server (limits, defaults, key check on every path); 0: bare vLLM", "guard", low=0, high=1)
     max_docs_per_call: int = _key(1000, "limit on documents in one call; 0 = no limit", "guard", low=0)
     max_body_bytes: int = _key(33554432, "limit on bytes in one request body; 0 = no limit", "guard", low=0)
+    body_timeout_s: float = _key(60.0, "seconds that a client may take to send one request body; 0 = no limit", "guard", low=0)
     max_chars_per_field: int = _key(500000, "limit on characters in one query, document or instruction; 0 = no limit", "guard", low=0)
     max_pairs_in_flight: int | None = _key(None, "limit on pairs in flight; more get 429. Default: as many as are served within MAX_WAIT_S", "guard", low=1)
     max_wait_s: float = _key(10.0, "limit on the estimated seconds before a call's first pair starts; a longer wait gets 429; 0 = no limit", "guard", low=0)

@@ -16,7 +16,11 @@ MAY_USE = {
     "client": ("settings",),
     "models": ("settings",),
     "engine": ("settings", "models"),
-    "guard": ("models.fitting", "processes"),  # it lives inside vLLM and reads GUARD_*, never the settings
+    "guard": (
+        "models.fitting",
+        "models.known_pairs",
+        "processes",
+    ),  # it lives inside vLLM and reads GUARD_*, never the settings
     "serving": ("settings", "processes", "models", "engine"),
     "offline": ("settings", "models", "engine"),
     "benchmark": ("settings", "processes", "engine", "serving"),

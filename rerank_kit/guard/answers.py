@@ -14,7 +14,7 @@ class Refusal(Exception):
 
 ERROR_TYPES = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 413: "ContentTooLargeError"}
 ERROR_TYPES |= {422: "UnprocessableEntityError", 429: "TooManyRequestsError", 503: "ServiceUnavailableError"}
-ERROR_TYPES |= {500: "InternalServerError"}
+ERROR_TYPES |= {408: "RequestTimeoutError", 500: "InternalServerError"}
 
 
 async def _send_json(send, status: int, content: dict, headers=()) -> None:
@@ -29,6 +29,8 @@ async def _send_refusal(send, exc: Refusal) -> None:
     headers = []
     if exc.retry_s:
         headers.append((b"retry-after", str(min(math.ceil(exc.retry_s), 60)).encode()))
+    if exc.status == 408:  # what may still come of the body is not waited for
+        headers.append((b"connection", b"close"))
     if exc.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     error = {"message": str(exc), "type": ERROR_TYPES[exc.status], "param": exc.param, "code": exc.status}

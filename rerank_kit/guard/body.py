@@ -6,7 +6,6 @@ docs/guard.md lists every refusal.
 import json
 import math
 import re
-from collections.abc import Awaitable, Callable
 
 from rerank_kit.guard.answers import Refusal
 
@@ -31,19 +30,10 @@ class Limits:
         if known and (len(content_length) > 15 or int(content_length) > self.max_bytes):
             raise self._too_large(content_length.decode()[:20])
 
-    async def read(self, receive: Callable[[], Awaitable[dict]]) -> bytes | None:
-        """The whole body from an ASGI receive(), or Refusal as soon as it is too large. None = the client left."""
-        pieces, size = [], 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            pieces.append(message.get("body", b""))
-            size += len(pieces[-1])
-            if self.max_bytes and size > self.max_bytes:
-                raise self._too_large(f"more than {self.max_bytes}")
-            if not message.get("more_body"):
-                return b"".join(pieces)
+    def check_size(self, n_bytes: int) -> None:
+        """Raise Refusal (413) if so many bytes have come and exceed the limit."""
+        if self.max_bytes and n_bytes > self.max_bytes:
+            raise self._too_large(f"more than {self.max_bytes}")
 
     def check(self, body: bytes) -> None:
         """Raise Refusal (413, 422) for a list or a text that is too long, before anything is parsed.

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from rerank_kit.processes import born
 
+TOTALS = 6  # numbers of a process that do not belong to an engine
+
 
 class Counts:
     """What is in flight and what was served, over all API processes of a service that share a folder.
@@ -15,25 +17,25 @@ class Counts:
     They share the engine, so how long a call waits depends on the pairs in all processes, and the kernel may hand one
     process most connections. Each writes six numbers of its own (a counter that is odd while it writes, pairs in
     flight, pairs served, pair-seconds, seconds with a pair in flight, time of the last change) and reads those of the
-    others, without locks.
+    others, without locks. Two more for each engine (the time of its last scores, the time since when pairs wait for it
+    or 0) show a hang: CLOCK_MONOTONIC is the same in all processes.
     """
 
-    SIZE = 48  # bytes
-
-    def __init__(self, folder: str | None, n_processes: int, clock=time.monotonic, pid: int = 0):
+    def __init__(self, folder: str | None, n_processes: int, clock=time.monotonic, pid: int = 0, n_engines: int = 1):
         self._clock, self._folder, self._n_others = clock, Path(folder or "."), n_processes - 1 if folder else 0
         # Named after the common parent's PID, since the folder may outlive a server and its files.
         self._prefix = f"guard-{os.getppid()}-{born(os.getppid())}-"
         self._own_file = self._folder / f"{self._prefix}{pid or os.getpid()}.load"
         self._others: dict[Path, memoryview[float]] = {}
         self._looked = -math.inf
+        self.n_engines, self._size = n_engines, 8 * (TOTALS + 2 * n_engines)
         if self._n_others > 0:
             unseen = self._own_file.with_suffix(".new")
-            unseen.write_bytes(bytes(self.SIZE))
-            self._own: memoryview[float] = _mapped(unseen)
+            unseen.write_bytes(bytes(self._size))
+            self._own: memoryview[float] = _mapped(unseen, self._size)
             unseen.rename(self._own_file)
         else:
-            self._own = memoryview(bytearray(self.SIZE)).cast("d")
+            self._own = memoryview(bytearray(self._size)).cast("d")
         self._own[5] = clock()
 
     @property
@@ -65,7 +67,7 @@ class Counts:
             self._find_others()
         now, in_flight, served, pair_s, busy_s = self._clock(), 0.0, 0.0, 0.0, {}
         for file, view in ((self._own_file, self._own), *self._others.items()):
-            _, n, done, pair_seconds, seconds, last = _settled(view)
+            _, n, done, pair_seconds, seconds, last = _settled(view)[:TOTALS]
             in_flight, served = in_flight + n, served + done
             pair_s += pair_seconds + n * (now - last)
             busy_s[file] = seconds + (n > 0) * (now - last)
@@ -78,12 +80,43 @@ class Counts:
         self._looked = self._clock()
         for file in self._folder.glob(f"{self._prefix}*.load"):
             if file != self._own_file and file not in self._others:
-                self._others[file] = _mapped(file)
+                self._others[file] = _mapped(file, self._size)
+
+    def engine_scored(self, engine: int) -> None:
+        if engine < self.n_engines:
+            self._own[TOTALS + 2 * engine] = self._clock()
+
+    def engine_waits(self, engine: int, waits: bool) -> None:
+        """Note whether pairs of this process wait for the engine; the time counts from the first note."""
+        place = TOTALS + 2 * engine + 1
+        self._own[place] = (self._own[place] or self._clock()) if waits else 0.0
+
+    def unanswered(self, engine: int) -> bool:
+        """Whether pairs of this process waited for the engine and it has given no scores since."""
+        scored, since = self._own[TOTALS + 2 * engine : TOTALS + 2 * engine + 2]
+        return scored < since
+
+    def own_wait_s(self, engine: int) -> float:
+        """Seconds since this process got scores from an engine for which its pairs wait; 0 = none wait."""
+        scored, since = self._own[TOTALS + 2 * engine : TOTALS + 2 * engine + 2]
+        return self._clock() - max(scored, since) if since else 0.0
+
+    def silent_s(self) -> dict[int, float]:
+        """{engine: seconds since it gave scores to any process}, of the engines for which pairs wait."""
+        if len(self._others) < self._n_others:
+            self._find_others()
+        now, out = self._clock(), {}
+        for engine in range(self.n_engines):
+            place = TOTALS + 2 * engine
+            seen = [view[place : place + 2].tolist() for view in (self._own, *self._others.values())]
+            if since := [since for _, since in seen if since]:
+                out[engine] = now - max(min(since), *(scored for scored, _ in seen))
+        return out
 
 
-def _mapped(file: Path) -> "memoryview[float]":
+def _mapped(file: Path, size: int) -> "memoryview[float]":
     with file.open("r+b") as opened:
-        return memoryview(mmap.mmap(opened.fileno(), Counts.SIZE)).cast("d")
+        return memoryview(mmap.mmap(opened.fileno(), size)).cast("d")
 
 
 def _settled(view: "memoryview[float]") -> list[float]:

@@ -41,7 +41,7 @@ class LongDocuments:
         self.default = os.environ.get("GUARD_LONG_DOCUMENTS", "")
         if self.default not in ("", *MODES):
             raise ValueError(f"GUARD_LONG_DOCUMENTS={self.default!r} is unknown: allowed is {', '.join(MODES)}")
-        self.fitter: Any = None  # made by the first scoring call, which is start's own probe
+        self.fitter: Any = None  # made before the service is ready
         self.worker = ThreadPoolExecutor(1, "guard-tokenizer")  # one thread: a fast tokenizer is not thread-safe
 
     def choose_mode(self, call, payload: dict) -> str | None:
@@ -60,12 +60,16 @@ class LongDocuments:
             call.mode = "truncate"
         return asked
 
+    async def prepare(self, scope) -> None:
+        """Load the tokenizer, if a call may need it and it is not loaded."""
+        if self.fitter is None:
+            self.fitter = await asyncio.get_running_loop().run_in_executor(self.worker, make_fitter, scope)
+
     async def fit(self, scope, call, body: bytes, receive) -> bytes | None:
         """The body that vLLM gets: texts that are too long for the model cut or split. None = the client left."""
         if not call.mode:
             return body
-        if self.fitter is None:
-            self.fitter = await asyncio.get_running_loop().run_in_executor(self.worker, make_fitter, scope)
+        await self.prepare(scope)
         if not self.fitter:
             if call.mode == "chunk":
                 raise Refusal(422, "long", "this server cannot split documents: see its log", param="long_documents")

@@ -23,9 +23,11 @@ from rerank_kit.guard.admission import FIRST_PAIRS, Load
 from rerank_kit.guard.answers import Refusal, _send_json, _send_refusal
 from rerank_kit.guard.body import Limits, parse
 from rerank_kit.guard.counts import Counts
+from rerank_kit.guard.health import Health
 from rerank_kit.guard.long_bodies import LIMITS, Split, as_int
 from rerank_kit.guard.long_documents import LongDocuments
 from rerank_kit.guard.metrics import _metrics
+from rerank_kit.guard.reading import Reading
 
 RERANK_FIELDS = ("documents",)
 # The four spellings that vLLM's score routes take. All are counted: a body may hold several.
@@ -35,9 +37,11 @@ SCORING = {
     **dict.fromkeys(("/score", "/v1/score"), SCORE_FIELDS),
 }
 NO_KEY_PATHS = frozenset(("/health", "/live", "/ready"))
+PROBES = ("/live", "/ready")
 PATHS = NO_KEY_PATHS | {"/ping", "/version", "/metrics", "/load", "/v1/models", *SCORING}
 
 DRAIN_RETRY_S = 5
+ID = re.compile(rb"[!-~]{1,128}")  # a request id that a header can carry
 
 logger = logging.getLogger("vllm.rerank_guard")  # below "vllm": its handler and level
 # vLLM 0.32 warns at each call of /v1/score (api_router.py) that the route is not part of OpenAI's API.
@@ -53,8 +57,7 @@ class Call:
         self.path = scope["path"].removeprefix(scope.get("root_path", ""))
         self.scoring = scope["method"] == "POST" and self.path in SCORING
         given = self.headers.get(b"x-request-id", b"")
-        self.has_clients_id = bool(re.fullmatch(rb"[!-~]{1,128}", given))
-        self.request_id = given if self.has_clients_id else uuid.uuid4().hex.encode()
+        self.request_id = given if ID.fullmatch(given) else uuid.uuid4().hex.encode()
         trace = re.fullmatch(rb"[0-9a-f]{2}-([0-9a-f]{32})-.*", self.headers.get(b"traceparent", b""))
         self.trace_id = trace[1].decode() if trace else "-"
         self.payload: dict = {}
@@ -65,12 +68,14 @@ class Call:
         self.taken_s = 0.0  # until the answer began, since a client that reads slowly is not a slow call
         self.status = 0  # 0 = no answer yet
         self.pairs = self.n_bytes = 0
-        self.in_flight = self.aborted = self.has_own_id = self.answered = False
+        self.in_flight = self.aborted = self.answered = False
+        self.body_id = self.request_id  # the id in vLLM's answer: the body's own request_id comes before the header's
+        self.start: dict = {}  # the answer's head, while its body is awaited
 
     @property
     def engine_id(self) -> bytes:
-        """The id for vLLM. One of our own says how many pairs come: call_scheduler.py waits for them."""
-        return self.request_id if self.has_clients_id else b"%b.n%d" % (self.request_id, self.pairs)
+        """The id for vLLM says how many pairs come, because call_scheduler.py waits for them."""
+        return b"%b.n%d" % (self.body_id, self.pairs) if ID.fullmatch(self.body_id) else self.body_id
 
 
 class Guard:
@@ -95,9 +100,10 @@ class Guard:
         # each admits its share.
         n_processes, folder = _setting("API_SERVERS") or 1, os.environ.get("PROMETHEUS_MULTIPROC_DIR")
         share = 1 if folder else n_processes
+        self.reading = Reading(self.limits, _setting("BODY_TIMEOUT_S", float), n_processes)
         max_pairs = math.ceil(_setting("MAX_PAIRS_IN_FLIGHT") / share)
         first_pairs = math.ceil((_setting("FIRST_PAIRS") or FIRST_PAIRS) / share)
-        counts = Counts(folder, n_processes)
+        counts = Counts(folder, n_processes, n_engines=_setting("ENGINES") or 1)
         self.load = Load(max_pairs, _setting("MAX_WAIT_S", float), first_pairs, counts=counts)
         self.metrics = _metrics()
         self.version = os.environ.get("GUARD_VERSION", "").encode()
@@ -106,6 +112,7 @@ class Guard:
         self.metrics.version.labels(self.version.decode()).set(1)
         logging.getLogger(SCORE_LOGGER).addFilter(_once(SCORE_WARNING))
         self.long = LongDocuments(self.limits.max_docs, self.encode, self._take_windows)
+        self.health = Health(counts, _setting("HEALTH_TIMEOUT_S", float), self.long.prepare)
         self.takes_instruction = os.environ.get("GUARD_TAKES_INSTRUCTION", "1") != "0"
         # With several API processes the parent ends those still working after --shutdown-timeout, so finish before it.
         self.early_s = 2.0 if n_processes > 1 else 0.0
@@ -144,6 +151,12 @@ class Guard:
                 if self.version:
                     headers.append((b"x-rerank-version", self.version))
                 message = {**message, "headers": headers}
+                if call.pairs and call.status == 200:
+                    call.start = message
+                    return
+            elif call.start:
+                start, message, call.start = *_with_callers_id(call, message), {}
+                await send(start)
             await send(message)
 
         async def watched_receive():
@@ -154,10 +167,10 @@ class Guard:
 
         try:
             self._check_access(call)
-            if call.path == "/live":
-                return await _send_json(answer, 200, {"status": "live"})
-            if call.path == "/ready":
-                return await self._ready(scope, watched_receive, answer)
+            if call.path in PROBES:
+                return await self._probe(call.path, scope, watched_receive, answer)
+            if scope["method"] == "HEAD" and call.path in PATHS:
+                scope = {**scope, "method": "GET"}  # vLLM has no HEAD; uvicorn leaves the body out
             if call.scoring:
                 body = await self._admit(call, watched_receive)
                 if body is None:  # the client left while it sent
@@ -174,6 +187,8 @@ class Guard:
             self.metrics.refusals.labels(exc.reason).inc()
             await _send_refusal(answer, exc)
         except BaseException as exc:
+            if call.start:  # vLLM began an answer of which nothing was sent
+                call.start, call.status = {}, 0
             if isinstance(exc, asyncio.CancelledError) and self.draining and not call.status:
                 return await _send_refusal(answer, self._stopping())
             if isinstance(exc, Exception) and not call.status:
@@ -205,7 +220,7 @@ class Guard:
             raise self._stopping()
         self.limits.check_length(call.headers.get(b"content-length", b"0"))
         self.load.check(1)  # too busy for any call, so the body is not read; uvicorn discards it
-        body = await self.limits.read(receive)
+        body = await self.reading.read(receive)
         if body is None:
             return None
         call.n_bytes = len(body)
@@ -218,7 +233,8 @@ class Guard:
             except UnicodeEncodeError as exc:
                 raise Refusal(400, "json", "the body holds half of a surrogate pair (\\ud800-\\udfff)") from exc
             body = encoded if changed else body
-        call.has_own_id = "request_id" in payload  # in vLLM the header would win over it
+        if "request_id" in payload:
+            call.body_id = str(payload["request_id"]).encode("utf-8", "replace")
         fields = [payload[name] for name in SCORING[call.path] if name in payload]
         pairs = max([1, *(len(field) for field in fields if isinstance(field, list))])
         if self.draining:  # since the body began
@@ -269,26 +285,34 @@ class Guard:
         payload |= added
         return bool(nulls or added or asked or limits)
 
-    async def _ready(self, scope, receive, answer) -> None:
-        """200 while the engine is healthy (vLLM's /health) and no stop is under way."""
+    async def _probe(self, path: str, scope, receive, answer) -> None:
+        """/live: no engine hangs. /ready: and the first pairs were scored, /health is 200, no stop is under way."""
+        if hang := self.health.hang:
+            raise Refusal(503, "hang", hang, retry_s=DRAIN_RETRY_S)
+        if path == "/live":
+            return await _send_json(answer, 200, {"status": "live"})
         status = 503
 
         async def note_status(message):
             nonlocal status
             status = message.get("status", status)
 
-        if not self.draining:
+        wrong = "the server is stopping" if self.draining else self.health.not_ready
+        if not wrong:
             inner = {**scope, "method": "GET", "path": "/health", "raw_path": b"/health"}
             await self.app(inner, receive, note_status)
-        if status != 200:
-            text = "the server is stopping" if self.draining else "the engine is not healthy: see the server's log"
-            raise Refusal(503, "not_ready", text, retry_s=DRAIN_RETRY_S)
+            wrong = "" if status == 200 else "the engine is not healthy: see the server's log"
+        if wrong:
+            raise Refusal(503, "not_ready", wrong, retry_s=DRAIN_RETRY_S)
         await _send_json(answer, 200, {"status": "ready"})
 
     def _release(self, call: Call) -> None:
         if call.in_flight:
             call.in_flight = False
-            self.load.release(call.pairs, call.status == 200 and not call.aborted)
+            served = call.status == 200 and not call.aborted
+            self.load.release(call.pairs, served)
+            if served:
+                self.health.served()
             self._show_load()
 
     def _show_load(self) -> None:
@@ -324,9 +348,11 @@ class Guard:
         if engine is None:
             return
         stop, loop = engine.shutdown, asyncio.get_running_loop()
+        self.health.begin(scope["app"], self.app)
 
         def drain_then_stop(*args, timeout=None, **kwargs):
             self.draining = True
+            loop.call_soon_threadsafe(self.health.end)
             if threading.current_thread() is threading.main_thread():  # the event loop's own: it must not wait
                 return stop(*args, timeout=timeout, **kwargs)
             end_s = time.monotonic() + max(0.0, (timeout or 0) - self.early_s)
@@ -378,7 +404,22 @@ def _inner_headers(headers, call: Call, length: int) -> list:
     dropped = (b"content-length", b"transfer-encoding", b"x-request-id")
     kept = [pair for pair in headers if pair[0] not in dropped]
     kept.append((b"content-length", str(length).encode()))
-    return kept if call.has_own_id else [*kept, (b"x-request-id", call.engine_id)]
+    # In vLLM the header takes precedence over the body's request_id.
+    return [*kept, (b"x-request-id", call.engine_id)] if ID.fullmatch(call.body_id) else kept
+
+
+def _with_callers_id(call: Call, message: dict) -> tuple[dict, dict]:
+    """(head, body) of vLLM's answer with the caller's id in place of the engine's, which counts the pairs too."""
+    start, body = call.start, message.get("body", b"")
+    ours, callers = (
+        b"score-%b" % name.replace(b"\\", b"\\\\").replace(b'"', b'\\"') for name in (call.engine_id, call.body_id)
+    )
+    changed = body.replace(b'"%b"' % ours, b'"%b"' % callers, 1)
+    if changed == body:
+        return start, message
+    less = len(body) - len(changed)
+    headers = [(k, str(int(v) - less).encode() if k.lower() == b"content-length" else v) for k, v in start["headers"]]
+    return {**start, "headers": headers}, {**message, "body": changed}
 
 
 def _replay(body: bytes, receive):

@@ -7,6 +7,7 @@ loaded (all scores are the same), and another model than the configured one. It 
 codes: 0 no fault, 1 a fault, 4 nothing could be checked.
 """
 
+import functools
 import http.client
 import json
 import math
@@ -16,23 +17,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from rerank_kit.engine.machine import GIB, free_memory, vllm_version
 from rerank_kit.engine.nodes import is_headless
 from rerank_kit.models.checkpoint import Checkpoint, read_checkpoint
+from rerank_kit.models.known_pairs import KNOWN, PAIRS, judge
 from rerank_kit.models.profiles import Profile, find_profile
 from rerank_kit.serving.exact import check_exact
 from rerank_kit.serving.health import progress, request
 from rerank_kit.settings import ConfigError, EnvConfig, get_config
 
-# (query, relevant document, irrelevant document)
-KNOWN = (
-    ("What is the capital of China?", "The capital of China is Beijing.", "Gravity attracts bodies to each other."),
-    ("如何在 Python 中读取文件？", "用 open() 打开文件，再调用 read() 读取。", "今天天气晴朗，适合去公园散步。"),
-)
-PAIRS = [(query, document) for query, *documents in KNOWN for document in documents]
-# No text is empty: vLLM drops the empty second segment of a cross-encoder (docs/scores.md).
-PAIRS += [("code", "if (a <| b) { x |> f }\n\n<think> edge ")]
 # A checkpoint below this hidden size is a test model, which knows no answers. all-MiniLM-L6-v2 has 384.
 REAL_MODEL = 256
 # Largest difference from the float32 reference that bf16 explains; docs/scores.md has the measurements.
@@ -91,11 +86,8 @@ def prompt_tokens(cfg: EnvConfig, checkpoint: Checkpoint, profile: Profile, quer
     This needs `tokenizers` and `jinja2` only: importing transformers would add seconds to every start.
     """
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-    from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(checkpoint.path / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = _tokenizer(checkpoint.path / "tokenizer.json")
     text = profile.template_text(cfg.instruction)
     if text is not None:
         # The settings of transformers' apply_chat_template.
@@ -105,6 +97,30 @@ def prompt_tokens(cfg: EnvConfig, checkpoint: Checkpoint, profile: Profile, quer
     if profile.reference == "embedding":
         return len(tokenizer.encode(query).ids) + len(tokenizer.encode(document).ids)
     return len(tokenizer.encode(query, document).ids)
+
+
+@functools.cache
+def _tokenizer(file: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def expectation(cfg: EnvConfig, checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
+    """What judge() has to know of a model: lengths of the prompts of PAIRS, range of scores, known answers."""
+    tokens = None
+    if (checkpoint.path / "tokenizer.json").exists():
+        tokens = [prompt_tokens(cfg, checkpoint, profile, *pair) for pair in PAIRS]
+    low, high = (0.0, 1.0) if profile.template else (-1.0, 1.0) if profile.reference == "embedding" else (None, None)
+    known: list[tuple[str, int, int]] = []
+    if checkpoint.config.get("hidden_size", 0) >= REAL_MODEL:
+        # The Chinese question is not for an English model, whose tokenizer knows few Chinese characters.
+        asked = KNOWN if checkpoint.config.get("vocab_size", 0) > 50_000 else KNOWN[:1]
+        known = [(query, 2 * i, 2 * i + 1) for i, (query, *_) in enumerate(asked)]
+    return {"tokens": tokens, "low": low, "high": high, "known": known}
 
 
 def reference_bytes(checkpoint: Checkpoint) -> int:
@@ -151,43 +167,16 @@ def run_checks(cfg: EnvConfig, reference: bool = False) -> Iterator[tuple[str, s
         return
     yield "model", None, f"{checkpoint.path}, profile {profile.name}"
 
+    expected = expectation(cfg, checkpoint, profile)
     answers = [score(cfg, *pair) for pair in PAIRS]
     scores = [answer[0] for answer in answers]
-    if (checkpoint.path / "tokenizer.json").exists():
-        wanted = [prompt_tokens(cfg, checkpoint, profile, *pair) for pair in PAIRS]
-        got = [answer[1] for answer in answers]
-        fault = None
-        if got != wanted:
-            fault = f"prompts have {got} tokens, the profile's have {wanted}: the service uses another template"
-        yield "prompt", fault, f"{len(PAIRS)} prompts have the profile's {min(wanted)} to {max(wanted)} tokens"
-    else:
-        yield "prompt", None, "skipped: the checkpoint has no tokenizer.json"
-
-    # A head without activation (ms-marco) returns the logit itself, which can be any finite number.
-    low, high = (
-        (0.0, 1.0) if profile.template else (-1.0, 1.0) if profile.reference == "embedding" else (-math.inf, math.inf)
-    )
-    fault = None
-    if not all(isinstance(s, float) and math.isfinite(s) for s in scores):
-        fault = f"scores {scores} are not all finite numbers"
-    elif not (low - 1e-3 <= min(scores) and max(scores) <= high + 1e-3):
-        fault = f"scores {scores} are not within {low:g} to {high:g}"
-    elif max(scores) - min(scores) < 1e-6:
-        fault = f"every score is {scores[0]}: the head was not loaded (an untied lm_head, as in the 8B model?)"
-    yield "head", fault, "" if fault else f"scores are finite and differ ({min(scores):.4f} to {max(scores):.4f})"
-
+    prompt, head, known = judge(expected, answers)
+    yield prompt
+    yield head
     if max(cfg.dp, len(progress(cfg))) > 1 and "--disable-log-stats" not in cfg.extra_args:
         yield check_engines(cfg)
 
-    if checkpoint.config.get("hidden_size", 0) < REAL_MODEL:
-        yield "answers", None, "skipped: a test model knows no answers"
-    else:
-        # The Chinese question is not for an English model, whose tokenizer knows few Chinese characters.
-        known = KNOWN if checkpoint.config.get("vocab_size", 0) > 50_000 else KNOWN[:1]
-        usable = [s if isinstance(s, float) else math.nan for s in scores]
-        wrong = [k[0] for i, k in enumerate(known) if not usable[2 * i] > usable[2 * i + 1]]
-        fault = f"the irrelevant document ranks first for: {'; '.join(wrong)}" if wrong else None
-        yield "answers", fault, f"{len(known)} known answers rank first"
+    yield known
 
     if reference:
         needed, free = reference_bytes(checkpoint), free_memory()

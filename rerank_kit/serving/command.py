@@ -17,6 +17,7 @@ from rerank_kit.engine.machine import GIB, NoVllm, vllm_command, vllm_version
 from rerank_kit.engine.nodes import check_rpc_port, has_other_nodes, is_headless, node_flags
 from rerank_kit.engine.plan import Plan, plan_service
 from rerank_kit.models.served_folder import make_adapted
+from rerank_kit.serving.check import expectation
 from rerank_kit.serving.network import check_network, check_port, hold_port, tls_files
 from rerank_kit.settings import FIELDS, KIT_DIR, ConfigError, get_config, passed_on_env
 
@@ -139,6 +140,8 @@ def server_commands(plan: Plan) -> tuple[list[list[str]], dict[str, str]]:
         env.pop(key, None)
     if plan.cfg.api_key:
         env["VLLM_API_KEY"] = plan.cfg.api_key
+    if plan.cfg.guard and plan.cfg.startup_check and not is_headless(plan.cfg):
+        env["GUARD_CHECK"] = json.dumps(expectation(plan.cfg, plan.checkpoint, plan.profile))
     return commands, with_kit_on_path(env)
 
 
@@ -181,6 +184,8 @@ def become_server(plan: Plan) -> None:
         os.execve(sys.executable, supervisor, with_kit_on_path(dict(os.environ)))
     holder = hold_port(plan.cfg)
     holder.set_inheritable(True)
+    if address := os.environ.get("NOTIFY_SOCKET"):  # "run" is systemd's service: a hang is a reason to restart it
+        env["GUARD_NOTIFY_SOCKET"] = address
     os.execve(commands[0][0], commands[0], env)
 
 

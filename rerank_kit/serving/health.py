@@ -105,12 +105,17 @@ def warm_up(cfg: EnvConfig, n_calls: int = 32, n_docs: int = 64, timeout_s: floa
 
 
 def healthy(cfg: EnvConfig) -> int:
-    """Print the answer of /health and return 0 if it is 200, else 1. A container's health check must not score."""
+    """Print the answer of /ready (GUARD=0: /health) and return 0 if it is 200, else 1.
+
+    A container's health check must not score: a busy service would refuse it.
+    """
+    path = "/ready" if cfg.guard else "/health"
     try:
-        status: int | str = request(cfg, "GET", "/health")[0]
+        status, data = request(cfg, "GET", path)
+        said = f"{status} {data[:500].decode('utf-8', 'replace')}".strip()
     except (OSError, http.client.HTTPException) as exc:
-        status = f"no answer from {cfg.service_url} ({type(exc).__name__})"
-    print("healthy" if status == 200 else f"/health: {status}")
+        status, said = 0, f"no answer from {cfg.service_url} ({type(exc).__name__})"
+    print("healthy" if status == 200 else f"{path}: {said}")
     return 0 if status == 200 else 1
 
 
@@ -241,7 +246,7 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
 
 
 def main(argv: list[str]) -> int:
-    """`wait PID LOG` waits until the process PID scores, and shows progress from the log. `healthy` checks /health."""
+    """`wait PID LOG` waits until the process PID scores, and shows progress from the log. `healthy` asks /ready."""
     try:
         cfg = get_config()
     except ConfigError as exc:

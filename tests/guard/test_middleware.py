@@ -136,7 +136,7 @@ def test_request_id_is_echoed_and_passed_on(sent):
     inner = Inner(headers=[(b"x-request-id", b"inner")])
     answer = one(Guard(inner), RERANK, documents(), headers={"X-Request-ID": sent})
     assert answer.headers["x-request-id"] == sent and answer.n_request_ids == 1
-    assert inner.calls[0][1][b"x-request-id"] == sent.encode()
+    assert inner.calls[0][1][b"x-request-id"] == sent.encode() + b".n2", "the engine waits for that many pairs"
 
 
 @pytest.mark.parametrize("sent", [None, "", "x" * 129, "a b", "a\tb", "\xe9"])
@@ -148,10 +148,38 @@ def test_request_id_is_made(sent):
     assert inner.calls[0][1][b"x-request-id"].decode() == answer.headers["x-request-id"] + ".n2"
 
 
-def test_request_id_of_body_stays_in_force():
+@pytest.mark.parametrize(("own", "header"), [("mine", b"mine.n2"), ("my own", None), ("号", None), ("x" * 129, None)])
+def test_request_id_of_body_stays_in_force(own, header):
+    """In vLLM a header would take precedence over the field, so it says the same or nothing."""
     inner = Inner()
-    one(Guard(inner), RERANK, documents(request_id="mine"))
-    assert b"x-request-id" not in inner.calls[0][1]  # it would win over the field in vLLM
+    answer = one(Guard(inner), RERANK, documents(request_id=own), headers={"X-Request-ID": "abc"})
+    assert inner.calls[0][1].get(b"x-request-id") == header
+    assert answer.headers["x-request-id"] == "abc"
+
+
+class Echoes(Inner):
+    """Answers with the id as vLLM makes it of the header."""
+
+    async def __call__(self, scope, receive, send):
+        while (await receive()).get("more_body"):
+            pass
+        given = dict(scope["headers"])[b"x-request-id"].decode()
+        self.sent = json.dumps(
+            {"id": f"score-{given}", "results": [{"document": {"text": f'"score-{given}"'}}]}
+        ).encode()
+        head = [(b"content-type", b"application/json"), (b"Content-Length", str(len(self.sent)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        await send({"type": "http.response.body", "body": self.sent})
+
+
+@pytest.mark.parametrize("sent", ["abc", 'a"b\\c', "x.n2", None])
+def test_answers_have_the_callers_id_and_not_the_engines(sent):
+    inner = Echoes()
+    answer = one(Guard(inner), RERANK, documents(), headers={"X-Request-ID": sent} if sent else {})
+    data, told = json.loads(answer.body), answer.headers["x-request-id"]
+    assert data["id"] == f"score-{told}" and told == (sent or told)
+    assert int(answer.headers["Content-Length"]) == len(answer.body) == len(inner.sent) - len(".n2")
+    assert data["results"][0]["document"]["text"] == json.loads(inner.sent)["results"][0]["document"]["text"]
 
 
 def test_request_id_is_on_refusals():
