@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 from rerank_kit.models.checkpoint import _read_json
-from rerank_kit.settings import KIT_DIR, ConfigError, EnvConfig, get_config
+from rerank_kit.settings import KIT_DIR, ConfigError, EnvConfig, get_config, model_setting
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DEMO_MODEL = "Qwen/Qwen3-Reranker-0.6B"
@@ -22,7 +22,7 @@ MINILM_DIR = KIT_DIR / "models" / "all-MiniLM-L6-v2"
 
 
 def locate(model: str) -> Path:
-    """The folder of a checkpoint. A hub id is downloaded first.
+    """The folder of a checkpoint, from the caller's folder or else the kit's. A hub id is downloaded first.
 
     Raises:
         ConfigError: `model` is neither a folder nor a hub id, or no hub could deliver it.
@@ -143,7 +143,7 @@ def _sha256(path: Path) -> str | None:
 def demo_model(cfg: EnvConfig, has_gpu: bool) -> Path:
     """The demo's model: MODEL_PATH if it is set, Qwen3-Reranker-0.6B on a GPU if a hub has it, or all-MiniLM-L6-v2."""
     if cfg.model_path:
-        return locate(cfg.model_path)
+        return locate(model_setting(cfg.model_path))
     if has_gpu:
         try:
             return locate(DEMO_MODEL)
