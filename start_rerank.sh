@@ -88,7 +88,7 @@ need_vllm() {
 
 # Start time of a process in clock ticks. PIDs are reused; PID and start time together identify a process.
 born() {
-  line=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
+  [ -n "$1" ] && line=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
   # The name may hold spaces and brackets, so the fields are counted after it.
   # shellcheck disable=SC2086 # split into fields on purpose
   set -- ${line##*) }
@@ -134,9 +134,32 @@ session_pids() {
   done
 }
 
-# Allows one start or stop at a time for a port. The lock file names its owner, and is void when that process is gone.
-# flock makes reading and writing it atomic. It is not held longer: processes started from here would inherit it.
+# Allows one start or stop at a time for a port. The lock file names its owner and what that does, and is void when that
+# process is gone. flock makes reading and writing it atomic. It is not held longer: processes started from here would
+# inherit it. A start that only waits for the model holds no lock; one that still prepares gives way to a stop.
 take_lock() {
+  try_lock "$1"
+  code=$?
+  if [ "$code" = 2 ] && [ "$1" = stop ] && [ "${said#* }" = start ]; then
+    owner=${said%% *}
+    warn "ending the start that is under way (PID $owner)"
+    since=$(born "$owner") && kill -TERM "$owner" 2>/dev/null
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+      [ "$(born "$owner")" = "$since" ] || break
+      sleep 1
+    done
+    try_lock "$1"
+    code=$?
+  fi
+  case $code in
+    0) ;;
+    2) die 1 "another start or stop for port $PORT is under way (PID ${said%% *})" ;;
+    *) die 1 "$LOCK_FILE cannot be locked ($said): make room if the disk is full, remove the file if it belongs to another user, or set LOG_DIR to a local folder" ;;
+  esac
+}
+
+# Returns 0 with the lock, 2 with "PID ACTION" of its owner in said, 1 with the fault in said.
+try_lock() {
   [ -d "$LOG_DIR" ] || { mkdir -p "$LOG_DIR" && chmod 700 "$LOG_DIR"; } || die 1 "LOG_DIR=$LOG_DIR cannot be created"
   # Whoever can write there can have any process killed by means of a forged PID file.
   case $(LC_ALL=C ls -ld "$LOG_DIR/") in ????????w*) warn "LOG_DIR=$LOG_DIR can be written by everybody: set a folder of your own" ;; esac
@@ -146,20 +169,20 @@ take_lock() {
     exec 2>&1
     # A failed exec ends the shell, so a subshell tries it first.
     (exec 9>>"$LOCK_FILE") && exec 9>>"$LOCK_FILE" && flock 9 || exit 1
-    if read -r owner since <"$LOCK_FILE" && [ -n "$since" ] && [ "$owner" != $$ ] && [ "$(born "$owner")" = "$since" ]; then
-      printf '%s\n' "$owner"
+    if read -r owner began action <"$LOCK_FILE" && [ -n "$began" ] && [ "$owner" != $$ ] && [ "$(born "$owner")" = "$began" ]; then
+      printf '%s %s\n' "$owner" "$action"
       exit 2
     fi
-    printf '%s %s\n' $$ "$(born $$)" >"$LOCK_FILE"
-  )
-  case $? in
-    0) ;;
-    2) die 1 "another start or stop for port $PORT is under way (PID $said)" ;;
-    *) die 1 "$LOCK_FILE cannot be locked ($said): make room if the disk is full, remove the file if it belongs to another user, or set LOG_DIR to a local folder" ;;
-  esac
-  trap '(: >"$LOCK_FILE") 2>/dev/null || :' EXIT
+    printf '%s %s %s\n' $$ "$(born $$)" "$1" >"$LOCK_FILE"
+  ) || return
+  trap release_lock EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM HUP
+}
+
+release_lock() {
+  trap - EXIT
+  (: >"$LOCK_FILE") 2>/dev/null || :
 }
 
 # --- setup ------------------------------------------------------------------------------------------------------------
@@ -230,7 +253,7 @@ do_setup() {
 
 do_start() {
   need_vllm
-  take_lock
+  take_lock start
   refuse_other_host
   if pid=$(server_pid); then
     say "already running: PID $pid, $SERVICE_URL"
@@ -259,21 +282,19 @@ do_start() {
   (trap '' HUP; become_kit serving.supervisor) </dev/null >>"$LOG_FILE" 2>&1 &
   pid=$!
   (umask 077; printf '%s %s %s\n' "$pid" "$(born "$pid")" "$(this_machine)" >"$PID_FILE") || { kill -TERM "$pid"; die 1 "$PID_FILE cannot be written: is the disk full?"; }
+  mine="$pid $(born "$pid")"
+  release_lock
   say "starting: PID $pid, log $LOG_FILE"
-  trap 'warn "interrupted; the server continues to load, \"stop\" ends it"; exit 130' INT
   kit serving.health wait "$pid" "$LOG_FILE"
-  waited=$?
-  trap 'exit 130' INT
-  case $waited in
+  case $? in
     0)
       if [ "$STARTUP_CHECK" = 1 ] && [ "$NODE_RANK" = 0 ]; then
         kit serving.check --quiet >&2
         case $? in
           0) ;;
           1)
-            err "the service answers, but its scores cannot be right, so it was stopped (STARTUP_CHECK=0 starts it anyway)"
-            kill_session
-            rm -f "$PID_FILE" "$STATE_FILE"
+            err "the service answers, but its scores cannot be right, so it is stopped (STARTUP_CHECK=0 starts it anyway)"
+            end_mine
             return 1
             ;;
           *) warn "its scores could not be checked; \"sh start_rerank.sh check\" tries again" ;;
@@ -284,13 +305,26 @@ do_start() {
     4) warn "not ready yet; \"sh start_rerank.sh status\" shows when it is, \"stop\" ends it"; return 1 ;;
     130) return 130 ;;
     *)
+      is_mine || return 1 # a stop or restart came
       err "the last lines of $LOG_FILE:"
       grep -v '^\[kit\]' "$LOG_FILE" | tail -n 15 >&2
-      kill_session
-      rm -f "$PID_FILE" "$STATE_FILE"
+      end_mine
       return 1
       ;;
   esac
+}
+
+# Whether the PID file still names the service that this start began.
+is_mine() { read_pid_file && [ "$pid $since" = "$mine" ]; }
+
+# Ends what is left of it, unless a stop or a restart has taken over.
+end_mine() {
+  try_lock start || return 0
+  if is_mine; then
+    kill_session
+    rm -f "$PID_FILE" "$STATE_FILE"
+  fi
+  release_lock
 }
 
 kill_session() {
@@ -303,7 +337,7 @@ kill_session() {
 }
 
 do_stop() {
-  take_lock
+  take_lock stop
   refuse_other_host
   # If the supervisor is gone, the server itself gets the TERM.
   pid=$(server_pid) || pid=$(kit serving.status server-pid) || pid=
@@ -312,12 +346,13 @@ do_stop() {
     say "stopping PID $pid: calls in flight get $STOP_TIMEOUT_S s"
     # TERM goes to the supervisor only, which passes it to the server only. The server drains and then ends its engine.
     # TERM to the group would lose every call in flight, and KILL on the server would orphan the GPU workers.
-    since=$(born "$pid")
-    kill -TERM "$pid"
-    waited=0
-    while [ "$waited" -lt $((STOP_TIMEOUT_S + 20)) ] && [ "$(born "$pid")" = "$since" ]; do sleep 1; waited=$((waited + 1)); done
+    if since=$(born "$pid"); then # it may have ended by itself just now
+      kill -TERM "$pid"
+      waited=0
+      while [ "$waited" -lt $((STOP_TIMEOUT_S + 20)) ] && [ "$(born "$pid")" = "$since" ]; do sleep 1; waited=$((waited + 1)); done
+      [ -f "$PID_FILE" ] || [ "$(born "$pid")" != "$since" ] || die 1 "PID $pid does not end"
+    fi
   fi
-  [ -f "$PID_FILE" ] || [ "$(born "$pid")" != "$since" ] || die 1 "PID $pid does not end"
   if [ -n "$(session_pids)" ]; then
     sleep 2
     [ -z "$(session_pids)" ] || warn "killing remaining processes: $(session_pids | tr '\n' ' ')"
@@ -386,6 +421,62 @@ do_demo() {
   say "The service keeps running at $SERVICE_URL. Stop it with: sh start_rerank.sh stop"
 }
 
+# Runs an action beside this shell, which only waits: a shell runs no trap while a command runs, and pip, a download or a
+# model that loads take minutes. So TERM and Ctrl-C end the action at once.
+act() {
+  child='' acting=$1
+  trap 'interrupted 130' INT
+  trap 'interrupted 143' TERM HUP
+  # Without this the action would read from /dev/null.
+  if (: <&0) 2>/dev/null; then exec 3<&0; else exec 3</dev/null; fi
+  "$@" <&3 3<&- &
+  child=$!
+  exec 3<&-
+  wait "$child"
+}
+
+# The processes that an action started, without the service, as lines.
+descendants() {
+  read_pid_file || pid=
+  family=" $1 " service=$pid
+  table=$(
+    for file in /proc/[0-9]*/stat; do
+      read -r line <"$file" || continue
+      # shellcheck disable=SC2086 # split into fields on purpose
+      set -- ${line##*) }
+      file=${file#/proc/}
+      printf '%s %s\n' "${file%/stat}" "$2"
+    done 2>/dev/null
+  )
+  while :; do
+    more=$(printf '%s\n' "$table" | while read -r id parent; do
+      case $family in *" $id "*) continue ;; *" $parent "*) [ "$id" = "$service" ] || printf '%s ' "$id" ;; esac
+    done)
+    [ -n "$more" ] || break
+    family="$family$more"
+  done
+  printf '%s\n' "$family"
+}
+
+interrupted() {
+  trap '' INT TERM HUP
+  if [ -n "$child" ]; then
+    all=$(descendants "$child")
+    # shellcheck disable=SC2086 # a list
+    kill -TERM $all 2>/dev/null
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+      born "$child" >/dev/null || break
+      sleep 0.2
+    done
+    # shellcheck disable=SC2086 # a list
+    born "$child" >/dev/null && kill -KILL $all 2>/dev/null
+  fi
+  case $acting in
+    do_start | do_restart | do_demo) server_pid >/dev/null && warn "interrupted; the server continues to load, \"stop\" ends it" ;;
+  esac
+  exit "$1"
+}
+
 # Prints the comment at the top of this script.
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 
@@ -404,9 +495,10 @@ main() {
   [ "$1" != python ] || { need_vllm; say "$PY"; exit 0; }
   load_config
   case $1 in
-    check | status) action=$1; shift; "do_$action" "$@" ;;
-    wait-for) do_wait_for "$2" ;;
-    *) "do_$1" ;;
+    check | status) action=$1; shift; act "do_$action" "$@" ;;
+    wait-for) act do_wait_for "$2" ;;
+    run | tail | healthy) "do_$1" ;; # the first two replace this shell
+    *) act "do_$1" ;;
   esac
 }
 

@@ -259,7 +259,9 @@ def warnings_of(env_file: Path | str | None = None) -> list[str]:
     for key, value in load_env(env_file).items():
         if key == "PYTHON":  # read before .env is
             if os.environ.get(key) != value:
-                out.append("PYTHON in .env has no effect, because that Python would read .env: set it in the environment")
+                out.append(
+                    "PYTHON in .env has no effect, because that Python would read .env: set it in the environment"
+                )
         elif key not in FIELDS and not PASSED_ON.search(key):
             near = get_close_matches(key, FIELDS, 1)
             out.append(f"{key} in .env is not a setting" + (f": did you mean {near[0]}?" if near else ""))
