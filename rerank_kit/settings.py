@@ -22,7 +22,7 @@ KIT_DIR = Path(__file__).resolve().parents[1]  # the folder of start_rerank.sh, 
 # .env may also set variables of other libraries; start_rerank.sh exports them to the server.
 PASSED_ON = re.compile(
     r"^(HF_|HUGGINGFACE_|MODELSCOPE_|VLLM_|NCCL_|GLOO_|TORCH|OMP_|MKL_|PIP_|UV_|OTEL_|PYTORCH_|TRITON_|CUDA_)"
-    r"|^(PYTHON|DO_NOT_TRACK|LD_PRELOAD|TMPDIR|XDG_CACHE_HOME|HTTPS?_PROXY|NO_PROXY|https?_proxy|no_proxy)$"
+    r"|^(PYTHON|DO_NOT_TRACK|LD_PRELOAD|TMPDIR|XDG_CACHE_HOME|HTTPS?_PROXY|ALL_PROXY|NO_PROXY|https?_proxy|all_proxy|no_proxy)$"
 )
 
 

@@ -69,8 +69,8 @@ def check_extra_args(cfg: EnvConfig) -> None:
             _check_names(cfg, words, number)
         elif name == "--middleware" and re.search(r"(server_guard|rerank_kit\.guard)\.Guard", " ".join(words)):
             raise ConfigError(
-                "EXTRA_ARGS holds --middleware with the kit's guard (server_guard.Guard is rerank_kit.guard.Guard now): "
-                "take it out, GUARD=1 loads the guard"
+                "EXTRA_ARGS holds --middleware with the kit's guard: take it out, GUARD=1 loads the guard "
+                "(server_guard.Guard is rerank_kit.guard.Guard now)"
             )
         elif name in REPLACED:
             raise ConfigError(f"EXTRA_ARGS holds {_written(word)}: take it out, {REPLACED[name]}")

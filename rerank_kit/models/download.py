@@ -46,7 +46,7 @@ def _from_hub(model: str) -> Path:
             return hub(model)
         except Exception as exc:  # hub libraries raise many unrelated types
             line = next(iter(str(exc).strip().splitlines()), type(exc).__name__)
-            reasons.append(f"\n  {hub.__name__.removeprefix('_from_')}: {line[:200]}")
+            reasons.append(f"\n  {hub.__name__.removeprefix('_from_')}: {line[:300]}")
     raise ConfigError(
         f"{model} is not on this machine and no hub gave it:{''.join(reasons)}\n"
         "download it elsewhere and set MODEL_PATH to its folder, or set HF_ENDPOINT to a mirror"
@@ -90,6 +90,13 @@ def _ask(endpoint: str) -> None:
         raise ConfigError("HF_HUB_OFFLINE is set")
     try:
         requests.head(endpoint, timeout=5)
+    except requests.exceptions.InvalidSchema as exc:
+        if "SOCKS" not in str(exc):
+            raise ConfigError(f"cannot reach {endpoint} ({exc})") from exc
+        raise ConfigError(
+            f"cannot reach {endpoint} through the SOCKS proxy of the environment (ALL_PROXY): this Python lacks "
+            "PySocks. Install it (pip install pysocks), set HTTPS_PROXY to an HTTP proxy, or unset ALL_PROXY"
+        ) from exc
     except requests.RequestException as exc:
         raise ConfigError(f"cannot reach {endpoint} ({type(exc).__name__})") from exc
 

@@ -19,8 +19,8 @@ from rerank_kit.serving.status import known_state, memory_of_service
 from rerank_kit.settings import ConfigError, EnvConfig, get_config, model_setting
 
 MOST_LINES = 8  # differences that are listed one by one
-# What the supervisor does itself; all else reaches the server as an argument or a variable. START_TIMEOUT_S is left out:
-# a single start may be waited for with another one.
+# What the supervisor does itself; all else reaches the server as an argument or a variable. START_TIMEOUT_S is left
+# out: one start may be waited for with another one.
 SUPERVISED = ("restart", "restart_max", "restart_window_s", "health_timeout_s", "log_max_mib", "log_keep")
 
 

@@ -21,8 +21,8 @@ def check_network(cfg: EnvConfig) -> None:
     if not own and not (cfg.api_key and cfg.guard) and not cfg.allow_no_key:
         lacks = "there is no API_KEY" if not cfg.api_key else "with GUARD=0 vLLM asks for the key on /v1 paths only"
         raise ConfigError(
-            f"HOST={cfg.host} ({source_of(cfg, 'HOST')}) opens the service to the network, and {lacks}: set API_KEY or API_KEY_FILE and GUARD=1, "
-            "or ALLOW_NO_KEY=1 if the network itself keeps strangers out"
+            f"HOST={cfg.host} ({source_of(cfg, 'HOST')}) opens the service to the network, and {lacks}: set API_KEY or "
+            "API_KEY_FILE and GUARD=1, or ALLOW_NO_KEY=1 if the network itself keeps strangers out"
         )
     if not cfg.api_key and {**passed_on_env(), **os.environ}.get("VLLM_API_KEY"):
         raise ConfigError("VLLM_API_KEY is set, but the kit's own calls do not send it: set API_KEY instead")
@@ -62,8 +62,9 @@ def check_port(cfg: EnvConfig) -> None:
 
 def _not_bound(cfg: EnvConfig, exc: OSError) -> str:
     """Why HOST:PORT cannot be bound, and what to do about it."""
+    source = source_of(cfg, "HOST")
     if isinstance(exc, socket.gaierror) or exc.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-        return f"HOST={cfg.host} ({source_of(cfg, 'HOST')}) is no address of this host ({exc.strerror}): set one of its own"
+        return f"HOST={cfg.host} ({source}) is no address of this host ({exc.strerror}): set one of its own"
     if exc.errno == errno.EACCES:
         return f"PORT={cfg.port} ({source_of(cfg, 'PORT')}) is for root alone: set one of 1024 or more"
     return (
