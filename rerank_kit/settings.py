@@ -7,6 +7,8 @@ Standard library only: start_rerank.sh reads the settings through this module be
 """
 
 import dataclasses
+import ipaddress
+import math
 import os
 import re
 import shlex
@@ -20,7 +22,7 @@ KIT_DIR = Path(__file__).resolve().parents[1]  # the folder of start_rerank.sh, 
 # .env may also set variables of other libraries; start_rerank.sh exports them to the server.
 PASSED_ON = re.compile(
     r"^(HF_|HUGGINGFACE_|MODELSCOPE_|VLLM_|NCCL_|GLOO_|TORCH|OMP_|MKL_|PIP_|UV_|OTEL_|PYTORCH_|TRITON_|CUDA_)"
-    r"|^(PYTHON|DO_NOT_TRACK|LD_PRELOAD|TMPDIR|XDG_CACHE_HOME|HTTPS?_PROXY|NO_PROXY|https?_proxy|no_proxy)$"
+    r"|^(PYTHON|DO_NOT_TRACK|LD_PRELOAD|TMPDIR|XDG_CACHE_HOME|HTTPS?_PROXY|ALL_PROXY|NO_PROXY|https?_proxy|all_proxy|no_proxy)$"
 )
 
 
@@ -47,7 +49,7 @@ class EnvConfig:
     """All settings, checked. None means "not set"; rerank_kit.engine then chooses by model and machine."""
 
     # fmt: off
-    model_path: str | None = _key(None, "checkpoint to serve: a local folder or a Hugging Face / ModelScope id", "model")
+    model_path: str | None = _key(None, "checkpoint to serve: a local folder (a relative path starts at the kit's folder) or a Hugging Face / ModelScope id", "model")
     model_path_tiny: str | None = _key(None, "checkpoint of vllm_usage_tiny.py. Default: MODEL_PATH, or Qwen/Qwen3-Reranker-0.6B when that is unset too", "model")
     model_profile: str | None = _key(None, "name of a file in profiles/, without .json. Default: chosen by the checkpoint's files", "model")
     served_model_name: str = _key("qwen3-reranker", "model name that clients send", "model")
@@ -146,7 +148,7 @@ def load_env(path: Path | str | None = None) -> dict[str, str]:
     Raises:
         ConfigError: a line is not KEY=VALUE; the message has its number.
     """
-    path = Path(path or os.environ.get("KIT_ENV_FILE") or KIT_DIR / ".env")
+    path = env_path(path)
     values = {}
     try:
         lines = path.read_text("utf-8-sig").splitlines()
@@ -186,7 +188,9 @@ def _parse(key: str, text: str, source: str) -> Any:
         name = {int: "an integer", float: "a number"}[kind]
         raise ConfigError(f"{key}={shown} ({source}) is not {name}: {meta['help']}") from None
     low, high = meta["low"], meta["high"]
-    if kind is not str and (value != value or (low is not None and value < low) or (high is not None and value > high)):
+    if kind is not str and not math.isfinite(value):
+        raise ConfigError(f"{key}={shown} ({source}) is not a finite number: {meta['help']}")
+    if kind is not str and ((low is not None and value < low) or (high is not None and value > high)):
         allowed = f"{low} to {high}" if high is not None else f"{low} or more"
         raise ConfigError(f"{key}={shown} ({source}) is out of range: allowed is {allowed}")
     if meta["choices"] and value not in meta["choices"]:
@@ -246,14 +250,84 @@ def _read_key(name: str) -> str:
     return key
 
 
+def env_path(env_file: Path | str | None = None) -> Path:
+    """The .env file: env_file, else KIT_ENV_FILE, else .env in the kit's folder."""
+    return Path(env_file or os.environ.get("KIT_ENV_FILE") or KIT_DIR / ".env")
+
+
 def warnings_of(env_file: Path | str | None = None) -> list[str]:
     """A warning for each key in .env that no code reads, with the nearest known key."""
     out = []
-    for key in load_env(env_file):
-        if key not in FIELDS and not PASSED_ON.search(key):
+    for key, value in load_env(env_file).items():
+        if key == "PYTHON":  # read before .env is
+            if os.environ.get(key) != value:
+                out.append(
+                    "PYTHON in .env has no effect, because that Python would read .env: set it in the environment"
+                )
+        elif key not in FIELDS and not PASSED_ON.search(key):
             near = get_close_matches(key, FIELDS, 1)
             out.append(f"{key} in .env is not a setting" + (f": did you mean {near[0]}?" if near else ""))
     return out
+
+
+def permission_warnings(cfg: "EnvConfig", env_file: Path | str | None = None) -> list[str]:
+    """A warning for each file that others can read although it holds a secret, or that others can write."""
+    secret = any(re.search("KEY|TOKEN|PASSWORD|SECRET", key) for key in load_env(env_file) if key != "API_KEY_FILE")
+    files = [(".env", env_path(env_file), secret)]
+    for key in ("API_KEY_FILE", "SSL_KEYFILE"):
+        if name := getattr(cfg, key.lower()):
+            files.append((key, KIT_DIR / Path(name).expanduser(), True))
+    out = []
+    for name, path, holds_secret in files:
+        try:
+            mode = path.stat().st_mode
+        except OSError:
+            continue
+        if mode & 0o002:
+            out.append(f"{name}: everybody on this host can write {path}: chmod o-rwx {shlex.quote(str(path))}")
+        elif mode & 0o004 and holds_secret:
+            out.append(f"{name}: everybody on this host can read {path}: chmod o-rwx {shlex.quote(str(path))}")
+    return out
+
+
+def source_of(cfg: "EnvConfig", key: str, env_file: Path | str | None = None) -> str:
+    """Where the value of a key came from: argument, environment, .env or default."""
+    value = str(getattr(cfg, key.lower()))
+    if os.environ.get(key) == value:
+        return "environment"
+    if load_env(env_file).get(key) == value:
+        return ".env"
+    return "default" if str(FIELDS[key].default) == value else "argument"
+
+
+def check_host(cfg: "EnvConfig") -> None:
+    """Raise ConfigError if HOST is a name that the shell exports for ends of its own, as tcsh and conda's compilers do."""
+    if cfg.host == "localhost" or source_of(cfg, "HOST") != "environment":
+        return
+    try:
+        ipaddress.ip_address(cfg.host)
+    except ValueError:
+        raise ConfigError(
+            f"HOST={cfg.host!r} (environment) is not an address to listen on. Some shells and conda's compilers export "
+            "HOST for ends of their own: unset HOST (env -u HOST sh start_rerank.sh ...), or export HOST=127.0.0.1"
+        ) from None
+
+
+def model_setting(name: str) -> str:
+    """A setting that names a model: a relative folder starts at the kit's folder, like every path in a setting.
+
+    Raises:
+        ConfigError: only the caller's folder has it, so that another folder would get another model.
+    """
+    path = Path(name).expanduser()
+    if (KIT_DIR / path).is_dir():
+        return str(KIT_DIR / path)
+    if not path.is_absolute() and path.is_dir():
+        raise ConfigError(
+            f"MODEL_PATH={name!r} starts at the kit's folder {KIT_DIR}, which has no such folder; "
+            f"for the one in the current folder write MODEL_PATH={path.absolute()}"
+        )
+    return name
 
 
 def passed_on_env(env_file: Path | str | None = None) -> dict[str, str]:
@@ -292,6 +366,7 @@ def _groups() -> dict[str, list[tuple[str, dataclasses.Field[Any]]]]:
 def _shell_values() -> str:
     """Lines that start_rerank.sh evaluates: `KEY='value'` without secrets, and `warn 'text'`."""
     cfg = get_config()
+    check_host(cfg)
     lines = []
     for key, field in FIELDS.items():
         if not field.metadata["secret"]:
@@ -300,7 +375,7 @@ def _shell_values() -> str:
     lines.append(f"LOG_DIR={shlex.quote(str(cfg.log_path))}")
     lines.append(f"SERVICE_URL={shlex.quote(cfg.service_url)}")
     lines += [f"export {k}={shlex.quote(v)}" for k, v in passed_on_env().items()]
-    lines += [f"warn {shlex.quote(text)}" for text in warnings_of()]
+    lines += [f"warn {shlex.quote(text)}" for text in [*warnings_of(), *permission_warnings(cfg)]]
     return "\n".join(lines)
 
 

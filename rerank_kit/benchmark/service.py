@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import re
 import shlex
 import signal
+from collections.abc import Iterator
 
 from rerank_kit.processes import born
 from rerank_kit.serving.command import shown_env
@@ -107,6 +109,25 @@ class Service:
         out = [f"{mixed[0]} -> {mixed[1]}"] if command != shown["words"] else []
         out += [f"{k}={env.get(k)} -> {wanted.get(k)}" for k in {*env, *wanted} if env.get(k) != wanted.get(k)]
         return ", ".join(out)
+
+
+@contextlib.contextmanager
+def only_search(cfg: EnvConfig) -> Iterator[None]:
+    """Hold the lock of the searches of this port. Raises Trouble if another --tune has it, dead ones have not."""
+    path = cfg.log_path / f"tune-{cfg.port}.lock"
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with path.open("a+") as lock:  # not inherited by the service that the search starts
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise Trouble(
+                f"another --tune of port {cfg.port} is under way (PID {lock.read().strip() or 'unknown'}): it restarts "
+                "this service too. Wait for its end, or stop it"
+            ) from None
+        lock.truncate(0)
+        print(os.getpid(), file=lock, flush=True)
+        yield
 
 
 async def look_at(service: Service, shown: dict, mine: list[int] | None) -> bool:

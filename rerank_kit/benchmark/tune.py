@@ -31,7 +31,7 @@ from rerank_kit.benchmark.report import calls_of
 from rerank_kit.benchmark.rows import Interrupted, Rows, check, level_of, texts_of
 from rerank_kit.benchmark.searches import MOST_PROBES, highest_rate, slo_probe
 from rerank_kit.benchmark.server_view import server_processes
-from rerank_kit.benchmark.service import Service, Trouble, look_at, pairs_served, refuse_traffic
+from rerank_kit.benchmark.service import Service, Trouble, look_at, only_search, pairs_served, refuse_traffic
 from rerank_kit.settings import EnvConfig, get_config
 
 WINDOW_S = 8.0  # of a throughput window, unless --seconds
@@ -547,7 +547,17 @@ def tune(args: argparse.Namespace, begin) -> int:
     Args:
         begin: async function (args, bench) -> Rows: asks the server that runs and prints the header.
     """
-    session, code = Session(args, get_config(), begin), 1
+    cfg = get_config()
+    try:
+        with only_search(cfg):
+            return _search(Session(args, cfg, begin))
+    except (Trouble, OSError) as exc:
+        say(f"[ERR] {exc}")
+        return 1
+
+
+def _search(session: Session) -> int:
+    code = 1
     try:
         code = asyncio.run(session.run())
     except (Trouble, RuntimeError, ValueError, OSError) as exc:

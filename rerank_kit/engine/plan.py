@@ -17,13 +17,14 @@ from rerank_kit.engine.choices import (
     weight_bytes,
     whole_calls,
 )
+from rerank_kit.engine.extra_args import check_extra_args
 from rerank_kit.engine.machine import GIB, Machine, cpu_has_bf16, probe_machine
 from rerank_kit.engine.nodes import check_nodes, describe_node, has_other_nodes, is_headless, node_env
 from rerank_kit.engine.precision import MODE, check_exact, quantization
 from rerank_kit.models.checkpoint import Checkpoint, content_id
 from rerank_kit.models.opened import opened
 from rerank_kit.models.profiles import Profile
-from rerank_kit.settings import FIELDS, ConfigError, EnvConfig, passed_on_env
+from rerank_kit.settings import FIELDS, ConfigError, EnvConfig, model_setting, passed_on_env
 
 KV_GIB_AT_MOST = 16  # limit for each of several engines on a GPU: six full steps of a 0.6B model
 ENGINE_GIB = 4  # CUDA context, activations of one step and graphs of one engine, in addition to weights and KV cache
@@ -116,16 +117,10 @@ def plan_engine(
 
 def _checked(cfg: EnvConfig, model: str | Path | None) -> str | Path:
     """The model to plan for. Raises the errors that need no look at the machine."""
-    model = model or cfg.model_path
+    model = model or (cfg.model_path and model_setting(cfg.model_path))
     if not model:
         raise ConfigError("MODEL_PATH is not set: write MODEL_PATH=/folder/of/the/checkpoint (or a hub id) into .env")
-    if re.search(r"--api[-_]server[-_]count", cfg.extra_args):  # each guard must know their number
-        raise ConfigError("EXTRA_ARGS holds --api-server-count: set API_SERVER_COUNT instead")
-    if "server_guard.Guard" in cfg.extra_args:
-        raise ConfigError(
-            "EXTRA_ARGS holds --middleware server_guard.Guard, which is rerank_kit.guard.Guard now: take it out, "
-            "GUARD=1 loads the guard"
-        )
+    check_extra_args(cfg)
     return model
 
 

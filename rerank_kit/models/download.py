@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 from rerank_kit.models.checkpoint import _read_json
-from rerank_kit.settings import KIT_DIR, ConfigError, EnvConfig, get_config
+from rerank_kit.settings import KIT_DIR, ConfigError, EnvConfig, get_config, model_setting
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DEMO_MODEL = "Qwen/Qwen3-Reranker-0.6B"
@@ -22,7 +22,7 @@ MINILM_DIR = KIT_DIR / "models" / "all-MiniLM-L6-v2"
 
 
 def locate(model: str) -> Path:
-    """The folder of a checkpoint. A hub id is downloaded first.
+    """The folder of a checkpoint, from the caller's folder or else the kit's. A hub id is downloaded first.
 
     Raises:
         ConfigError: `model` is neither a folder nor a hub id, or no hub could deliver it.
@@ -46,7 +46,7 @@ def _from_hub(model: str) -> Path:
             return hub(model)
         except Exception as exc:  # hub libraries raise many unrelated types
             line = next(iter(str(exc).strip().splitlines()), type(exc).__name__)
-            reasons.append(f"\n  {hub.__name__.removeprefix('_from_')}: {line[:200]}")
+            reasons.append(f"\n  {hub.__name__.removeprefix('_from_')}: {line[:300]}")
     raise ConfigError(
         f"{model} is not on this machine and no hub gave it:{''.join(reasons)}\n"
         "download it elsewhere and set MODEL_PATH to its folder, or set HF_ENDPOINT to a mirror"
@@ -90,6 +90,13 @@ def _ask(endpoint: str) -> None:
         raise ConfigError("HF_HUB_OFFLINE is set")
     try:
         requests.head(endpoint, timeout=5)
+    except requests.exceptions.InvalidSchema as exc:
+        if "SOCKS" not in str(exc):
+            raise ConfigError(f"cannot reach {endpoint} ({exc})") from exc
+        raise ConfigError(
+            f"cannot reach {endpoint} through the SOCKS proxy of the environment (ALL_PROXY): this Python lacks "
+            "PySocks. Install it (pip install pysocks), set HTTPS_PROXY to an HTTP proxy, or unset ALL_PROXY"
+        ) from exc
     except requests.RequestException as exc:
         raise ConfigError(f"cannot reach {endpoint} ({type(exc).__name__})") from exc
 
@@ -143,7 +150,7 @@ def _sha256(path: Path) -> str | None:
 def demo_model(cfg: EnvConfig, has_gpu: bool) -> Path:
     """The demo's model: MODEL_PATH if it is set, Qwen3-Reranker-0.6B on a GPU if a hub has it, or all-MiniLM-L6-v2."""
     if cfg.model_path:
-        return locate(cfg.model_path)
+        return locate(model_setting(cfg.model_path))
     if has_gpu:
         try:
             return locate(DEMO_MODEL)

@@ -133,6 +133,11 @@ def server_commands(plan: Plan) -> tuple[list[list[str]], dict[str, str]]:
         _write_once(_template_file(plan), plan.template)
     rpc_port = _free_port() if plan.engines > 1 else 0
     commands = [[vllm_command(), *serve_args(plan, group, rpc_port)] for group in range(plan.engines)]
+    return commands, server_env(plan)
+
+
+def server_env(plan: Plan) -> dict[str, str]:
+    """The environment of `vllm serve`."""
     env = {**os.environ, **passed_on_env(), **plan.env}
     if plan.cfg.cuda_visible_devices is not None:
         env["CUDA_VISIBLE_DEVICES"] = plan.cfg.cuda_visible_devices
@@ -142,7 +147,7 @@ def server_commands(plan: Plan) -> tuple[list[list[str]], dict[str, str]]:
         env["VLLM_API_KEY"] = plan.cfg.api_key
     if plan.cfg.guard and plan.cfg.startup_check and not is_headless(plan.cfg):
         env["GUARD_CHECK"] = json.dumps(expectation(plan.cfg, plan.checkpoint, plan.profile))
-    return commands, with_kit_on_path(env)
+    return with_kit_on_path(env)
 
 
 def _write_once(path: Path, text: str) -> None:

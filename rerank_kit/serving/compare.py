@@ -4,24 +4,41 @@
 it stops a service.
 """
 
+import hashlib
+import os
 import sys
 from dataclasses import replace
 
 from rerank_kit.engine.machine import NoVllm, probe_machine, vllm_command
 from rerank_kit.engine.nodes import is_headless
 from rerank_kit.engine.plan import Plan, plan_service
-from rerank_kit.serving.command import serve_args, shown_args, shown_env
+from rerank_kit.models.download import locate
+from rerank_kit.serving.command import serve_args, server_env, shown_args, shown_env
 from rerank_kit.serving.network import check_network
 from rerank_kit.serving.status import known_state, memory_of_service
-from rerank_kit.settings import ConfigError, EnvConfig, get_config
+from rerank_kit.settings import ConfigError, EnvConfig, get_config, model_setting
 
 MOST_LINES = 8  # differences that are listed one by one
+# What the supervisor does itself; all else reaches the server as an argument or a variable. START_TIMEOUT_S is left
+# out: one start may be waited for with another one.
+SUPERVISED = ("restart", "restart_max", "restart_window_s", "health_timeout_s", "log_max_mib", "log_keep")
 
 
 def plan_beside(cfg: EnvConfig) -> Plan:
     """The plan of the next start, made while the service that it would replace still has its memory."""
     machine = probe_machine()
     return plan_service(cfg, machine=replace(machine, memory_bytes=machine.memory_bytes + memory_of_service(cfg)))
+
+
+def supervised_settings(cfg: EnvConfig) -> dict[str, str]:
+    """The settings that the supervisor follows, as text."""
+    return {name.upper(): str(getattr(cfg, name)) for name in SUPERVISED}
+
+
+def key_mark(key: str | None, salt: str = "") -> str:
+    """SALT:HASH of a key, by which a later one can be told to be the same; empty without a key."""
+    salt = salt or os.urandom(8).hex()
+    return f"{salt}:{hashlib.pbkdf2_hmac('sha256', key.encode(), salt.encode(), 100_000).hex()}" if key else ""
 
 
 def flags_of(command: list[str]) -> dict[str, str]:
@@ -38,28 +55,71 @@ def flags_of(command: list[str]) -> dict[str, str]:
     return {flag: " ".join(found) for flag, found in out.items()}
 
 
+def other_model(cfg: EnvConfig, known: dict) -> list[str]:
+    """A line if the running service has another model than the settings; no hub is asked for it."""
+    runs = known.get("model")
+    if not runs or not cfg.model_path:
+        return []
+    before = os.environ.get("HF_HUB_OFFLINE")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        wanted = str(locate(model_setting(cfg.model_path)))
+    except ConfigError:  # not on this machine, so it is what runs only if that was started by this name
+        wanted = runs if known.get("source") == cfg.model_path else cfg.model_path
+    finally:
+        if before is None:
+            del os.environ["HF_HUB_OFFLINE"]
+        else:
+            os.environ["HF_HUB_OFFLINE"] = before
+    return [f"it runs {runs}, the settings say {wanted}"] if runs != wanted else []
+
+
 def differences(plan: Plan, known: dict) -> list[str]:
-    """What the running service (the supervisor's state) has otherwise than the plan, one line each; empty = nothing."""
+    """What the running service (the supervisor's state) has otherwise than the plan, one line each; empty = nothing.
+
+    What the state of an older kit does not hold is not compared.
+    """
     if not known.get("command"):
         return []
     runs, wanted = known.get("model"), str(plan.checkpoint.path)
     if runs != wanted:
         return [f"it runs {runs}, the settings say {wanted}"]
     old, new = flags_of(known["command"]), flags_of(shown_args(plan))
-    env = {key: value for key, value in shown_env(plan.env).items() if key.startswith("GUARD_")}
-    for key, value in known.get("env", {}).items():
-        if key.startswith("GUARD_"):
-            old[key] = value
-    new |= env
-    # A setting that the user's environment gives the server is not in the plan.
+    pairs = [(known.get("env"), shown_env(server_env(plan))), (known.get("settings"), supervised_settings(plan.cfg))]
+    for then, now in pairs:
+        if then is not None:
+            old, new = old | then, new | now
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and key != "GUARD_VERSION"]
     lines = [
         f"{key}: it runs {old.get(key, 'without')!r}, the settings say {new.get(key, 'without')!r}" for key in changed
     ]
+    mark = known.get("key")
+    if mark is not None and mark != key_mark(plan.cfg.api_key, mark.partition(":")[0]):
+        lines.append("API_KEY: it runs with another one" if mark and plan.cfg.api_key else f"API_KEY: {_one_key(mark)}")
     if not lines and old.get("GUARD_VERSION") != new.get("GUARD_VERSION"):
         return [f"the files of {wanted}, its template or INSTRUCTION have changed since it was started"]
     more = len(lines) - MOST_LINES
     return [*lines[:MOST_LINES], *([f"and {more} more"] if more > 0 else [])]
+
+
+def _one_key(mark: str) -> str:
+    return "it runs with one, the settings have none" if mark else "it runs without one, the settings have one"
+
+
+def compare_running(cfg: EnvConfig) -> int:
+    """1 where the running service has another model or other settings. Nothing is downloaded for it."""
+    if not cfg.model_path:  # as after `demo`: nothing says what should run
+        return 0
+    known = known_state(cfg)
+    found = other_model(cfg, known)
+    if not found:
+        try:
+            found = differences(plan_beside(replace(cfg, model_path=known.get("model") or cfg.model_path)), known)
+        except ConfigError as exc:  # the service that runs is none the worse for it
+            print(f"[WARN] it runs, but the settings could not start it again: {exc}", file=sys.stderr)
+    for text in found:
+        print(f"[ERR] {text}", file=sys.stderr)
+    return 1 if found else 0
 
 
 def main(argv: list[str]) -> int:
@@ -69,14 +129,9 @@ def main(argv: list[str]) -> int:
         return 2
     try:
         cfg = get_config()
-        if argv == ["running"] and not cfg.model_path:  # as after `demo`: nothing says what should run
-            return 0
-        plan = plan_beside(cfg)
         if argv == ["running"]:
-            found = differences(plan, known_state(cfg))
-            for text in found:
-                print(f"[ERR] {text}", file=sys.stderr)
-            return 1 if found else 0
+            return compare_running(cfg)
+        plan = plan_beside(cfg)
         vllm_command()
         serve_args(plan)
         if not is_headless(cfg):

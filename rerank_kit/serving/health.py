@@ -194,6 +194,24 @@ def supervised_state(cfg: EnvConfig, pid: int) -> str | None:
         return None
 
 
+def _leader_pid(cfg: EnvConfig) -> int | None:
+    """The supervisor's PID by the PID file; None without one."""
+    try:
+        return int(pid_file(cfg).read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _why_it_failed(cfg: EnvConfig, pid: int) -> str:
+    """The cause that the supervisor `pid` wrote when it gave up; empty if it wrote none."""
+    try:
+        known = json.loads(state_file(cfg).read_text("utf-8"))
+        # "stays down: ..." says why there is no second attempt; here it is the first.
+        return known["why"].partition("; stays down: ")[0] if (known["pid"], known["state"]) == (pid, "failed") else ""
+    except (OSError, ValueError, LookupError):
+        return ""
+
+
 def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
     """Wait until a probe is scored, the process dies, or timeout_s is over; progress goes to stderr.
 
@@ -209,7 +227,11 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
     while True:
         waited = time.monotonic() - begin
         if not is_alive(pid):
-            cause = root_cause(read_log(log)) if log.is_file() else "see the server's own output"
+            if log.is_file() and _leader_pid(cfg) != pid:  # a supervisor removes its PID file only after a stop
+                print(f"[ERR] stopped by another command after {waited:.0f} s", file=sys.stderr)
+                return DIED
+            cause = _why_it_failed(cfg, pid)
+            cause = cause or (root_cause(read_log(log)) if log.is_file() else "see the server's own output")
             print(f"[ERR] died after {waited:.0f} s: {cause}", file=sys.stderr)
             return DIED
         now = phase(read_log(log)) if log.is_file() else "loading"

@@ -8,11 +8,12 @@ import ssl
 from contextlib import suppress
 from pathlib import Path
 
-from rerank_kit.settings import KIT_DIR, ConfigError, EnvConfig, passed_on_env
+from rerank_kit.settings import KIT_DIR, ConfigError, EnvConfig, check_host, passed_on_env, source_of
 
 
 def check_network(cfg: EnvConfig) -> None:
     """Raise ConfigError if strangers could use the service, or if the TLS files cannot be read."""
+    check_host(cfg)
     try:
         own = ipaddress.ip_address(cfg.host).is_loopback
     except ValueError:
@@ -20,8 +21,8 @@ def check_network(cfg: EnvConfig) -> None:
     if not own and not (cfg.api_key and cfg.guard) and not cfg.allow_no_key:
         lacks = "there is no API_KEY" if not cfg.api_key else "with GUARD=0 vLLM asks for the key on /v1 paths only"
         raise ConfigError(
-            f"HOST={cfg.host} opens the service to the network, and {lacks}: set API_KEY or API_KEY_FILE and GUARD=1, "
-            "or ALLOW_NO_KEY=1 if the network itself keeps strangers out"
+            f"HOST={cfg.host} ({source_of(cfg, 'HOST')}) opens the service to the network, and {lacks}: set API_KEY or "
+            "API_KEY_FILE and GUARD=1, or ALLOW_NO_KEY=1 if the network itself keeps strangers out"
         )
     if not cfg.api_key and {**passed_on_env(), **os.environ}.get("VLLM_API_KEY"):
         raise ConfigError("VLLM_API_KEY is set, but the kit's own calls do not send it: set API_KEY instead")
@@ -51,15 +52,25 @@ def check_port(cfg: EnvConfig) -> None:
         try:
             probe.bind((cfg.host, cfg.port))
         except OSError as exc:
-            raise ConfigError(
-                f"HOST={cfg.host} PORT={cfg.port} cannot be bound ({exc.strerror}): another process may listen there "
-                f'(see "ss -ltnp"); stop it, or change PORT'
-            ) from exc
+            raise ConfigError(_not_bound(cfg, exc)) from exc
     if _is_reserved(cfg, family):
         raise ConfigError(
             f"HOST={cfg.host} PORT={cfg.port} is bound by a process that does not listen yet, as vLLM does while it "
             "loads: stop it, or change PORT"
         )
+
+
+def _not_bound(cfg: EnvConfig, exc: OSError) -> str:
+    """Why HOST:PORT cannot be bound, and what to do about it."""
+    source = source_of(cfg, "HOST")
+    if isinstance(exc, socket.gaierror) or exc.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+        return f"HOST={cfg.host} ({source}) is no address of this host ({exc.strerror}): set one of its own"
+    if exc.errno == errno.EACCES:
+        return f"PORT={cfg.port} ({source_of(cfg, 'PORT')}) is for root alone: set one of 1024 or more"
+    return (
+        f"HOST={cfg.host} PORT={cfg.port} cannot be bound ({exc.strerror}): another process may listen there "
+        f'(see "ss -ltnp"); stop it, or change PORT'
+    )
 
 
 def _is_reserved(cfg: EnvConfig, family: int) -> bool:

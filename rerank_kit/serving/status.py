@@ -124,10 +124,13 @@ def _leader(cfg: EnvConfig) -> tuple[int | None, bool, str]:
 
 def memory_of_service(cfg: EnvConfig) -> int:
     """Bytes that the running service has for itself, which its end sets free; 0 where none runs."""
+    known = known_state(cfg)
     try:
         pid, alive, _ = _leader(cfg)
     except PermissionError:
         return 0
+    # A server whose supervisor was killed runs on in the session.
+    alive = alive or _same(known.get("server_pid"), known.get("server_born"))
     return 2**20 * (_memory_mib(session_pids(pid)) or 0) if pid and alive else 0
 
 

@@ -24,7 +24,8 @@ from pathlib import Path
 from rerank_kit.engine.nodes import describe_node, has_other_nodes, is_headless
 from rerank_kit.engine.plan import Plan, plan_service
 from rerank_kit.processes import born, is_alive, session_pids
-from rerank_kit.serving.command import server_commands, shown_args, shown_env
+from rerank_kit.serving.command import server_commands, server_env, shown_args, shown_env
+from rerank_kit.serving.compare import key_mark, supervised_settings
 from rerank_kit.serving.health import WARMING, log_file, pid_file, state_file
 from rerank_kit.serving.log_causes import read_log, root_cause
 from rerank_kit.serving.network import hold_port
@@ -62,6 +63,9 @@ class State:
     node: str = ""  # which node this is, if there are several hosts
     command: list[str] = field(default_factory=list)  # the command of the server, without secrets
     env: dict[str, str] = field(default_factory=dict)
+    source: str = ""  # MODEL_PATH as it was set
+    settings: dict[str, str] = field(default_factory=dict)  # those that the supervisor itself follows
+    key: str = ""  # key_mark() of API_KEY
 
 
 class Supervisor:
@@ -75,7 +79,9 @@ class Supervisor:
         self.state.profile, self.state.version = plan.profile.name, plan.env.get("GUARD_VERSION", "")
         if has_other_nodes(plan.cfg):
             self.state.node = describe_node(plan.cfg)
-        self.state.command, self.state.env = shown_args(plan), shown_env(server_commands(plan)[1])
+        self.state.command, self.state.env = shown_args(plan), shown_env(server_env(plan))
+        self.state.source, self.state.settings = plan.cfg.model_path or "", supervised_settings(plan.cfg)
+        self.state.key = key_mark(plan.cfg.api_key)
         self.header = f"vLLM {version}: {shlex.join(['vllm', *shown_args(plan)])}"
         self.header += f" and {plan.engines - 1} more for its engines" if plan.engines > 1 else ""
         self.header += "".join(f" {k}={shlex.quote(v)}" for k, v in sorted(plan.env.items()))
@@ -99,12 +105,12 @@ class Supervisor:
             except (OSError, ConfigError, RuntimeError) as exc:
                 # No memory for a process or a thread, a host name that is not resolved, a full disk: a failed attempt.
                 why = f"it could not be started: {describe_error(exc)}"
+            if why is not None:  # also when a stop came while it died: nothing may be left behind
                 kill_rest()
             if why is None or self.asked_to_stop:
                 return self._end()
             was_ready = self.state.ready_since > 0
             self._note(f"died: {why}")
-            kill_rest()
             now = time.monotonic()
             self.crashes = [t for t in self.crashes if now - t < self.cfg.restart_window_s] + [now]
             give_up = self._verdict(was_ready, why)

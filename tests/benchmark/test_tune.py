@@ -23,6 +23,7 @@ from rerank_kit.benchmark import service, tune
 from rerank_kit.benchmark.knobs import Knob
 from rerank_kit.benchmark.service import Trouble
 from rerank_kit.benchmark.tune import Tuner
+from rerank_kit.settings import get_config
 
 START = {"MAX_NUM_BATCHED_TOKENS": 4096, "MAX_NUM_SEQS": 128, "API_SERVER_COUNT": 1, "RENDERER_WORKERS": 1}
 START |= {"GPU_MEMORY_UTILIZATION": 0.85, "TP": 1, "DP": 1}
@@ -452,3 +453,17 @@ def test_tune_refuses_a_service_that_is_not_its_own(tunable_kit, monkeypatch, ca
     # Another host's service is not ours to restart.
     assert bench_rerank.main([*argv, "--base-url", "http://10.1.2.3:80/v1"]) == 1
     assert "of this host" in capsys.readouterr().err
+
+
+def test_two_searches_of_one_port_exclude_each_other(tmp_path, capsys, monkeypatch):
+    """The second would take the first one's candidate for what a killed search left, and restart it."""
+    monkeypatch.setenv("LOG_DIR", str(tmp_path / "log"))
+    cfg = get_config()
+    with service.only_search(cfg):
+        assert tune.tune(types.SimpleNamespace(), None) == 1
+        said = capsys.readouterr().err
+        assert f"another --tune of port {cfg.port} is under way (PID {os.getpid()})" in said
+        with service.only_search(get_config(port=cfg.port + 1)):
+            pass
+    with service.only_search(cfg):
+        pass

@@ -33,6 +33,15 @@ def table_with(text: str, first_cell: str) -> list[list[str]]:
     return next(t for t in tables(text) if t[0][0] == first_cell)
 
 
+@pytest.mark.parametrize("name", READMES)
+def test_the_last_words_of_the_demo_are_those_of_the_script(name):
+    script = read("start_rerank.sh")
+    said = re.findall(r'^ +say "(This was|through the same|into \.env)(.*)"$', script, re.M)
+    assert len(said) == 3
+    text = "\n".join(start + rest.replace('\\"', '"') for start, rest in said)
+    assert text in read(name), text
+
+
 def test_readme_settings_are_those_of_the_code():
     assert settings.markdown_table() in read("README.md"), "run: python env_utils.py table, paste into README.md"
 

@@ -1,11 +1,18 @@
 """What runs beside what is configured: `start` says a difference, `restart` stops nothing for a bad next one."""
 
+import json
+import os
+import signal
+
 import pytest
+from conftest import until
 from fake_kit import alive
 from tiny_models import bert_cross_encoder
 
-from rerank_kit.serving.compare import differences, flags_of
-from rerank_kit.serving.status import one_line
+from rerank_kit.serving import status as status_module
+from rerank_kit.serving.compare import compare_running, differences, flags_of, key_mark
+from rerank_kit.serving.status import memory_of_service, one_line
+from rerank_kit.settings import EnvConfig
 
 
 @pytest.mark.parametrize(
@@ -51,6 +58,75 @@ def test_start_says_that_another_model_runs(kit, tmp_path, shells):
     assert kit("restart", MODEL_PATH=other).returncode == 0
     status = kit("status", MODEL_PATH=other)
     assert f"({other}, profile cross_encoder, version " in status.stdout
+
+
+def test_start_compares_what_is_neither_a_flag_nor_the_guards(kit):
+    """Variables of vLLM, what the supervisor follows, the key; and a GUARD_ variable of one's own is no difference."""
+    same = {"API_KEY": "first-key", "GUARD_MAX_DOCS_PER_CALL": 5, "VLLM_LOGGING_LEVEL": "INFO"}
+    assert kit("start", **same).returncode == 0
+    same_again = kit("start", **same)
+    assert same_again.returncode == 0, same_again.stderr
+    assert "first-key" not in json.dumps(kit.state)
+    for setting, said in (
+        ({"VLLM_LOGGING_LEVEL": "DEBUG"}, "VLLM_LOGGING_LEVEL: it runs 'INFO', the settings say 'DEBUG'"),
+        ({"OMP_NUM_THREADS": "1"}, "OMP_NUM_THREADS: it runs 'without', the settings say '1'"),
+        ({"HEALTH_TIMEOUT_S": 7}, "HEALTH_TIMEOUT_S: it runs '120', the settings say '7'"),
+        ({"RESTART": "no"}, "RESTART: it runs 'yes', the settings say 'no'"),
+        ({"API_KEY": "second-key"}, "API_KEY: it runs with another one"),
+        ({"API_KEY": ""}, "API_KEY: it runs with one, the settings have none"),
+    ):
+        done = kit("start", **{**same, **setting})
+        lines = [line for line in done.stderr.splitlines() if line.startswith("[ERR]")]
+        assert (done.returncode, lines[0]) == (1, f"[ERR] {said}") and len(lines) == 2, done.stderr
+
+
+def test_start_beside_a_running_service_asks_no_hub(kit):
+    """The step after `demo`: a hub id that is not on this machine yet."""
+    assert kit("start").returncode == 0
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "MODELSCOPE_DOMAIN": "http://127.0.0.1:9"}
+    done = kit("start", MODEL_PATH="Qwen/Qwen3-Reranker-0.6B", **nowhere)
+    assert done.returncode == 1 and "no hub" not in done.stderr, done.stderr
+    assert f"it runs {kit.settings['MODEL_PATH']}, the settings say Qwen/Qwen3-Reranker-0.6B" in done.stderr
+
+
+def test_start_beside_a_running_service_that_could_not_be_planned_again_warns(kit):
+    assert kit("start").returncode == 0
+    done = kit("start", MAX_MODEL_LEN=999999)
+    assert done.returncode == 0 and "ready after" in done.stdout, done.stdout + done.stderr
+    assert "[WARN] it runs, but the settings could not start it again: MAX_MODEL_LEN=999999" in done.stderr
+
+
+def test_a_service_that_was_started_by_a_hub_id_is_known_by_it(monkeypatch, tmp_path, capsys):
+    """Also where the hub's files are not in the cache of this user."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    cfg = EnvConfig(model_path="some/model", log_dir=str(tmp_path))
+    known = {"model": "/cache/some--model", "source": "some/model"}
+    monkeypatch.setattr("rerank_kit.serving.compare.known_state", lambda cfg: known)
+    planned = []
+    monkeypatch.setattr("rerank_kit.serving.compare.plan_beside", lambda cfg: planned.append(cfg.model_path))
+    assert compare_running(cfg) == 0 and planned == ["/cache/some--model"]
+    known["source"] = "other/model"
+    assert compare_running(cfg) == 1
+    assert "it runs /cache/some--model, the settings say some/model" in capsys.readouterr().err
+
+
+def test_memory_of_a_service_whose_supervisor_was_killed_counts(kit):
+    assert kit("start").returncode == 0
+    cfg = EnvConfig(log_dir=str(kit.logs), port=int(kit.settings["PORT"]))
+    before = memory_of_service(cfg)
+    assert before > 0
+    os.kill(kit.pid, signal.SIGKILL)
+    until(lambda: not alive(kit.pid))
+    assert 0 < memory_of_service(cfg) < before
+    os.kill(kit.server_pid, signal.SIGKILL)
+    until(lambda: not alive(kit.server_pid))
+    assert memory_of_service(cfg) == 0 and status_module.known_state(cfg)
+
+
+def test_a_key_is_known_by_its_mark_alone():
+    mark = key_mark("secret")
+    assert key_mark(None) == "" and "secret" not in mark and key_mark("secret") != mark
+    assert key_mark("secret", mark.partition(":")[0]) == mark != key_mark("other", mark.partition(":")[0])
 
 
 def test_start_says_that_an_instruction_has_changed(kit):

@@ -37,7 +37,7 @@ def test_a_restart_that_cannot_begin_is_tried_again(kit, broken):
     state = died_once(kit)
     status = kit("status", INSTRUCTION="Find it")
     wanted = f"it could not be started: {file}: Is a directory" if broken == "template" else "it could not be started: "
-    assert wanted in state["why"] and "killed from outside" not in status.stdout
+    assert wanted in state["why"] and "the log names no error" not in status.stdout
     assert status.returncode == 150 and "restarting: it could not be started" in status.stdout
     assert alive(pid), "the supervisor outlives its own errors"
     if broken == "template":
@@ -50,6 +50,36 @@ def test_a_restart_that_cannot_begin_is_tried_again(kit, broken):
     if broken == "template":
         assert file.read_text() == kept and not list(kit.logs.glob("*.part"))
     assert kit("stop").returncode == 0
+
+
+def test_a_first_start_that_cannot_begin_says_why(kit):
+    file = kit.logs / f"template-{kit.settings['PORT']}.jinja"
+    file.mkdir(parents=True)
+    done = kit("start", INSTRUCTION="Find it")
+    assert done.returncode == 1, done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("[ERR]")]
+    assert "died after" in errors[0] and f"it could not be started: {file}: Is a directory" in errors[0]
+    assert "the log names no error" not in done.stderr and "stays down" not in errors[0]
+    assert kit("status").returncode == 3
+
+
+def test_a_stop_while_the_server_dies_leaves_nothing(monkeypatch, tmp_path):
+    """The stop arrives between the death of one process and the look at the others."""
+    made = object.__new__(Supervisor)
+    cfg = EnvConfig(log_dir=str(tmp_path))
+    made.cfg, made.asked_to_stop = cfg, False
+    killed = []
+
+    def died():
+        made.asked_to_stop = True
+        return "exit code 1: boom"
+
+    monkeypatch.setattr(made, "_start", lambda: None)
+    monkeypatch.setattr(made, "_watch_until_death", died)
+    monkeypatch.setattr(supervisor, "kill_rest", lambda: killed.append(True))
+    monkeypatch.setattr(supervisor.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(supervisor, "adopt_orphans", lambda: None)
+    assert made.run() == 0 and killed == [True]
 
 
 def test_of_several_engines_all_are_started_or_none(monkeypatch, tmp_path):

@@ -175,7 +175,7 @@ def taker(folder, then):
 def test_a_stale_lock_is_taken_over_by_one_only(tmp_path, shell):
     """Six takers at the same moment, five times: with a look and a take in two steps, two could get it."""
     wait = 'while [ ! -e "$LOG_DIR/{}" ]; do sleep 0.01; done\n'
-    script = taker(tmp_path, wait.format("go") + "take_lock\n" + wait.format("done"))
+    script = taker(tmp_path, wait.format("go") + "take_lock start\n" + wait.format("done"))
     for _ in range(5):
         for name in ("go", "done"):
             (tmp_path / name).unlink(missing_ok=True)
@@ -196,17 +196,17 @@ def test_a_stale_lock_is_taken_over_by_one_only(tmp_path, shell):
 @pytest.mark.parametrize("content", ["999999\n", "", "\n", "1", "a b c"])
 def test_a_broken_lock_is_taken_over(tmp_path, shell, content):
     (tmp_path / "lock").write_text(content)
-    script = taker(tmp_path, 'take_lock; take_lock; cat "$LOCK_FILE"; rm -rf "$LOG_DIR"; exit 3')
+    script = taker(tmp_path, 'take_lock start; take_lock start; cat "$LOCK_FILE"; rm -rf "$LOG_DIR"; exit 3')
     done = subprocess.run([*shell.split(), "-c", script], capture_output=True, text=True, timeout=20)
     assert done.returncode == 3 and not done.stderr, "the way out keeps the exit code"
-    assert len(done.stdout.split()) == 2
+    assert len(done.stdout.split()) == 3
 
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_lock_that_cannot_be_had_says_why(tmp_path, shell):
     (tmp_path / "lock").mkdir()  # what root cannot write either
     done = subprocess.run(
-        [*shell.split(), "-c", taker(tmp_path, "take_lock")], capture_output=True, text=True, timeout=20
+        [*shell.split(), "-c", taker(tmp_path, "take_lock start")], capture_output=True, text=True, timeout=20
     )
     assert done.returncode == 7 and "irectory" in done.stdout and "remove the file" in done.stdout, done.stdout
     (tmp_path / "lock").rmdir()
@@ -214,7 +214,7 @@ def test_a_lock_that_cannot_be_had_says_why(tmp_path, shell):
     stub.write_text("#!/bin/sh\necho 'No locks available' >&2\nexit 1\n")
     stub.chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    script = taker(tmp_path, "take_lock").replace("flock 9", f"{stub} 9")  # busybox prefers its own
+    script = taker(tmp_path, "take_lock start").replace("flock 9", f"{stub} 9")  # busybox prefers its own
     done = subprocess.run([*shell.split(), "-c", script], env=env, capture_output=True, text=True, timeout=20)
     assert done.returncode == 7 and "No locks available" in done.stdout and "local folder" in done.stdout, done.stdout
 

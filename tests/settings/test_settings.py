@@ -8,7 +8,7 @@ import pytest
 from conftest import KIT
 
 from rerank_kit import settings
-from rerank_kit.settings import ConfigError, get_config, load_env
+from rerank_kit.settings import ConfigError, EnvConfig, get_config, load_env
 
 
 def write(path, text):
@@ -57,7 +57,10 @@ def test_load_env_names_the_line(tmp_path, line, said):
     [
         ("MAX_MODEL_LEN", "4k", "MAX_MODEL_LEN='4k' (environment) is not an integer"),
         ("PORT", "99999", "PORT='99999' (environment) is out of range: allowed is 1 to 65535"),
-        ("GPU_MEMORY_UTILIZATION", "nan", "is out of range: allowed is 0.01 to 1"),
+        ("GPU_MEMORY_UTILIZATION", "nan", "GPU_MEMORY_UTILIZATION='nan' (environment) is not a finite number"),
+        ("MAX_WAIT_S", "inf", "MAX_WAIT_S='inf' (environment) is not a finite number: limit on the estimated"),
+        ("SLOW_CALL_MS", "-inf", "SLOW_CALL_MS='-inf' (environment) is not a finite number"),
+        ("TIMEOUT_S", "Infinity", "TIMEOUT_S='Infinity' (environment) is not a finite number"),
         ("DTYPE", "bf16", "DTYPE='bf16' (environment) is unknown: allowed is auto, bfloat16"),
         ("TP", "0", "TP='0' (environment) is out of range: allowed is 1 or more"),
     ],
@@ -121,6 +124,79 @@ def test_unknown_key_gets_the_nearest_name(tmp_path):
     env_file = write(tmp_path / ".env", "MAX_NUM_SEQ=4\nHF_TOKEN=x\nPORT=2\n")
     assert settings.warnings_of(env_file) == ["MAX_NUM_SEQ in .env is not a setting: did you mean MAX_NUM_SEQS?"]
     assert settings.passed_on_env(env_file) == {"HF_TOKEN": "x"}
+
+
+def test_python_in_the_file_has_no_effect_and_says_so(tmp_path, monkeypatch):
+    env_file = write(tmp_path / ".env", "PYTHON=/opt/python\n")
+    monkeypatch.setenv("PYTHON", "/usr/bin/python3")
+    (said,) = settings.warnings_of(env_file)
+    assert said.startswith("PYTHON in .env has no effect") and "set it in the environment" in said
+    monkeypatch.setenv("PYTHON", "/opt/python")  # as systemd and compose set it from the same file
+    assert settings.warnings_of(env_file) == []
+
+
+def test_files_that_others_can_read_or_write_are_named(tmp_path, monkeypatch):
+    env_file = write(tmp_path / "my.env", "PORT=1\n")
+    key, tls = write(tmp_path / "key", "s3cret\n"), write(tmp_path / "tls.pem", "x")
+    cfg = EnvConfig(api_key_file=str(key), ssl_keyfile=str(tls), ssl_certfile=str(tls))
+
+    def said(*modes: int) -> list[str]:
+        for file, mode in zip((env_file, key, tls), modes, strict=True):
+            file.chmod(mode)
+        return [text.replace(f"{tmp_path}/", "") for text in settings.permission_warnings(cfg, env_file)]
+
+    assert said(0o644, 0o640, 0o600) == [], "without a secret .env may be read, and a group may read a key"
+    assert said(0o600, 0o644, 0o604) == [
+        "API_KEY_FILE: everybody on this host can read key: chmod o-rwx key",
+        "SSL_KEYFILE: everybody on this host can read tls.pem: chmod o-rwx tls.pem",
+    ]
+    assert said(0o666, 0o602, 0o600) == [
+        ".env: everybody on this host can write my.env: chmod o-rwx my.env",
+        "API_KEY_FILE: everybody on this host can write key: chmod o-rwx key",
+    ]
+    for line, n in (("API_KEY=x", 1), ("HF_TOKEN=x", 1), ("API_KEY_FILE=key", 0)):
+        write(env_file, f"{line}\n")
+        assert len(said(0o644, 0o600, 0o600)) == n, line
+    monkeypatch.setenv("KIT_ENV_FILE", str(write(env_file, "API_KEY=x\n")))
+    assert "warn '.env: everybody on this host can read" in settings._shell_values(), "the script prints it"
+    assert settings.permission_warnings(EnvConfig(api_key_file="/no/such"), tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("host", ["x86_64-conda-linux-gnu", "aarch64-conda-linux-gnu", "my-computer"])
+def test_a_host_that_the_shell_exports_is_named_with_its_source(tmp_path, monkeypatch, host):
+    monkeypatch.setenv("HOST", host)
+    for ask in (settings._shell_values, lambda: settings.check_host(get_config(api_key="k", allow_no_key=1))):
+        with pytest.raises(ConfigError, match=r"\(environment\) is not an address.*conda.*unset HOST") as caught:
+            ask()
+        assert host in str(caught.value) and "\n" not in str(caught.value)
+    for good in ("127.0.0.1", "::1", "localhost", "0.0.0.0"):
+        monkeypatch.setenv("HOST", good)
+        settings.check_host(get_config())
+    monkeypatch.setenv("HOST", "")
+    settings.check_host(get_config(write(tmp_path / ".env", "HOST=gpu-host\n")))  # a name on purpose
+
+
+def test_the_source_of_a_value(tmp_path, monkeypatch):
+    env_file = write(tmp_path / ".env", "PORT=2\n")
+    assert [settings.source_of(get_config(env_file, port=port), "PORT", env_file) for port in (None, 3)] == [
+        ".env",
+        "argument",
+    ]
+    assert settings.source_of(EnvConfig(), "PORT", tmp_path / "none") == "default"
+    monkeypatch.setenv("PORT", "4")
+    assert settings.source_of(get_config(env_file), "PORT", env_file) == "environment"
+
+
+def test_a_relative_model_starts_at_the_kits_folder_from_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "KIT_DIR", tmp_path / "kit")
+    for folder in ("kit/models/a", "elsewhere/models/a", "elsewhere/models/b"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert settings.model_setting("models/a") == str(tmp_path / "kit/models/a")
+    assert settings.model_setting("Qwen/Qwen3-Reranker-0.6B") == "Qwen/Qwen3-Reranker-0.6B"
+    assert settings.model_setting(str(tmp_path / "elsewhere/models/b")) == str(tmp_path / "elsewhere/models/b")
+    with pytest.raises(ConfigError, match=f"write MODEL_PATH={tmp_path}/elsewhere/models/b"):
+        settings.model_setting("models/b")
 
 
 def test_shell_values_survive_nasty_text(monkeypatch, tmp_path):
