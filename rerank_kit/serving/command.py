@@ -86,9 +86,8 @@ def _hidden(text: str) -> str:
 
 
 def _template_file(plan: Plan) -> Path:
-    """The profile's template; if INSTRUCTION is set, a copy in LOG_DIR that contains it."""
-    assert plan.profile.template is not None  # profiles without a template need no file
-    if not plan.cfg.instruction:
+    """The profile's template; if INSTRUCTION or the checkpoint's own files change it, a file in LOG_DIR."""
+    if plan.profile.template and plan.template == plan.profile.template_text():
         return KIT_DIR / "profiles" / plan.profile.template
     return plan.cfg.log_path / f"template-{plan.cfg.port}.jinja"
 
@@ -127,7 +126,7 @@ def server_commands(plan: Plan) -> tuple[list[list[str]], dict[str, str]]:
     The API key is in the environment, because everybody can read the process list.
     """
     make_adapted(plan.checkpoint, plan.profile, Path(plan.engine["model"]))
-    if plan.cfg.instruction and plan.template is not None:
+    if plan.template is not None and _template_file(plan).parent == plan.cfg.log_path:
         plan.cfg.log_path.mkdir(parents=True, exist_ok=True)
         _write_once(_template_file(plan), plan.template)
     rpc_port = _free_port() if plan.engines > 1 else 0
