@@ -1,5 +1,6 @@
 """What the files of a checkpoint say about it."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ class Checkpoint:
     message_format: str = "auto"
     # Written by sentence-transformers itself, with all its files.
     has_modules: bool = field(default=False)
+    # The model that this one was trained from.
+    base_model: Said | None = None
 
     @property
     def name(self) -> str:
@@ -157,7 +160,23 @@ def read_checkpoint(path: Path) -> Checkpoint:
         chat_template=template,
         message_format=layout,
         has_modules=bool(modules),
+        base_model=_base_model(path, config),
     )
+
+
+def _base_model(path: Path, config: dict) -> Said | None:
+    """Name of the model that this one was trained from, as ms-swift, peft, Trainer and transformers 4 note it."""
+    args = path / "args.json"
+    places = [(read_object(args).get("model"), f"{args.name}: model")]
+    card = path / "README.md"
+    if card.is_file():
+        with card.open(encoding="utf-8", errors="replace") as text:
+            head = text.read(20_000)
+        front = head.split("---")[1] if head.startswith("---") else ""
+        found = re.search(r"^base_model:\s*(?:\n\s*-\s*)?['\"]?([^\s'\"]+)", front, re.MULTILINE)
+        places.append((found[1] if found else None, f"{card.name}: base_model"))
+    places.append((config.get("_name_or_path"), "config.json: _name_or_path"))
+    return next((Said(name, source) for name, source in places if isinstance(name, str) and name), None)
 
 
 def _checked_config(config: Any, file: Path) -> dict:

@@ -13,7 +13,7 @@ from rerank_kit.settings import ConfigError
 TEXTS = (".json", ".txt", ".model", ".jinja")
 
 
-def content_id(path: Path, n_blocks: int = 8, block_bytes: int = 4096) -> str:
+def content_id(path: Path, n_blocks: int = 16, block_bytes: int = 4096) -> str:
     """12 hex digits computed from the content of a checkpoint, the same on every host.
 
     File sizes do not tell a fine-tune from its base model. Weights above 4 MiB are sampled: n_blocks blocks of every
@@ -66,7 +66,7 @@ def _tensors(file: Path, size: int) -> Iterator[tuple[int, int]]:
             yield start, min(size, start + step)
 
 
-def _pieces(start: int, end: int, n_bytes: int = 8 * 4096) -> Iterator[tuple[int, int]]:
+def _pieces(start: int, end: int, n_bytes: int = 16 * 4096) -> Iterator[tuple[int, int]]:
     """The bytes from start to end in parts that are small enough to be read as a whole."""
     for at in range(start, end, n_bytes):
         yield at, min(end, at + n_bytes)

@@ -40,9 +40,12 @@ def opened(model: str | Path, cfg: EnvConfig) -> Opened:
             f"{checkpoint.path}/config.json names no architectures: it is not the config.json of a model that "
             "transformers saved; take the original file, or set MODEL_PROFILE"
         )
-    settled = settle(checkpoint, find_profile(checkpoint, cfg.model_profile), cfg)
-    profile = settled.profile
+    if checkpoint.logit_tokens:  # the family follows from what the tokenizer calls them
+        check_whole(checkpoint)
+    profile = find_profile(checkpoint, cfg.model_profile)
     check_whole(checkpoint)
+    settled = settle(checkpoint, profile, cfg)
+    profile = settled.profile
     if profile.needs and find_spec(profile.needs) is None:
         raise ConfigError(
             f"{checkpoint.path} is served by profile {profile.name}, for which vLLM imports {profile.needs}, and this "

@@ -46,8 +46,9 @@ class Profile:
 
     def named(self, checkpoint: Checkpoint) -> bool:
         """Whether the folder's or hub's name is one of this family."""
-        names = [rule["name"] for rule in self.match if "name" in rule]
-        return any(re.search(name, checkpoint.name, re.IGNORECASE) for name in names)
+        names = [checkpoint.name, checkpoint.base_model.value if checkpoint.base_model else ""]
+        known = [rule[key] for rule in self.match for key in ("name", "base_model") if key in rule]
+        return any(re.search(pattern, name, re.IGNORECASE) for pattern in known for name in names)
 
     def template_text(self, instruction: str | None = None) -> str | None:
         """The Jinja score template; `instruction` replaces the family's default instruction."""
@@ -139,6 +140,11 @@ def _fits(checkpoint: Checkpoint, rule: dict) -> bool:
         "logit_score": lambda v: (checkpoint.logit_tokens is not None) == v,
         "pair_template": lambda v: (pair_template(checkpoint) is not None) == v,
         "prompt_of": lambda v: _has_prompt_of(checkpoint, v),
+        "base_model": lambda v: (
+            checkpoint.base_model is not None
+            and re.search(v, checkpoint.base_model.value.rstrip("/").rpartition("/")[2], re.IGNORECASE) is not None
+            and not checkpoint.modules
+        ),
         # A name is the last hint: it says nothing where the files name the tokens of the score.
         "name": lambda v: (
             re.search(v, checkpoint.name, re.IGNORECASE) is not None

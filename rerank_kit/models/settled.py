@@ -62,7 +62,9 @@ def _prompt(
         why["template"] = f"that of profile {profile.name}, by MODEL_PROFILE{differs}"
     elif own is None:
         _need_a_hint(checkpoint, profile)
-        why["template"] = f"that of profile {profile.name}: no file of the checkpoint says how it writes a pair"
+        base = checkpoint.base_model
+        hint = f"; its base is {base.value} ({base.source})" if base else ""
+        why["template"] = f"that of profile {profile.name}: no file of the checkpoint says how it writes a pair{hint}"
     elif same:
         why["template"] = f"that of profile {profile.name}, which makes the prompts of the checkpoint's {own.source}"
     else:

@@ -60,7 +60,7 @@ def _weight_files(path: Path) -> list[Path]:
                 )
             if files:
                 return files
-        files = sorted(path.glob(f"*{suffix}"))
+        files = sorted(file for file in path.glob(f"*{suffix}") if not file.is_dir())
         other = ("adapter", "training_args", "optimizer", "scheduler", "rng_state", "consolidated")
         files = [file for file in files if not file.name.startswith(other)]
         for file in files:
