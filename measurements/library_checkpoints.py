@@ -101,7 +101,10 @@ def base(folder: Path) -> None:
         few = {k: v for k, v in sizes.items() if k != "num_hidden_layers"} if name == "modernbert" else sizes
         config.update({**few, "num_attention_heads": 1})
         _save(transformers.AutoModelForSequenceClassification.from_config(config), folder / name)
-        if name != "modernbert":
+        if name == "modernbert":  # the name of transformers 5, which 4 does not know
+            settings = folder / name / "tokenizer_config.json"
+            settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+        else:
             skip = shutil.ignore_patterns("*.safetensors", "config*")
             shutil.copytree(folder / name, folder / f"{name}_embedding", ignore=skip)
             bare = transformers.AutoModel.from_config(config, add_pooling_layer=False)
