@@ -21,7 +21,8 @@ from rerank_kit.engine.extra_args import check_extra_args
 from rerank_kit.engine.machine import GIB, Machine, cpu_has_bf16, probe_machine
 from rerank_kit.engine.nodes import check_nodes, describe_node, has_other_nodes, is_headless, node_env
 from rerank_kit.engine.precision import MODE, check_exact, quantization
-from rerank_kit.models.checkpoint import Checkpoint, content_id
+from rerank_kit.models.checkpoint import Checkpoint
+from rerank_kit.models.identity import content_id
 from rerank_kit.models.opened import opened
 from rerank_kit.models.profiles import Profile
 from rerank_kit.settings import FIELDS, ConfigError, EnvConfig, model_setting, passed_on_env
@@ -130,6 +131,7 @@ def _plan_model(cfg: EnvConfig, model: str | Path, machine: Machine) -> Plan:
     profile = found.profile
     plan = Plan(cfg, machine, profile, found.checkpoint, found.template, {})
     engine, why = plan.engine, plan.why
+    why |= found.why
     engine["model"] = str(found.folder)
     if profile.config_changes:
         why["model"] = "made by start: links to the checkpoint, and a config.json that names no code from the hub"
@@ -156,7 +158,7 @@ def _plan_model(cfg: EnvConfig, model: str | Path, machine: Machine) -> Plan:
     if cfg.exact:
         why["exact"] = check_exact(cfg, machine, found.checkpoint.config)
         plan.env[MODE] = "1"
-    engine["max_model_len"], why["max_model_len"] = _max_model_len(cfg, found.max_length)
+    engine["max_model_len"], why["max_model_len"] = _max_model_len(cfg, found.checkpoint, profile)
     engine |= profile.engine
     engine["tensor_parallel_size"] = cfg.tp
     if profile.prefix_caching:
@@ -198,9 +200,10 @@ def version_id(plan: Plan) -> str:
     names = ("convert", "hf_overrides", "pooler_config", "dtype", "quantization", "max_model_len")
     decides = {name: plan.engine.get(name) for name in names}
     decides |= {name: getattr(cfg, name) for name in ("long_documents", "max_tokens_per_doc", "max_tokens_per_query")}
-    decides |= {"template": plan.template, "extra_args": cfg.extra_args, "checkpoint": content_id(plan.checkpoint.path)}
-    if cfg.exact:  # each kind of GPU and each release has its own kernels, and so its own bits
-        decides["exact"] = [plan.machine.vllm_version, *sorted({gpu.rpartition(",")[0] for gpu in plan.machine.gpus})]
+    decides |= {"template": plan.template, "extra_args": cfg.extra_args, "vllm": plan.machine.vllm_version}
+    decides["checkpoint"] = content_id(plan.checkpoint.path)
+    if cfg.exact:  # each kind of GPU has its own kernels, and so its own bits
+        decides["exact"] = sorted({gpu.rpartition(",")[0] for gpu in plan.machine.gpus})
     digits = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
     return f"{digits}-exact" if cfg.exact else digits
 
@@ -251,13 +254,20 @@ def _engines(plan: Plan) -> tuple[int, str]:
     return n, f"{n}: {why}"
 
 
-def _max_model_len(cfg: EnvConfig, own: int) -> tuple[int, str]:
-    """Tokens of the longest prompt, and why; `own` is the model's limit."""
+def _max_model_len(cfg: EnvConfig, checkpoint: Checkpoint, profile: Profile) -> tuple[int, str]:
+    """Tokens of the longest prompt, and why."""
+    own, said = checkpoint.max_length, checkpoint.limit
+    source = said.source if said and said.value < checkpoint.positions else "config.json: max_position_embeddings"
     if cfg.max_model_len is None:
-        return min(4096, own), f"the model's limit is {own}; at most 4096 unless MAX_MODEL_LEN is set"
-    if cfg.max_model_len > own:
-        raise ConfigError(f"MAX_MODEL_LEN={cfg.max_model_len} is more than the {own} tokens that this model takes")
-    return cfg.max_model_len, "MAX_MODEL_LEN"
+        return min(4096, own), f"the model's limit is {own} ({source}); at most 4096 unless MAX_MODEL_LEN is set"
+    # A decoder takes longer prompts than its tokenizer's limit, which was a choice of whoever trained it.
+    soft = profile.prefix_caching and "tokenizer" in source
+    if cfg.max_model_len > (checkpoint.positions if soft else own):
+        raise ConfigError(
+            f"MAX_MODEL_LEN={cfg.max_model_len} is more than the {own} tokens that this model takes ({source})"
+        )
+    beyond = f"; the model's own library cuts at {own} ({source})" if cfg.max_model_len > own else ""
+    return cfg.max_model_len, f"MAX_MODEL_LEN{beyond}"
 
 
 def _service_steps(plan: Plan) -> tuple[int, int, str]:

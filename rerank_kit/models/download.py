@@ -10,7 +10,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from rerank_kit.models.checkpoint import _read_json
+from rerank_kit.models.folders import snapshot_of
+from rerank_kit.models.json_files import read_json
 from rerank_kit.settings import KIT_DIR, ConfigError, EnvConfig, get_config, model_setting
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -30,7 +31,7 @@ def locate(model: str) -> Path:
     path = Path(model).expanduser()
     for folder in (path, KIT_DIR / path):
         if folder.is_dir():
-            return folder.absolute()
+            return snapshot_of(folder.absolute())
     if not HUB_ID.fullmatch(model):
         raise ConfigError(f"MODEL_PATH={model!r} does not exist: give the folder of the checkpoint or a hub id")
     return _from_hub(model)
@@ -102,7 +103,7 @@ def _ask(endpoint: str) -> None:
 
 
 def _has_weights(path: Path) -> bool:
-    index = _read_json(path / "model.safetensors.index.json")
+    index = read_json(path / "model.safetensors.index.json")
     names = set(index["weight_map"].values()) if index else {"model.safetensors"}
     return all((path / name).exists() for name in names)
 

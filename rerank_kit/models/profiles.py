@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import dataclass, field
 
+from rerank_kit.models.chat_template import agrees, pair_template
 from rerank_kit.models.checkpoint import Checkpoint
 from rerank_kit.settings import KIT_DIR, ConfigError
 
@@ -38,8 +39,16 @@ class Profile:
     config_changes: dict = field(default_factory=dict)
     config_file: str | None = None
     unsupported: str | None = None
-    # Profiles that take precedence when both they and this refusal match.
+    # Profiles that take precedence when both they and this profile (or refusal) match.
     unless: tuple[str, ...] = ()
+    # The prompt is the checkpoint's own chat template, whatever it says, and the score tokens are its LogitScore's.
+    own_template: bool = False
+
+    def named(self, checkpoint: Checkpoint) -> bool:
+        """Whether the folder's or hub's name is one of this family."""
+        names = [checkpoint.name, checkpoint.base_model.value if checkpoint.base_model else ""]
+        known = [rule[key] for rule in self.match for key in ("name", "base_model") if key in rule]
+        return any(re.search(pattern, name, re.IGNORECASE) for pattern in known for name in names)
 
     def template_text(self, instruction: str | None = None) -> str | None:
         """The Jinja score template; `instruction` replaces the family's default instruction."""
@@ -89,9 +98,11 @@ def find_profile(checkpoint: Checkpoint, wanted: str | None = None) -> Profile:
         return profiles[wanted]
     fits = [p for p in known.values() if any(_fits(checkpoint, rule) for rule in p.match)]
     what = f"{checkpoint.path} ({', '.join(checkpoint.architectures) or 'no architecture'}"
-    what += f", {checkpoint.num_labels} labels)" if "id2label" in checkpoint.config else ")"
-    served = [p for p in fits if not p.unsupported]
-    refused = next((p for p in fits if p.unsupported and not {s.name for s in served} & set(p.unless)), None)
+    what += f", {checkpoint.num_labels} labels" if "id2label" in checkpoint.config else ""
+    what += f", LogitScore {checkpoint.logit_texts or checkpoint.logit_tokens})" if checkpoint.logit_tokens else ")"
+    names = {p.name for p in fits if not p.unsupported}
+    served = [p for p in fits if not p.unsupported and not names & set(p.unless)]
+    refused = next((p for p in fits if p.unsupported and not names & set(p.unless)), None)
     if refused:
         raise ConfigError(
             f"{what} is of a family that cannot be served, {refused.title}: {refused.unsupported}\n"
@@ -100,7 +111,14 @@ def find_profile(checkpoint: Checkpoint, wanted: str | None = None) -> Profile:
     if len(served) == 1:
         return served[0]
     why = "fits no profile" if not served else f"fits several profiles ({', '.join(p.name for p in served)})"
+    if checkpoint.logit_tokens and not served:
+        why += ": no profile has its score tokens, and it has no chat template with a place for a query and a document"
     raise ConfigError(f"{what} {why}; if you know which one is right, set MODEL_PROFILE to one of:{listing}")
+
+
+def _has_prompt_of(checkpoint: Checkpoint, template: str) -> bool:
+    own = pair_template(checkpoint)
+    return own is not None and agrees(own, (PROFILE_DIR / template).read_text("utf-8"), own.instruction)
 
 
 def _fits(checkpoint: Checkpoint, rule: dict) -> bool:
@@ -119,6 +137,18 @@ def _fits(checkpoint: Checkpoint, rule: dict) -> bool:
         "labels_besides": lambda v: checkpoint.num_labels != v,
         "logit_tokens": lambda v: checkpoint.logit_tokens == tuple(v),
         "logit_texts": lambda v: checkpoint.logit_texts == tuple(v),
-        "name": lambda v: re.search(v, checkpoint.name, re.IGNORECASE) is not None,
+        "logit_score": lambda v: (checkpoint.logit_tokens is not None) == v,
+        "pair_template": lambda v: (pair_template(checkpoint) is not None) == v,
+        "prompt_of": lambda v: _has_prompt_of(checkpoint, v),
+        "base_model": lambda v: (
+            checkpoint.base_model is not None
+            and re.search(v, checkpoint.base_model.value.rstrip("/").rpartition("/")[2], re.IGNORECASE) is not None
+            and not checkpoint.modules
+        ),
+        # A name is the last hint: it says nothing where the files name the tokens of the score.
+        "name": lambda v: (
+            re.search(v, checkpoint.name, re.IGNORECASE) is not None
+            and (checkpoint.logit_tokens is None or "logit_tokens" in rule or "logit_texts" in rule)
+        ),
     }
     return all(tests[key](value) for key, value in rule.items())

@@ -1,5 +1,6 @@
 """The float32 reference of each family in transformers, written from model cards. Tests compare vLLM's scores to it."""
 
+import json
 from pathlib import Path
 
 from rerank_kit.models.checkpoint import read_checkpoint
@@ -111,10 +112,11 @@ def reference_scores(
     Args:
         model: checkpoint folder.
         kind: Profile.reference: a key of CAUSAL (causal_yes_no is the model card of Qwen3-Reranker),
-            sequence_classification (the converted Qwen3-Reranker and cross-encoders with a head), jina_reranker_v2,
-            gte_multilingual_reranker or embedding (cosine, pooled as the checkpoint's Pooling module says).
+            chat_template (the checkpoint's own, rendered by transformers), sequence_classification (the converted
+            Qwen3-Reranker and cross-encoders with a head), jina_reranker_v2, gte_multilingual_reranker or embedding
+            (cosine, pooled as the checkpoint's Pooling module says).
         pairs: N pairs.
-        instruction: default instruction; None = the model card's.
+        instruction: default instruction; None = the checkpoint's saved default prompt, else the model card's.
         max_length: tokens of the longest prompt.
 
     Returns:
@@ -125,10 +127,14 @@ def reference_scores(
 
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     network = _network(model, kind)
+    instruction = instruction or _saved_prompt(model)
     scores = []
     with torch.inference_mode():
         for pair in pairs:
-            if kind in CAUSAL:
+            if kind == "chat_template":
+                ids = torch.tensor([_chat_ids(tokenizer, model, pair, instruction, max_length)])
+                scores.append(torch.sigmoid(_own_logit(network, ids, tokenizer, model)).item())
+            elif kind in CAUSAL:
                 prompt_ids, yes, no, divisor = CAUSAL[kind]
                 ids = torch.tensor([prompt_ids(tokenizer, pair, instruction, max_length)])
                 logits = network(ids).logits[0, -1]
@@ -144,7 +150,7 @@ def reference_scores(
                     # Lists, as in sentence-transformers: transformers drops the second of two strings when it is empty.
                     both = ([pair.query], [pair.document])
                     batch = tokenizer(*both, truncation=True, max_length=max_length, return_tensors="pt")
-                    scores.append(_activation(network.config)(network(**batch).logits[0, 0]).item())
+                    scores.append(_activation(model)(network(**batch).logits[0, 0]).item())
             elif kind == "embedding":
                 modes = read_checkpoint(model).pooling
                 first, second = (
@@ -169,7 +175,11 @@ def _network(model: Path, kind: str):
         loader, config = _gte(model)
     elif kind == "qwen3_vl_reranker":
         loader = transformers.Qwen3VLForConditionalGeneration
-    elif kind in CAUSAL:
+    elif kind == "zerank2":  # zerank-1's config.json names code on the hub, which only replaces predict()
+        loader = transformers.AutoModelForCausalLM
+        own = json.loads((model / "config.json").read_text("utf-8"))
+        config = transformers.Qwen3Config(**{k: v for k, v in own.items() if k not in ("auto_map", "model_type")})
+    elif kind in CAUSAL or (kind == "chat_template" and not _classifies(model)):
         loader = transformers.AutoModelForCausalLM
     elif kind == "embedding":
         loader = transformers.AutoModel
@@ -234,13 +244,82 @@ def _gte(model: Path):
     return GteForSequenceClassification, GteConfig(**kept, rope_parameters=rope)
 
 
-def _activation(config):
-    """The activation that sentence-transformers' CrossEncoder applies to a logit: config.json's, else the sigmoid."""
+def _own_file(model: Path, name: str) -> dict:
+    """A JSON file of sentence-transformers; {} where there is none. Read apart from checkpoint.py, on purpose."""
+    if not (model / "modules.json").is_file() or not (model / name).is_file():
+        return {}
+    return json.loads((model / name).read_text("utf-8"))
+
+
+def _saved_prompt(model: Path) -> str | None:
+    """The default prompt that sentence-transformers saved with the model."""
+    saved = _own_file(model, "config_sentence_transformers.json")
+    return (saved.get("prompts") or {}).get(saved.get("default_prompt_name"))
+
+
+def _classifies(model: Path) -> bool:
+    names = json.loads((model / "config.json").read_text("utf-8")).get("architectures") or [""]
+    return names[0].endswith("ForSequenceClassification")
+
+
+def _chat_ids(tokenizer, model: Path, pair: Pair, instruction: str | None, max_length: int) -> list[int]:
+    """Token ids of a pair by the checkpoint's own chat template. A long one loses the end of the document.
+
+    Source: Transformer.preprocess() of sentence-transformers 6.2, which restores the template's tail after the cut.
+    """
+    message = (_own_file(model, "sentence_bert_config.json").get("modality_config") or {}).get("message") or {}
+    text = tokenizer.chat_template
+    structured = "content[0]" in text or "'type'" in text or '"type"' in text
+    if message.get("format", "auto") != "auto":
+        structured = message["format"] == "structured"
+
+    def ids_of(document: str) -> list[int]:
+        texts = {"system": pair.instruction or instruction, "query": pair.query, "document": document}
+        chat = [
+            {"role": role, "content": [{"type": "text", "text": text}] if structured else text}
+            for role, text in texts.items()
+            if role != "system" or text
+        ]
+        return tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+
+    ids = ids_of(pair.document)
+    if len(ids) <= max_length:
+        return ids
+    one, other = ids_of("0"), ids_of("1 2 3 4")
+    same = next(i for i in range(len(one)) if one[-1 - i] != other[-1 - i])
+    return ids[: max_length - same] + one[len(one) - same :]
+
+
+def _own_logit(network, ids, tokenizer, model: Path):
+    """The logit of a head with one label, or of the tokens that the LogitScore module names (yes and no without it)."""
+    logits = network(ids).logits
+    if _classifies(model):
+        return logits[0, 0]
+    score = {"true_token_id": tokenizer.convert_tokens_to_ids("yes")}
+    score["false_token_id"] = tokenizer.convert_tokens_to_ids("no")
+    if (model / "modules.json").is_file():
+        for module in json.loads((model / "modules.json").read_text("utf-8")):
+            if module["type"].endswith("LogitScore"):
+                score = json.loads((model / module["path"] / "config.json").read_text("utf-8"))
+    logit = logits[0, -1, score["true_token_id"]]
+    false = score.get("false_token_id")
+    return logit if false is None else logit - logits[0, -1, false]
+
+
+def _activation(model: Path):
+    """The activation that sentence-transformers' CrossEncoder applies to a logit; the sigmoid where no file names one.
+
+    Source: sentence-transformers 6.2: its own file, then config.json's new key, then the old one; torch's only.
+    """
     from torch import nn
 
-    named = (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
-    named = named or getattr(config, "sbert_ce_default_activation_function", None)
-    return getattr(nn, named.rpartition(".")[2])() if named else nn.Sigmoid()
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    named = _own_file(model, "config_sentence_transformers.json").get("activation_fn")
+    if not (named or "").startswith("torch."):
+        named = (config.get("sentence_transformers") or {}).get(
+            "activation_fn", config.get("sbert_ce_default_activation_function")
+        )
+    return getattr(nn, named.rpartition(".")[2])() if named and named.startswith("torch.") else nn.Sigmoid()
 
 
 def _embedding(tokenizer, network, text: str, max_length: int, modes: tuple[str, ...] | None):

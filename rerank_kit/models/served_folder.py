@@ -5,7 +5,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from rerank_kit.models.checkpoint import SOURCE, Checkpoint, _read_json
+from rerank_kit.models.checkpoint import SOURCE, Checkpoint
+from rerank_kit.models.json_files import read_json
 from rerank_kit.models.profiles import Profile
 from rerank_kit.settings import ConfigError
 
@@ -29,7 +30,7 @@ def make_adapted(checkpoint: Checkpoint, profile: Profile, folder: Path) -> None
     """
     if folder == checkpoint.path or folder.is_dir():
         return
-    if (_read_json(checkpoint.path / "tokenizer_config.json") or {}).get("auto_map"):
+    if (read_json(checkpoint.path / "tokenizer_config.json") or {}).get("auto_map"):
         raise ConfigError(f"{checkpoint.path} brings a tokenizer with code of its own, which the kit does not run")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -236,7 +236,10 @@ def _plain_macro(template: str) -> Callable[[str], str] | None:
     """The template's macro `plain`, which neutralises control tokens; None where it has none."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    # Behind the macro a checkpoint's own template may follow, which need not render without a pair.
+    front, end, _ = template.partition("{%- endmacro -%}")
+    if not end:
+        return None
     # The environment of transformers' apply_chat_template(); _find_frame() compares the two.
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    chat = [{"role": "query", "content": ""}, {"role": "document", "content": ""}]
-    return getattr(environment.from_string(template).make_module({"messages": chat}), "plain", None)
+    return getattr(environment.from_string(front + end).make_module({"messages": []}), "plain", None)

@@ -21,9 +21,16 @@ from typing import Any
 
 from rerank_kit.engine.machine import GIB, free_memory, vllm_version
 from rerank_kit.engine.nodes import is_headless
-from rerank_kit.models.checkpoint import Checkpoint, read_checkpoint
+from rerank_kit.models.chat_template import render, special_tokens
+from rerank_kit.models.checkpoint import Checkpoint, load_tokenizer, read_checkpoint
 from rerank_kit.models.known_pairs import KNOWN, PAIRS, judge
-from rerank_kit.models.profiles import Profile, find_profile
+from rerank_kit.models.library import NotComparable, library_scores, version
+from rerank_kit.models.pair import Pair
+from rerank_kit.models.profiles import find_profile
+from rerank_kit.models.published import DOCUMENTS, QUERY, Published, distance, logit, published
+from rerank_kit.models.published import TOLERANCE as TOLERANCE_LOGIT
+from rerank_kit.models.reference import INSTRUCTION, reference_scores
+from rerank_kit.models.settled import Settled, settle
 from rerank_kit.serving.exact import check_exact
 from rerank_kit.serving.health import progress, request
 from rerank_kit.settings import ConfigError, EnvConfig, get_config
@@ -32,6 +39,8 @@ from rerank_kit.settings import ConfigError, EnvConfig, get_config
 REAL_MODEL = 256
 # Largest difference from the float32 reference that bf16 explains; docs/scores.md has the measurements.
 TOLERANCE = 0.02
+# Two references in float32 differ by rounding alone.
+TOLERANCE_FLOAT32 = 1e-4
 
 
 PATIENCE_S = 30.0  # how long a refused call (429, 503) is repeated
@@ -64,57 +73,52 @@ def ask(cfg: EnvConfig, method: str, path: str, body: dict | None = None) -> byt
         time.sleep(0.5)
 
 
-def served(cfg: EnvConfig) -> tuple[Checkpoint, Profile]:
-    """Checkpoint and profile of the model that the service reports."""
+def served(cfg: EnvConfig) -> tuple[Checkpoint, Settled]:
+    """The checkpoint that the service reports, and its profile as the checkpoint's files settle it."""
     models = {m["id"]: m.get("root") for m in json.loads(ask(cfg, "GET", "/v1/models"))["data"]}
     if cfg.served_model_name not in models:
         raise Failed(f"the service has {sorted(models)}, not SERVED_MODEL_NAME={cfg.served_model_name}")
     checkpoint = read_checkpoint(Path(models[cfg.served_model_name]))
-    return checkpoint, find_profile(checkpoint, cfg.model_profile)
+    return checkpoint, settle(checkpoint, find_profile(checkpoint, cfg.model_profile), cfg)
 
 
-def score(cfg: EnvConfig, query: str, document: str) -> tuple[float, int]:
+def score(cfg: EnvConfig, query: str, document: str, instruction: str | None = None) -> tuple[float, int]:
     """(score, prompt tokens) of one pair."""
     body = {"model": cfg.served_model_name, "text_1": query, "text_2": document}
+    body |= {"instruction": instruction} if instruction else {}
     answer = json.loads(ask(cfg, "POST", "/v1/score", body))
     return answer["data"][0]["score"], answer["usage"]["prompt_tokens"]
 
 
-def prompt_tokens(cfg: EnvConfig, checkpoint: Checkpoint, profile: Profile, query: str, document: str) -> int:
-    """Number of tokens in the profile's prompt by the checkpoint's own tokenizer.
+def prompt_tokens(checkpoint: Checkpoint, settled: Settled, query: str, document: str) -> int:
+    """Number of tokens in the prompt that should be served by the checkpoint's own tokenizer.
 
     This needs `tokenizers` and `jinja2` only: importing transformers would add seconds to every start.
     """
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    tokenizer = _tokenizer(checkpoint.path / "tokenizer.json")
-    text = profile.template_text(cfg.instruction)
-    if text is not None:
-        # The settings of transformers' apply_chat_template.
-        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(text)
+    tokenizer = _tokenizer(checkpoint.path)
+    if settled.template is not None:
         chat = [{"role": "query", "content": query}, {"role": "document", "content": document}]
-        return len(tokenizer.encode(template.render(messages=chat)).ids)
-    if profile.reference == "embedding":
+        return len(tokenizer.encode(render(settled.template, chat, special_tokens(checkpoint))).ids)
+    if settled.profile.reference == "embedding":
         return len(tokenizer.encode(query).ids) + len(tokenizer.encode(document).ids)
     return len(tokenizer.encode(query, document).ids)
 
 
-@functools.cache
-def _tokenizer(file: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(file))
+@functools.lru_cache(1)
+def _tokenizer(path: Path) -> Any:
+    tokenizer = load_tokenizer(path)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def expectation(cfg: EnvConfig, checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
+def expectation(checkpoint: Checkpoint, settled: Settled) -> dict[str, Any]:
     """What judge() has to know of a model: lengths of the prompts of PAIRS, range of scores, known answers."""
     tokens = None
     if (checkpoint.path / "tokenizer.json").exists():
-        tokens = [prompt_tokens(cfg, checkpoint, profile, *pair) for pair in PAIRS]
-    low, high = (0.0, 1.0) if profile.template else (-1.0, 1.0) if profile.reference == "embedding" else (None, None)
+        tokens = [prompt_tokens(checkpoint, settled, *pair) for pair in PAIRS]
+    is_embedding = settled.profile.reference == "embedding"
+    low, high = (0.0, 1.0) if settled.template else (-1.0, 1.0) if is_embedding else (None, None)
     known: list[tuple[str, int, int]] = []
     if checkpoint.config.get("hidden_size", 0) >= REAL_MODEL:
         # The Chinese question is not for an English model, whose tokenizer knows few Chinese characters.
@@ -161,13 +165,14 @@ def check_engines(cfg: EnvConfig) -> tuple[str, str | None, str]:
 def run_checks(cfg: EnvConfig, reference: bool = False) -> Iterator[tuple[str, str | None, str]]:
     """Yield (check, fault or None, observation), cheap checks first."""
     try:
-        checkpoint, profile = served(cfg)
+        checkpoint, settled = served(cfg)
+        profile = settled.profile
     except (Failed, ConfigError) as exc:
         yield "model", str(exc), ""
         return
     yield "model", None, f"{checkpoint.path}, profile {profile.name}"
 
-    expected = expectation(cfg, checkpoint, profile)
+    expected = expectation(checkpoint, settled)
     answers = [score(cfg, *pair) for pair in PAIRS]
     scores = [answer[0] for answer in answers]
     prompt, head, known = judge(expected, answers)
@@ -178,27 +183,66 @@ def run_checks(cfg: EnvConfig, reference: bool = False) -> Iterator[tuple[str, s
 
     yield known
 
+    card = published(checkpoint) if profile.name == "qwen3_reranker" else None
+    if card:
+        yield check_published(cfg, *card)
     if reference:
-        needed, free = reference_bytes(checkpoint), free_memory()
-        if needed > free:
-            sizes = f"transformers in float32 needs {needed / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB are free"
-            yield "reference", f"not compared: {sizes}", ""
-            return
-        from rerank_kit.models.pair import Pair
-        from rerank_kit.models.reference import reference_scores
+        yield from check_references(cfg, checkpoint, settled, scores)
 
-        pairs = [Pair(*pair) for pair in PAIRS]
-        length = checkpoint.config.get("max_position_embeddings") or 4096
-        expected = reference_scores(checkpoint.path, profile.reference, pairs, cfg.instruction, min(length, 8192))
-        worst = max(abs(a - b) if isinstance(a, float) else math.inf for a, b in zip(scores, expected, strict=True))
-        fault = f"a score differs by {worst:.4f} from transformers in float32" if not worst <= TOLERANCE else None
-        quantized = cfg.quantization or (checkpoint.config.get("quantization_config") or {}).get("quant_method")
-        if fault and quantized:
-            fault += (
-                f"; its weights are quantized ({quantized}), which moves single scores by more than {TOLERANCE}: "
-                "compare without QUANTIZATION first, and judge this one by your own relevance data"
-            )
-        yield "reference", fault, f"transformers in float32 agrees within {worst:.1e} (bf16 explains {TOLERANCE})"
+
+def check_published(cfg: EnvConfig, known: Published, certain: bool) -> tuple[str, str | None, str]:
+    """(name, fault, seen). The service's answers beside those that the model card prints for these very weights."""
+    scores = [score(cfg, QUERY, document, INSTRUCTION)[0] for document in DOCUMENTS]
+    worst = distance(known, scores)
+    said = f"the logits of the model card's example are {', '.join(f'{logit(s):.3f}' for s in scores)}"
+    card = f"{known.name} has {', '.join(str(value) for value in known.logits[0])}"
+    if worst <= TOLERANCE_LOGIT:
+        return "published", None, f"{said}; {card}: these weights"
+    if certain:
+        return "published", f"{said}; {card}, and the files are that revision ({known.revision})", ""
+    return "published", None, f"{said}; {card}: a fine-tune of this size, or other weights"
+
+
+def check_references(
+    cfg: EnvConfig, checkpoint: Checkpoint, settled: Settled, scores: list[float]
+) -> Iterator[tuple[str, str | None, str]]:
+    """The service's scores beside the recipe of the family in transformers, and beside sentence-transformers itself."""
+    profile = settled.profile
+    needed, free = reference_bytes(checkpoint), free_memory()
+    if needed > free:
+        sizes = f"transformers in float32 needs {needed / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB are free"
+        yield "reference", f"not compared: {sizes}", ""
+        return
+    pairs = [Pair(*pair) for pair in PAIRS]
+    length = min(checkpoint.max_length, 8192)
+    expected = reference_scores(checkpoint.path, profile.reference, pairs, cfg.instruction, length)
+    worst = max(abs(a - b) if isinstance(a, float) else math.inf for a, b in zip(scores, expected, strict=True))
+    fault = f"a score differs by {worst:.4f} from transformers in float32" if not worst <= TOLERANCE else None
+    quantized = cfg.quantization or (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    if fault and quantized:
+        fault += (
+            f"; its weights are quantized ({quantized}), which moves single scores by more than {TOLERANCE}: "
+            "compare without QUANTIZATION first, and judge this one by your own relevance data"
+        )
+    yield "reference", fault, f"transformers in float32 agrees within {worst:.1e} (bf16 explains {TOLERANCE})"
+    yield check_library(checkpoint, settled, pairs, cfg.instruction, expected)
+
+
+def check_library(
+    checkpoint: Checkpoint, settled: Settled, pairs: list[Pair], instruction: str | None, expected: list[float]
+) -> tuple[str, str | None, str]:
+    """(name, fault, seen). The kit's recipe beside sentence-transformers, which loads the folder by its own rules."""
+    try:
+        theirs = library_scores(checkpoint, settled.profile, pairs, instruction)
+    except NotComparable as exc:
+        return "library", None, f"not compared with sentence-transformers: {exc}"
+    worst = max(abs(a - b) for a, b in zip(theirs, expected, strict=True))
+    what = f"sentence-transformers {version()} in float32"
+    if not worst <= TOLERANCE_FLOAT32:
+        shown = [f"{score:.4f}" for score in theirs]
+        fault = f"{what} gives {', '.join(shown)}, which differs from the kit's recipe by {worst:.4f}: the files say "
+        return "library", fault + "something that the profile does not follow", ""
+    return "library", None, f"{what} and the kit's recipe agree within {worst:.1e}"
 
 
 def main(argv: list[str]) -> int:

@@ -17,6 +17,7 @@ from rerank_kit.engine.machine import GIB, NoVllm, vllm_command, vllm_version
 from rerank_kit.engine.nodes import check_rpc_port, has_other_nodes, is_headless, node_flags
 from rerank_kit.engine.plan import Plan, plan_service
 from rerank_kit.models.served_folder import make_adapted
+from rerank_kit.models.settled import Settled
 from rerank_kit.serving.check import expectation
 from rerank_kit.serving.network import check_network, check_port, hold_port, tls_files
 from rerank_kit.settings import FIELDS, KIT_DIR, ConfigError, get_config, passed_on_env
@@ -87,9 +88,8 @@ def _hidden(text: str) -> str:
 
 
 def _template_file(plan: Plan) -> Path:
-    """The profile's template; if INSTRUCTION is set, a copy in LOG_DIR that contains it."""
-    assert plan.profile.template is not None  # profiles without a template need no file
-    if not plan.cfg.instruction:
+    """The profile's template; if INSTRUCTION or the checkpoint's own files change it, a file in LOG_DIR."""
+    if plan.profile.template and plan.template == plan.profile.template_text():
         return KIT_DIR / "profiles" / plan.profile.template
     return plan.cfg.log_path / f"template-{plan.cfg.port}.jinja"
 
@@ -128,7 +128,7 @@ def server_commands(plan: Plan) -> tuple[list[list[str]], dict[str, str]]:
     The API key is in the environment, because everybody can read the process list.
     """
     make_adapted(plan.checkpoint, plan.profile, Path(plan.engine["model"]))
-    if plan.cfg.instruction and plan.template is not None:
+    if plan.template is not None and _template_file(plan).parent == plan.cfg.log_path:
         plan.cfg.log_path.mkdir(parents=True, exist_ok=True)
         _write_once(_template_file(plan), plan.template)
     rpc_port = _free_port() if plan.engines > 1 else 0
@@ -146,7 +146,7 @@ def server_env(plan: Plan) -> dict[str, str]:
     if plan.cfg.api_key:
         env["VLLM_API_KEY"] = plan.cfg.api_key
     if plan.cfg.guard and plan.cfg.startup_check and not is_headless(plan.cfg):
-        env["GUARD_CHECK"] = json.dumps(expectation(plan.cfg, plan.checkpoint, plan.profile))
+        env["GUARD_CHECK"] = json.dumps(expectation(plan.checkpoint, Settled(plan.profile, plan.template)))
     return with_kit_on_path(env)
 
 

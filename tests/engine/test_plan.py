@@ -14,7 +14,7 @@ from rerank_kit.engine import machine as engine_machine
 from rerank_kit.engine import plan as engine_plan
 from rerank_kit.engine.machine import Machine, NoVllm
 from rerank_kit.engine.plan import plan_engine, plan_service
-from rerank_kit.models.checkpoint import content_id
+from rerank_kit.models.identity import content_id
 from rerank_kit.serving import command, network
 from rerank_kit.serving.command import explain, serve_args
 from rerank_kit.settings import ConfigError, get_config

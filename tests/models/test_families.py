@@ -5,6 +5,7 @@ start a family, at the same time, all texts in them.
 """
 
 import json
+import shutil
 import subprocess
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import library
 import pytest
 import tiny_hub_models
 import tiny_models
@@ -21,8 +23,9 @@ from rerank_kit.models.checkpoint import Checkpoint, read_checkpoint
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.profiles import PROFILE_DIR, all_profiles, find_profile, load_profiles
 from rerank_kit.models.reference import CAUSAL, reference_scores
+from rerank_kit.models.settled import settle
 from rerank_kit.serving import check
-from rerank_kit.settings import ConfigError
+from rerank_kit.settings import ConfigError, get_config
 
 TEXTS = [
     ("What is the capital of China?", "The capital of China is Beijing."),
@@ -74,6 +77,21 @@ MINILM = (("sbert_ce_default_activation_function", "torch.nn.modules.linear.Iden
 
 def seq_cls(folder: Path) -> Path:
     return tiny_models.qwen3_seq_cls(folder, tiny_models.qwen3_reranker(folder.parent / "Qwen3-Reranker-0.6B"))
+
+
+def zerank1(folder: Path) -> Path:
+    """zerank-1: config.json names code that only changes predict()."""
+    tiny_models.zerank2(folder)
+    shutil.rmtree(folder / "1_LogitScore")
+    (folder / "modules.json").unlink()
+    code = {"AutoConfig": "modeling_zeranker.ZEConfig"}
+    return tiny_models.set_config(folder, auto_map=code, model_type="zeroentropy")
+
+
+def own_template(folder: Path) -> Path:
+    """A Qwen3 fine-tune by sentence-transformers with a prompt of its own."""
+    found = library.checkpoints_of(folder.parent / "library", ("own_template",))[0]
+    return shutil.copytree(found, folder)
 
 
 def untied(folder: Path) -> Path:
@@ -133,6 +151,9 @@ FAMILIES = {
         tiny_models.qwen3_embedding, "Qwen3-Embedding-0.6B", "embedding", 256, (*TEXTS, LONG_QUERY)
     ),
     "zerank2": Family(tiny_models.zerank2, "zerank-2", "zerank2", 512, control=QWEN_CONTROL),
+    # The same head and prompt; what differs is how its folder is served.
+    "zerank1": Family(zerank1, "zerank-1-small", "zerank1", 512, control=QWEN_CONTROL, online=False),
+    "own_template": Family(own_template, "my-ranker", "qwen3_reranker", 512, control=QWEN_CONTROL),
     "jina": Family(
         tiny_hub_models.jina_reranker_v2, "jina-reranker-v2-base-multilingual", "jina_reranker_v2", 256, ENCODER_TEXTS
     ),
@@ -268,6 +289,7 @@ def test_scores_are_those_of_the_model_card(name, folder_of, fork_server, forked
     if profile.needs and find_spec(profile.needs) is None:
         pytest.skip(f"vLLM imports {profile.needs} for this family")
     model = folder_of(name)
+    profile = settle(read_checkpoint(model), profile, get_config()).profile
     pairs = [Pair(*text) for text in (*family.texts, ASCII_LONG)]
     wanted = list(pairs)
     if family.control:

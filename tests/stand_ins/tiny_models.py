@@ -407,8 +407,6 @@ def xlm_roberta_embedding(folder: Path) -> Path:
     model = XLMRobertaModel(_xlm_roberta_config(xlm_roberta_tokenizer(folder)), add_pooling_layer=False)
     _spread(model)
     model.save_pretrained(folder)
-    # The real checkpoints have it; vLLM 0.32 does not start on one saved by transformers 5, which leaves it out.
-    set_config(folder, position_embedding_type="absolute")
     _sentence_transformer(folder, "mean", old_layout=False, max_length=256)
     return folder
 

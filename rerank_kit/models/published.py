@@ -1,0 +1,70 @@
+"""Answers that publishers print on their model cards, by which `check` knows whether it serves those very weights.
+
+Logits, "yes" minus "no", for two documents of the card's example with the default instruction. Sources: the model cards
+of Qwen/Qwen3-Reranker-0.6B, -4B and -8B (bfloat16); for 0.6B also a float32 run on a CPU.
+"""
+
+import math
+from dataclasses import dataclass
+
+from rerank_kit.models.checkpoint import Checkpoint
+
+QUERY = "What is the capital of China?"
+DOCUMENTS = (
+    "The capital of China is Beijing.",
+    "Gravity is a force that attracts two bodies towards each other. It gives weight to physical objects and is "
+    "responsible for the movement of planets around the sun.",
+)
+# The card's bfloat16 and a float32 run of the same weights differ by 0.8 at -12: that much is rounding.
+TOLERANCE = 1.0
+
+
+@dataclass(frozen=True)
+class Published:
+    """A checkpoint with published answers; `sizes` are hidden_size and num_hidden_layers."""
+
+    name: str
+    revision: str
+    sizes: tuple[int, int]
+    logits: tuple[tuple[float, float], ...]  # each run: (of the relevant document, of the irrelevant one)
+
+
+KNOWN = (
+    Published("Qwen/Qwen3-Reranker-0.6B", "e61197ed", (1024, 28), ((7.625, -11.375), (7.596951, -12.192464))),
+    Published("Qwen/Qwen3-Reranker-4B", "22e68366", (2560, 36), ((6.4375, -14.375),)),
+    Published("Qwen/Qwen3-Reranker-8B", "77d193c7", (4096, 36), ((5.0625, -14.25),)),
+)
+
+
+def published(checkpoint: Checkpoint) -> tuple[Published, bool] | None:
+    """(the published checkpoint of this size, whether the files are surely that revision); None if there is none.
+
+    The revision is that of the hub's cache or of `hf download --local-dir`, which noted it beside the weights. Without
+    it a fine-tune of the same size cannot be told from the original before it has answered.
+    """
+    sizes = checkpoint.config.get("hidden_size"), checkpoint.config.get("num_hidden_layers")
+    known = next((k for k in KNOWN if k.sizes == sizes), None)
+    if known is None:
+        return None
+    return known, _revision(checkpoint).startswith(known.revision)
+
+
+def _revision(checkpoint: Checkpoint) -> str:
+    folder = checkpoint.path.absolute()
+    if folder.parent.name == "snapshots":
+        return folder.name
+    notes = sorted((folder / ".cache" / "huggingface" / "download").glob("*.safetensors.metadata"))
+    found = {note.read_text("utf-8", "replace").partition("\n")[0].strip() for note in notes}
+    return found.pop() if len(found) == 1 else ""
+
+
+def logit(score: float) -> float:
+    """The logit of a probability."""
+    score = min(max(score, 1e-12), 1 - 1e-12)
+    return math.log(score / (1 - score))
+
+
+def distance(known: Published, scores: list[float]) -> float:
+    """Largest difference of the two logits from the closest published run."""
+    got = [logit(score) for score in scores]
+    return min(max(abs(a - b) for a, b in zip(run, got, strict=True)) for run in known.logits)

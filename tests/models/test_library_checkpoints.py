@@ -1,0 +1,245 @@
+"""Checkpoints as training libraries save them: the kit's scores are those that the library gives after loading.
+
+{transformers 4.57, 5} x {sentence-transformers 3.4, 5.3, 6.2} x the ways to train and save x the architectures, made by
+measurements/library_checkpoints.py with these libraries. What the kit does not serve is refused with the reason.
+"""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import KIT, kit_environment
+from library import all_checkpoints, record
+
+from rerank_kit.models import library
+from rerank_kit.models.opened import opened
+from rerank_kit.models.pair import Pair
+from rerank_kit.models.reference import reference_scores
+from rerank_kit.settings import ConfigError, get_config
+
+sys.path.insert(0, str(KIT / "measurements"))
+from library_checkpoints import PAIRS
+
+# One checkpoint for each thing that only the engine can show; the soak test takes all.
+ENGINE = (
+    *("own_default_prompt", "parts", "max_length", "Qwen3-Reranker-true_false", "Yes_only", "seq_cls-own_template"),
+    *("Qwen3-Reranker-seq-cls-labels", "ms-marco", "bert-max_length", "xlmr_embedding-plain"),
+)
+OFFLINE = """
+import json, os, sys
+from rerank_kit.engine.plan import plan_engine
+from rerank_kit.models.pair import Pair
+from rerank_kit.offline.program import leave
+from rerank_kit.offline.reranker import OfflineReranker
+from rerank_kit.settings import get_config
+if __name__ == "__main__":
+    pairs, folders, out = json.load(sys.stdin)
+    for number, folder in enumerate(folders):
+        if os.fork() == 0:
+            with OfflineReranker(plan_engine(get_config(), folder)) as reranker, open(f"{out}/{number}", "w") as file:
+                json.dump([result.score for result in reranker.score([Pair(*pair) for pair in pairs])], file)
+            leave(0)
+        os.wait()
+    leave(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> list[Path]:
+    return all_checkpoints(tmp_path_factory.mktemp("library"))
+
+
+def recorded(folder: Path) -> list[float]:
+    """The library's scores. Where it gives logits and the kit's family gives probabilities, their sigmoid."""
+    made = record(folder)
+    return [1 / (1 + math.exp(-s)) for s in made["scores"]] if made.get("logit") else made["scores"]
+
+
+def shown(folder: Path) -> str:
+    return f"{folder.parent.name}/{folder.name}"
+
+
+def test_the_matrix_is_whole(folders):
+    environments = {folder.parent.name for folder in folders}
+    assert environments == {
+        *("transformers-4.57-st-3.4", "transformers-4.57-st-5.3"),
+        *("transformers-5.19-st-5.3", "transformers-5.19-st-6.2"),
+    }
+    assert len(folders) > 80
+    for folder in folders:
+        scores = record(folder)["scores"]
+        assert max(scores) - min(scores) > 0.01, f"{shown(folder)}: scores that do not differ prove nothing"
+
+
+def test_the_files_decide_and_the_reference_has_the_librarys_scores(folders):
+    wrong = []
+    for folder in folders:
+        made = record(folder)
+        try:
+            found = opened(folder, get_config())
+        except ConfigError as exc:
+            if made["profile"] is not None or made["refused"] not in str(exc):
+                wrong.append(f"{shown(folder)}: refused: {exc}")
+            continue
+        if found.profile.name != made["profile"]:
+            wrong.append(f"{shown(folder)}: profile {found.profile.name}, not {made['profile']}")
+            continue
+        pairs, length = [Pair(*pair) for pair in PAIRS], found.checkpoint.max_length
+        scores = reference_scores(folder, found.profile.reference, pairs, None, length)
+        if scores != pytest.approx(recorded(folder), abs=1e-4):
+            wrong.append(f"{shown(folder)}: {scores}, the library has {recorded(folder)}")
+    assert not wrong, "\n".join(wrong)
+
+
+def engine_scores(python: list[str], folders: list[Path], work: Path) -> list[list[float]]:
+    """Scores of PAIRS with each checkpoint by OfflineReranker, one engine after the other."""
+    script = work / "offline.py"
+    script.write_text(OFFLINE)
+    env = kit_environment(DTYPE="float32", PYTHONPATH=KIT, VLLM_ENABLE_V1_MULTIPROCESSING=0, LOG_DIR=work / "log")
+    asked = json.dumps([PAIRS, [str(folder) for folder in folders], str(work)])
+    done = subprocess.run([*python, str(script)], input=asked, env=env, capture_output=True, text=True, timeout=1800)
+    scores = [work / str(number) for number in range(len(folders))]
+    missing = [shown(folder) for folder, file in zip(folders, scores, strict=True) if not file.exists()]
+    assert done.returncode == 0 and not missing, f"{missing}: {done.stderr[-3000:]}"
+    return [json.loads(file.read_text()) for file in scores]
+
+
+def compare(fork_server, folders: list[Path], work: Path) -> None:
+    wrong = []
+    for folder, scores in zip(folders, engine_scores(fork_server.command, folders, work), strict=True):
+        if scores != pytest.approx(recorded(folder), abs=1e-4):
+            wrong.append(f"{shown(folder)}: {scores}, the library has {recorded(folder)}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.server
+def test_the_engine_has_the_librarys_scores(folders, fork_server, tmp_path):
+    newest = {folder.name: folder for folder in folders}
+    compare(fork_server, [newest[name] for name in ENGINE], tmp_path)
+
+
+@pytest.mark.server
+@pytest.mark.soak
+def test_the_engine_has_the_librarys_scores_for_all(folders, fork_server, tmp_path):
+    compare(fork_server, [folder for folder in folders if record(folder)["profile"]], tmp_path)
+
+
+# --- the library itself as reference (requirements-reference.txt) ---
+
+needs_library = pytest.mark.skipif(not library.FOLDER.is_dir(), reason=library.INSTALL)
+
+
+@needs_library
+@pytest.mark.parametrize("name", ["own_default_prompt", "ms-marco", "bert_embedding-plain"])
+def test_the_library_is_asked_in_a_process_of_its_own(folders, name):
+    folder = next(f for f in reversed(folders) if f.name == name)
+    found = opened(folder, get_config())
+    scores = library.library_scores(found.checkpoint, found.profile, [Pair(*pair) for pair in PAIRS], None)
+    assert scores == pytest.approx(recorded(folder), abs=1e-4)
+    assert library.version() == "6.2.0"
+    assert "sentence_transformers" not in sys.modules
+
+
+def test_the_library_says_why_it_cannot_compare(folders, monkeypatch, tmp_path):
+    plain = next(f for f in folders if f.name == "Qwen3-Reranker-plain")
+    found = opened(plain, get_config())
+    with pytest.raises(library.NotComparable, match="no template for a pair"):
+        library.library_scores(found.checkpoint, found.profile, [], None)
+    folder = next(f for f in folders if f.name == "ms-marco")
+    found = opened(folder, get_config())
+    monkeypatch.setattr(library, "FOLDER", tmp_path / "none")
+    monkeypatch.setattr(library, "find_spec", lambda name: None)
+    with pytest.raises(library.NotComparable, match=r"pip install .*requirements-reference.txt"):
+        library.library_scores(found.checkpoint, found.profile, [], None)
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    with pytest.raises(library.NotComparable, match="cannot load or score the folder: ModuleNotFoundError"):
+        library.library_scores(found.checkpoint, found.profile, [], None)
+
+
+# --- choices that the files leave to the user ---
+
+
+def test_model_profile_is_the_users_own_word(folders, tmp_path):
+    by_name = {folder.name: folder for folder in folders}
+    bare, own = by_name["no_template"], by_name["own_template"]
+    said = opened(bare, get_config(model_profile="qwen3_reranker")).why
+    assert said["template"] == "that of profile qwen3_reranker, by MODEL_PROFILE"
+    found = opened(own, get_config(model_profile="qwen3_reranker"))
+    assert found.why["template"].endswith("by MODEL_PROFILE; chat_template.jinja has another one")
+    assert found.template == found.profile.template_text()
+    named = shutil.copytree(bare, tmp_path / "Qwen3-Reranker-mine")
+    assert "no file of the checkpoint says" in opened(named, get_config()).why["template"]
+
+
+def test_instruction_takes_precedence_over_the_saved_prompt(folders):
+    own = next(folder for folder in folders if folder.name == "own_default_prompt")
+    found = opened(own, get_config(instruction="mine"))
+    assert "mine" in found.template and "Find the paragraph" not in found.template
+    assert found.why["instruction"] == "INSTRUCTION; config_sentence_transformers.json: prompts.task has another"
+
+
+def change(folder: Path, name: str, **values) -> None:
+    data = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**data, **values}))
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ messages[1].content }}|{{ messages[0].content }}", "does not put the query once before the document"),
+        ("{{ messages[0].content }}{{ messages[0].content }}{{ messages[1].content }}", "does not put the query once"),
+        ("{{ messages[0].content }}", "no place for a query and a document"),
+        ("{% if", "no place for a query and a document"),
+    ],
+)
+def test_a_template_that_cannot_be_served_is_refused_with_the_prompts(folders, tmp_path, template, said):
+    folder = shutil.copytree(next(f for f in folders if f.name == "own_template"), tmp_path / "mine")
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ConfigError, match=said) as caught:
+        opened(folder, get_config())
+    assert "MODEL_PROFILE=qwen3_reranker" in str(caught.value)
+
+
+def test_an_instruction_for_a_template_without_place_is_refused(folders, tmp_path):
+    folder = shutil.copytree(next(f for f in folders if f.name == "own_template"), tmp_path / "mine")
+    (folder / "chat_template.jinja").write_text("Q: {{ messages[-2].content }} D: {{ messages[-1].content }}\nA:")
+    found = opened(folder, get_config())
+    assert not found.profile.instruction
+    with pytest.raises(
+        ConfigError, match=r"INSTRUCTION is set, but chat_template\.jinja uses no message of role system"
+    ):
+        opened(folder, get_config(instruction="x"))
+    change(folder, "config_sentence_transformers.json", prompts={"a": "Find"}, default_prompt_name="a")
+    with pytest.raises(ConfigError, match="the default prompt 'Find'"):
+        opened(folder, get_config())
+
+
+def test_max_model_len_above_a_tokenizers_limit_is_the_users_choice_with_a_decoder(folders):
+    from rerank_kit.engine.machine import Machine
+    from rerank_kit.engine.plan import plan_service
+
+    machine = Machine("0.32.0+cpu", (), (0, 1), 16 * 2**30)
+    by_name = {folder.name: folder for folder in folders}
+    plan = plan_service(get_config(), by_name["max_length"], machine)
+    assert plan.engine["max_model_len"] == 160 and "tokenizer_config.json" in plan.why["max_model_len"]
+    plan = plan_service(get_config(max_model_len=512), by_name["max_length"], machine)
+    assert "the model's own library cuts at 160" in plan.why["max_model_len"]
+    for name, settings in (("max_length", {"max_model_len": 4000}), ("bert-max_length", {"max_model_len": 64})):
+        with pytest.raises(ConfigError, match=r"MAX_MODEL_LEN=\d+ is more than the \d+ tokens"):
+            plan_service(get_config(**settings), by_name[name], machine)
+
+
+def test_an_activation_of_others_is_ignored_as_the_library_does(folders, tmp_path):
+    folder = shutil.copytree(next(f for f in folders if f.name == "bert-plain"), tmp_path / "mine")
+    change(folder, "config.json", sentence_transformers={"activation_fn": "my.code.Act"})
+    found = opened(folder, get_config())
+    assert found.profile.hf_overrides["sentence_transformers"]["activation_fn"].endswith("Sigmoid")
+    change(folder, "config_sentence_transformers.json", activation_fn="torch.nn.modules.activation.Tanh")
+    (folder / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "", "type": "a.Transformer"}]')
+    found = opened(folder, get_config())
+    assert found.profile.hf_overrides["sentence_transformers"]["activation_fn"].endswith("Tanh")
+    assert found.why["activation"] == "Tanh (config_sentence_transformers.json: activation_fn)"
