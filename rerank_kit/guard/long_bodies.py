@@ -145,33 +145,41 @@ class Split:
         return {index: n for index, n in Counter(self.owners).items() if n > 1}
 
 
-def split_payload(fitter: Fitter, payload: dict, most: int = 0) -> tuple[Split | None, list[int]]:
+def split_payload(fitter: Fitter, payload: dict, most: int = 0, most_each: int = 0) -> tuple[Split | None, list[int]]:
     """Replace the long documents of a rerank or score body by their windows, in place.
 
     Args:
         most: windows that are allowed in all; 0 = any number.
+        most_each: windows that a document keeps, the first ones; 0 = all.
 
     Returns:
-        (split, cut): None where every document is one window; indices of the documents whose query was cut.
+        (split, cut): None where every document is one window; indices of the documents of which, or of whose query,
+        the model sees a part only.
 
     Raises:
         TooManyWindows: more than `most`.
     """
     fields = _fields(payload)
-    top_n = _top_n(payload)
+    top_n = top_n_of(payload)
     if fields is None or top_n is None:
         return None, []
     instruction, n = _instruction(payload), 0
     parts: list[tuple[str, list[str], bool]] = []
+    shortened: set[int] = set()  # documents that lost windows
     pairs = _pairs(fitter, payload, fields)
     for query, document in pairs:
         # Each remaining document makes at least one window.
         room = most - n - (len(pairs) - len(parts) - 1) if most else 0
         try:
-            parts.append(fitter.windows(query, document, instruction, max(1, room) if most else 0))
+            limit = 0 if most_each or not most else max(1, room)
+            query, windows, is_cut = fitter.windows(query, document, instruction, limit)
         except TooManyWindows as exc:
             raise TooManyWindows(n + int(str(exc))) from None
-        n += len(parts[-1][1])
+        if 0 < most_each < len(windows):
+            windows = windows[:most_each]
+            shortened.add(len(parts))
+        parts.append((query, windows, is_cut))
+        n += len(windows)
     if most and n > most:
         raise TooManyWindows(n)
     owners = [index for index, (_, windows, _) in enumerate(parts) for _ in windows]
@@ -183,14 +191,14 @@ def split_payload(fitter: Fitter, payload: dict, most: int = 0) -> tuple[Split |
     old = old_queries if len(old_queries) == len(documents) else old_queries * len(documents)
     cut = sorted({owner for owner, query in zip(owners, used, strict=True) if query != old[owner]})
     # A document with no room beside its query is lost completely.
-    cut = sorted({*cut, *(i for i, (_, w, is_cut) in enumerate(parts) if is_cut and len(w) == 1)})
+    cut = sorted({*cut, *shortened, *(i for i, (_, w, is_cut) in enumerate(parts) if is_cut and len(w) == 1)})
     if owners == list(range(len(documents))):
         return None, cut
     payload.pop("top_n", None)  # the best documents may have several windows each, so all windows are requested
     return Split(owners, documents, top_n), cut
 
 
-def _top_n(payload: dict) -> int | None:
+def top_n_of(payload: dict) -> int | None:
     """top_n as vLLM reads it (also "2" and 2.0); 0 = all; None = vLLM refuses it."""
     number = as_int(payload.get("top_n", 0))
     return int(number) if isinstance(number, int) and number >= 0 else None
