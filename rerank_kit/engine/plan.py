@@ -18,6 +18,7 @@ from rerank_kit.engine.choices import (
 )
 from rerank_kit.engine.machine import GIB, Machine, cpu_has_bf16, probe_machine
 from rerank_kit.engine.nodes import check_nodes, describe_node, has_other_nodes, is_headless, node_env
+from rerank_kit.engine.scale import score_scale
 from rerank_kit.models.checkpoint import Checkpoint, content_id
 from rerank_kit.models.opened import opened
 from rerank_kit.models.profiles import Profile
@@ -177,6 +178,8 @@ def _guard_env(plan: Plan) -> dict[str, str]:
     # vLLM accepts an instruction for any model and drops it if the template does not use it.
     env["GUARD_TAKES_INSTRUCTION"] = str(int(plan.profile.instruction))
     env["GUARD_VERSION"] = version_id(plan)
+    env["GUARD_SCORE_SCALE"] = json.dumps(score_scale(plan.profile, plan.checkpoint))
+    env["GUARD_MODEL"] = cfg.served_model_name
     # By default vLLM runs one API process for each data parallel rank.
     return env | {"GUARD_API_SERVERS": str(plan.api_servers or plan.copies)}
 

@@ -92,17 +92,25 @@ def fit_payload(fitter: Fitter, payload: dict) -> list[int]:
 
 
 def cut_by_limits(fitter: Fitter, payload: dict) -> list[int]:
-    """Indices of the documents that vLLM will cut by the body's token limits, or whose query it will cut."""
+    """Cut by the body's token limits, in place; indices of the documents that are shorter now, or whose query is.
+
+    vLLM would cut them too, but takes the accent off the last letter of decomposed text.
+    """
     fields = _fields(payload)
     if fields is None:
         return []
-    texts = fields[1], fields[3]
+    first, queries, second, documents = fields
+    cut = []
+    for texts, name in zip((queries, documents), LIMITS, strict=True):
+        limit = _limit(payload, name)
+        cut.append([fitter.head(text, limit) if limit else text for text in texts])
+    payload[first] = cut[0] if isinstance(payload[first], list) else cut[0][0]
+    payload[second] = cut[1] if isinstance(payload[second], list) else cut[1][0]
     shorter = [
-        [bool(limit := _limit(payload, name)) and fitter.head(text, limit) != text for text in part]
-        for name, part in zip(LIMITS, texts, strict=True)
+        [a != b for a, b in zip(new, old, strict=True)] for new, old in zip(cut, (queries, documents), strict=True)
     ]
-    queries = shorter[0] if len(shorter[0]) > 1 else shorter[0] * len(shorter[1])
-    return [i for i, (query, document) in enumerate(zip(queries, shorter[1], strict=True)) if query or document]
+    of_query = shorter[0] if len(shorter[0]) > 1 else shorter[0] * len(shorter[1])
+    return [i for i, both in enumerate(zip(of_query, shorter[1], strict=True)) if any(both)]
 
 
 def keep_separators(fitter: Fitter, payload: dict) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import math
 import time
 import tracemalloc
 import zlib
@@ -453,3 +454,69 @@ def test_any_fields_get_an_answer_or_a_clear_refusal(path, base, more):
         got = json.loads(inner.calls[0][2])
         ours = {"texts", "passages", "rank_fields", "min_score", "return_documents", "raw_scores", "padding", "top_k"}
         assert not ours & got.keys()
+
+
+# ---- on the real service ----
+
+
+@pytest.mark.server
+@pytest.mark.timeout(300)
+def test_every_dialect_gets_the_scores_of_rerank(service):
+    import requests  # the environment of the tests has it; the guard does not need it
+
+    def post(path, body, **more):
+        answer = requests.post(service.url + path, json=body, timeout=60, **more)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    query, texts = "What is the capital of China?", ["Beijing.", "Gravity attracts bodies.", "Shanghai " * 9]
+    plain = post("/v1/rerank", {"query": query, "documents": texts})
+    scores = {row["index"]: row["relevance_score"] for row in plain["results"]}
+    assert plain["meta"]["score_scale"] == {"name": "probability", "min": 0, "max": 1, "profile": "qwen3_reranker"}
+    assert plain["usage"]["completion_tokens"] == 0
+
+    def same(rows, name):
+        assert {row["index"]: row[name] for row in rows} == pytest.approx(scores, abs=1e-6)
+        assert [row[name] for row in rows] == sorted((row[name] for row in rows), reverse=True)
+
+    same(post("/rerank", {"query": query, "texts": texts}), "score")
+    same(
+        post("/v1/rerank", {"query": query, "documents": texts, "top_k": None, "truncation": True})["data"],
+        "relevance_score",
+    )
+    objects = [{"text": text} for text in texts]
+    same(
+        post("/v1/v1/rerank/", {"query": query, "documents": objects, "padding": "do_not_pad"})["results"],
+        "relevance_score",
+    )
+    packed = gzip.compress(json.dumps({"query": query, "documents": texts}).encode())
+    headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+    answer = requests.post(service.url + "/v2/rerank", packed, headers=headers, timeout=60)
+    same(answer.json()["results"], "relevance_score")
+    ranking = {"query": {"text": query}, "passages": objects, "truncate": "END"}
+    logits = {row["index"]: row["logit"] for row in post("/v1/ranking", ranking)["rankings"]}
+    assert {i: 1 / (1 + math.exp(-logit)) for i, logit in logits.items()} == pytest.approx(scores, abs=1e-5)
+    rows = post("/rerank", {"query": query, "documents": texts, "raw_scores": True, "return_documents": False})[
+        "results"
+    ]
+    assert {row["index"]: row["relevance_score"] for row in rows} == pytest.approx(logits, abs=1e-5)
+    assert all(set(row) == {"index", "relevance_score"} for row in rows)
+    many = post("/v1/rerank", {"queries": [query, query], "documents": [texts, texts[:1]], "min_score": 0})
+    same(many["results"][0], "relevance_score")
+    assert many["results"][1] == [{"index": 0, "relevance_score": pytest.approx(scores[0], abs=1e-6)}]
+    told = [
+        post("/v1/rerank", {"query": query, "documents": texts, name: "Judge."}) for name in ("instruct", "instruction")
+    ]
+    one, other = ([row["relevance_score"] for row in answer["results"]] for answer in told)
+    assert one == pytest.approx(other, abs=1e-6) and one != pytest.approx(
+        [row["relevance_score"] for row in plain["results"]]
+    )
+    big = {"query": query, "documents": texts, "max_tokens_per_doc": 4096}  # MAX_MODEL_LEN is 1024
+    same(post("/v1/rerank", big)["results"], "relevance_score")
+    error = requests.post(service.url + "/rerank", json={"query": query, "texts": texts, "model": "m"}, timeout=60)
+    assert error.status_code == 200 or "error_type" in error.json()
+    error = requests.post(
+        service.url + "/v1/rerank", json={"query": query, "documents": texts, "model": "m"}, timeout=60
+    )
+    assert error.status_code == 404 and error.json()["message"] == error.json()["error"]["message"]
+    assert requests.get(service.url + "/info", timeout=60).json()["max_input_length"] == 1024
