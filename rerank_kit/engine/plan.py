@@ -21,6 +21,7 @@ from rerank_kit.engine.extra_args import check_extra_args
 from rerank_kit.engine.machine import GIB, Machine, cpu_has_bf16, probe_machine
 from rerank_kit.engine.nodes import check_nodes, describe_node, has_other_nodes, is_headless, node_env
 from rerank_kit.engine.precision import MODE, check_exact, quantization
+from rerank_kit.engine.scale import score_scale
 from rerank_kit.models.checkpoint import Checkpoint
 from rerank_kit.models.identity import content_id
 from rerank_kit.models.opened import opened
@@ -187,6 +188,8 @@ def _guard_env(plan: Plan) -> dict[str, str]:
     env["GUARD_TAKES_INSTRUCTION"] = str(int(plan.profile.instruction))
     env["GUARD_VERSION"] = version_id(plan)
     env["GUARD_HEALTH_TIMEOUT_S"], env["GUARD_ENGINES"] = str(plan.cfg.health_timeout_s), str(plan.copies)
+    env["GUARD_SCORE_SCALE"] = json.dumps(score_scale(plan.profile, plan.checkpoint))
+    env["GUARD_MODEL"] = cfg.served_model_name
     # By default vLLM runs one API process for each data parallel rank.
     return env | {"GUARD_API_SERVERS": str(plan.api_servers or plan.copies)}
 

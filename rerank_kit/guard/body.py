@@ -3,14 +3,17 @@
 docs/guard.md lists every refusal.
 """
 
+import asyncio
 import json
 import math
 import re
+import zlib
 
 from rerank_kit.guard.answers import Refusal
 
 MAX_DEPTH = 32  # lists and objects inside the body's own; a rerank body needs 4
 MEDIA_FIELDS = frozenset((b"image_url", b"image_embeds", b"video_url", b"audio_url"))  # base64, not text
+UNPACKED = 2**28  # bytes of an unpacked body where MAX_BODY_BYTES is off: 1 MB of gzip can hold 1 GB
 PARTS = 100  # values in a body for each document that is allowed
 # A text (with a colon behind it: a key) or a structural character. The body's end may replace a closing quote.
 # The quantifiers are possessive, so the time is linear in the length.
@@ -34,6 +37,18 @@ class Limits:
         """Raise Refusal (413) if so many bytes have come and exceed the limit."""
         if self.max_bytes and n_bytes > self.max_bytes:
             raise self._too_large(f"more than {self.max_bytes}")
+
+    async def unpack(self, body: bytes, encoding: bytes) -> bytes:
+        """The JSON text of a body: unpacked (gzip, deflate), and without a byte order mark. Raises Refusal."""
+        names = [name for name in encoding.decode("latin-1").lower().replace(" ", "").split(",") if name != "identity"]
+        if names and names != [""]:
+            if names not in (["gzip"], ["x-gzip"], ["deflate"]):
+                text = f"Content-Encoding {ascii(names)[1:41]} is not read here: send gzip, deflate or none"
+                raise Refusal(415, "encoding", text)
+            body = await asyncio.to_thread(_unpacked, body, names[0], self.max_bytes or UNPACKED)
+            if len(body) > (self.max_bytes or UNPACKED):
+                raise self._too_large(f"more than {self.max_bytes or UNPACKED}")
+        return body.removeprefix(b"\xef\xbb\xbf")
 
     def check(self, body: bytes) -> None:
         """Raise Refusal (413, 422) for a list or a text that is too long, before anything is parsed.
@@ -97,6 +112,29 @@ class Limits:
     def _too_large(self, size: str) -> Refusal:
         text = f"the body has {size} bytes, the limit is {self.max_bytes} (MAX_BODY_BYTES): send fewer documents a call"
         return Refusal(413, "bytes", text)
+
+
+def _unpacked(body: bytes, name: str, most: int) -> bytes:
+    """At most `most` + 1 bytes of a packed body. Raises Refusal (400) for one that is no such data, or broken off."""
+    # Clients send both forms under the name deflate; RFC 9110 means the one with zlib's header.
+    is_raw = name == "deflate" and (len(body) < 2 or body[0] & 15 != 8 or (body[0] << 8 | body[1]) % 31)
+    wbits = -15 if is_raw else 15 if name == "deflate" else 31
+    pieces, left = [], most + 1
+    try:
+        while True:
+            unpacker = zlib.decompressobj(wbits)
+            pieces.append(unpacker.decompress(body, left))
+            left -= len(pieces[-1])
+            if left <= 0:
+                break
+            if not unpacker.eof:
+                raise zlib.error("it ends too early")
+            body = unpacker.unused_data
+            if not body:
+                break
+    except zlib.error as exc:
+        raise Refusal(400, "encoding", f"the body is not {name} data, as Content-Encoding says: {exc}") from exc
+    return b"".join(pieces)
 
 
 def parse(body: bytes) -> dict:

@@ -92,17 +92,25 @@ def fit_payload(fitter: Fitter, payload: dict) -> list[int]:
 
 
 def cut_by_limits(fitter: Fitter, payload: dict) -> list[int]:
-    """Indices of the documents that vLLM will cut by the body's token limits, or whose query it will cut."""
+    """Cut by the body's token limits, in place; indices of the documents that are shorter now, or whose query is.
+
+    vLLM would cut them too, but takes the accent off the last letter of decomposed text.
+    """
     fields = _fields(payload)
     if fields is None:
         return []
-    texts = fields[1], fields[3]
+    first, queries, second, documents = fields
+    cut = []
+    for texts, name in zip((queries, documents), LIMITS, strict=True):
+        limit = _limit(payload, name)
+        cut.append([fitter.head(text, limit) if limit else text for text in texts])
+    payload[first] = cut[0] if isinstance(payload[first], list) else cut[0][0]
+    payload[second] = cut[1] if isinstance(payload[second], list) else cut[1][0]
     shorter = [
-        [bool(limit := _limit(payload, name)) and fitter.head(text, limit) != text for text in part]
-        for name, part in zip(LIMITS, texts, strict=True)
+        [a != b for a, b in zip(new, old, strict=True)] for new, old in zip(cut, (queries, documents), strict=True)
     ]
-    queries = shorter[0] if len(shorter[0]) > 1 else shorter[0] * len(shorter[1])
-    return [i for i, (query, document) in enumerate(zip(queries, shorter[1], strict=True)) if query or document]
+    of_query = shorter[0] if len(shorter[0]) > 1 else shorter[0] * len(shorter[1])
+    return [i for i, both in enumerate(zip(of_query, shorter[1], strict=True)) if any(both)]
 
 
 def keep_separators(fitter: Fitter, payload: dict) -> None:
@@ -145,33 +153,41 @@ class Split:
         return {index: n for index, n in Counter(self.owners).items() if n > 1}
 
 
-def split_payload(fitter: Fitter, payload: dict, most: int = 0) -> tuple[Split | None, list[int]]:
+def split_payload(fitter: Fitter, payload: dict, most: int = 0, most_each: int = 0) -> tuple[Split | None, list[int]]:
     """Replace the long documents of a rerank or score body by their windows, in place.
 
     Args:
         most: windows that are allowed in all; 0 = any number.
+        most_each: windows that a document keeps, the first ones; 0 = all.
 
     Returns:
-        (split, cut): None where every document is one window; indices of the documents whose query was cut.
+        (split, cut): None where every document is one window; indices of the documents of which, or of whose query,
+        the model sees a part only.
 
     Raises:
         TooManyWindows: more than `most`.
     """
     fields = _fields(payload)
-    top_n = _top_n(payload)
+    top_n = top_n_of(payload)
     if fields is None or top_n is None:
         return None, []
     instruction, n = _instruction(payload), 0
     parts: list[tuple[str, list[str], bool]] = []
+    shortened: set[int] = set()  # documents that lost windows
     pairs = _pairs(fitter, payload, fields)
     for query, document in pairs:
         # Each remaining document makes at least one window.
         room = most - n - (len(pairs) - len(parts) - 1) if most else 0
         try:
-            parts.append(fitter.windows(query, document, instruction, max(1, room) if most else 0))
+            limit = 0 if most_each or not most else max(1, room)
+            query, windows, is_cut = fitter.windows(query, document, instruction, limit)
         except TooManyWindows as exc:
             raise TooManyWindows(n + int(str(exc))) from None
-        n += len(parts[-1][1])
+        if 0 < most_each < len(windows):
+            windows = windows[:most_each]
+            shortened.add(len(parts))
+        parts.append((query, windows, is_cut))
+        n += len(windows)
     if most and n > most:
         raise TooManyWindows(n)
     owners = [index for index, (_, windows, _) in enumerate(parts) for _ in windows]
@@ -183,14 +199,14 @@ def split_payload(fitter: Fitter, payload: dict, most: int = 0) -> tuple[Split |
     old = old_queries if len(old_queries) == len(documents) else old_queries * len(documents)
     cut = sorted({owner for owner, query in zip(owners, used, strict=True) if query != old[owner]})
     # A document with no room beside its query is lost completely.
-    cut = sorted({*cut, *(i for i, (_, w, is_cut) in enumerate(parts) if is_cut and len(w) == 1)})
+    cut = sorted({*cut, *shortened, *(i for i, (_, w, is_cut) in enumerate(parts) if is_cut and len(w) == 1)})
     if owners == list(range(len(documents))):
         return None, cut
     payload.pop("top_n", None)  # the best documents may have several windows each, so all windows are requested
     return Split(owners, documents, top_n), cut
 
 
-def _top_n(payload: dict) -> int | None:
+def top_n_of(payload: dict) -> int | None:
     """top_n as vLLM reads it (also "2" and 2.0); 0 = all; None = vLLM refuses it."""
     number = as_int(payload.get("top_n", 0))
     return int(number) if isinstance(number, int) and number >= 0 else None

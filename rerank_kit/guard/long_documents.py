@@ -5,7 +5,6 @@ docs/guard.md describes the field `long_documents` and the two headers, docs/sco
 """
 
 import asyncio
-import json
 import logging
 import os
 from collections.abc import Callable
@@ -15,11 +14,9 @@ from typing import Any
 from rerank_kit.guard.answers import Refusal
 from rerank_kit.guard.long_bodies import (
     LIMITS,
-    Split,
     cut_by_limits,
     fit_payload,
     keep_separators,
-    merge_windows,
     payload_fits_surely,
     split_payload,
 )
@@ -50,6 +47,8 @@ class LongDocuments:
         if asked is not None and asked not in MODES:
             text = f"long_documents={ascii(asked)[:40]} is unknown: allowed is {', '.join(MODES)}"
             raise Refusal(422, "long", text, param="long_documents")
+        if call.asked.fits and (asked or self.default) not in ("truncate", "chunk"):
+            asked = "truncate"
         limit = payload.get("max_tokens_per_doc")
         if asked in ("error", "chunk") and limit:
             text = f"max_tokens_per_doc cuts documents: it cannot be combined with long_documents={asked}"
@@ -82,7 +81,8 @@ class LongDocuments:
                 call.cut = await self._in_worker(call, receive, cut_by_limits, self.fitter, call.payload) or []
         elif call.mode == "chunk":
             try:
-                done = await self._in_worker(call, receive, split_payload, self.fitter, call.payload, self.max_docs)
+                limits = self.max_docs, call.asked.max_windows
+                done = await self._in_worker(call, receive, split_payload, self.fitter, call.payload, *limits)
             except TooManyWindows as exc:
                 limit = f"the limit is {self.max_docs} (MAX_DOCS_PER_CALL)"
                 text = f"the documents make {exc} windows or more, {limit}: send fewer documents a call, or truncate"
@@ -119,28 +119,13 @@ class LongDocuments:
             headers.append((b"x-rerank-windows", listed({i: f":{n}" for i, n in counts.items()}) or b"none"))
         return headers
 
-    def merged(self, split: Split, send):
-        """A send() that holds vLLM's answer for windows until it is whole, and sends the documents' scores instead."""
-        start, chunks = {}, []
 
-        async def send_whole(message):
-            nonlocal start
-            if message["type"] == "http.response.start":
-                start = message
-                return
-            chunks.append(message.get("body", b""))
-            if message.get("more_body"):
-                return
-            body = b"".join(chunks)
-            answer = json.loads(body) if start["status"] == 200 else None
-            if isinstance(answer, dict):  # to a client that has left vLLM answers null
-                body = self.encode(merge_windows(split, answer))
-            headers = [pair for pair in start.get("headers", ()) if pair[0].lower() != b"content-length"]
-            headers.append((b"content-length", str(len(body)).encode()))
-            await send({**start, "headers": headers})
-            await send({"type": "http.response.body", "body": body})
-
-        return send_whole
+def served_length(scope) -> int:
+    """MAX_MODEL_LEN of the model that this process serves; 0 where it cannot be known."""
+    try:
+        return int(scope["app"].state.serving_scores.io_processor.model_config.max_model_len)
+    except (AttributeError, KeyError, TypeError, ValueError):  # another release of vLLM
+        return 0
 
 
 def make_fitter(scope):

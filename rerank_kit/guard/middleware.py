@@ -11,6 +11,7 @@ import asyncio
 import functools
 import hashlib
 import hmac
+import json
 import logging
 import math
 import os
@@ -19,13 +20,15 @@ import threading
 import time
 import uuid
 
+from rerank_kit.guard import dialects
 from rerank_kit.guard.admission import FIRST_PAIRS, Load
-from rerank_kit.guard.answers import Refusal, _send_json, _send_refusal
+from rerank_kit.guard.answers import Refusal, _send_json, _send_refusal, whole
+from rerank_kit.guard.asked import NVIDIA_PATHS, RERANK_PATHS, SCORE_PATHS, Asked, understand
 from rerank_kit.guard.body import Limits, parse
 from rerank_kit.guard.counts import Counts
 from rerank_kit.guard.health import Health
 from rerank_kit.guard.long_bodies import LIMITS, Split, as_int
-from rerank_kit.guard.long_documents import LongDocuments
+from rerank_kit.guard.long_documents import LongDocuments, served_length
 from rerank_kit.guard.metrics import _metrics
 from rerank_kit.guard.reading import Reading
 
@@ -33,12 +36,12 @@ RERANK_FIELDS = ("documents",)
 # The four spellings that vLLM's score routes take. All are counted: a body may hold several.
 SCORE_FIELDS = ("queries", "documents", "items", "text_1", "text_2", "data_1", "data_2")
 SCORING = {
-    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), RERANK_FIELDS),
-    **dict.fromkeys(("/score", "/v1/score"), SCORE_FIELDS),
+    **dict.fromkeys((*RERANK_PATHS, *NVIDIA_PATHS), RERANK_FIELDS),
+    **dict.fromkeys(SCORE_PATHS, SCORE_FIELDS),
 }
 NO_KEY_PATHS = frozenset(("/health", "/live", "/ready"))
 PROBES = ("/live", "/ready")
-PATHS = NO_KEY_PATHS | {"/ping", "/version", "/metrics", "/load", "/v1/models", *SCORING}
+PATHS = NO_KEY_PATHS | {"/ping", "/version", "/metrics", "/load", "/v1/models", "/info", *SCORING}
 
 DRAIN_RETRY_S = 5
 ID = re.compile(rb"[!-~]{1,128}")  # a request id that a header can carry
@@ -51,16 +54,18 @@ SCORE_LOGGER, SCORE_WARNING = "vllm.entrypoints.pooling.scoring.api_router", "Sc
 class Call:
     """State of one HTTP request."""
 
-    def __init__(self, scope: dict):
+    def __init__(self, scope: dict, known=PATHS):
         # The first of a repeated header counts, as in vLLM's own key check.
         self.headers = dict(reversed(scope["headers"]))
-        self.path = scope["path"].removeprefix(scope.get("root_path", ""))
+        self.sent_path = scope["path"].removeprefix(scope.get("root_path", ""))
+        self.path = _cleaned(self.sent_path, known)
         self.scoring = scope["method"] == "POST" and self.path in SCORING
         given = self.headers.get(b"x-request-id", b"")
         self.request_id = given if ID.fullmatch(given) else uuid.uuid4().hex.encode()
         trace = re.fullmatch(rb"[0-9a-f]{2}-([0-9a-f]{32})-.*", self.headers.get(b"traceparent", b""))
         self.trace_id = trace[1].decode() if trace else "-"
         self.payload: dict = {}
+        self.asked = Asked(inner_path=self.path)
         self.mode = ""  # what happens to pairs that are too long: one of MODES; "" = vLLM's 400
         self.cut: list[int] = []  # documents of which the model sees a part only
         self.split: Split | None = None
@@ -70,7 +75,6 @@ class Call:
         self.pairs = self.n_bytes = 0
         self.in_flight = self.aborted = self.answered = False
         self.body_id = self.request_id  # the id in vLLM's answer: the body's own request_id comes before the header's
-        self.start: dict = {}  # the answer's head, while its body is awaited
 
     @property
     def engine_id(self) -> bytes:
@@ -113,6 +117,7 @@ class Guard:
         logging.getLogger(SCORE_LOGGER).addFilter(_once(SCORE_WARNING))
         self.long = LongDocuments(self.limits.max_docs, self.encode, self._take_windows)
         self.health = Health(counts, _setting("HEALTH_TIMEOUT_S", float), self.long.prepare)
+        self.scale = json.loads(os.environ.get("GUARD_SCORE_SCALE") or "null")
         self.takes_instruction = os.environ.get("GUARD_TAKES_INSTRUCTION", "1") != "0"
         # With several API processes the parent ends those still working after --shutdown-timeout, so finish before it.
         self.early_s = 2.0 if n_processes > 1 else 0.0
@@ -130,8 +135,10 @@ class Guard:
         if scope["type"] != "http":
             self._watch_stop(scope)
             return await self.app(scope, receive, send)
-        call, task = Call(scope), asyncio.current_task()
+        call, task = Call(scope, self.paths), asyncio.current_task()
         self.tasks.add(task)
+        if call.path != call.sent_path:
+            scope = {**scope, "path": call.path, "raw_path": call.path.encode()}
 
         async def answer(message):
             if call.answered:  # in vLLM's place
@@ -139,7 +146,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 if message["status"] == 500 and call.scoring and _engine_is_dead(scope):
                     text = "the engine died: send the call to another server, or retry when this one is back"
-                    await _send_refusal(answer, Refusal(503, "dead", text, retry_s=DRAIN_RETRY_S))
+                    await _send_refusal(answer, Refusal(503, "dead", text, retry_s=DRAIN_RETRY_S), call.asked.dialect)
                     self.metrics.refusals.labels("dead").inc()
                     call.answered = True
                     return
@@ -150,13 +157,9 @@ class Guard:
                 headers += [(b"x-request-id", call.request_id), *self.long.headers(call)]
                 if self.version:
                     headers.append((b"x-rerank-version", self.version))
+                if call.asked.ignored:
+                    headers.append((b"x-rerank-ignored", _names(call.asked.ignored)))
                 message = {**message, "headers": headers}
-                if call.pairs and call.status == 200:
-                    call.start = message
-                    return
-            elif call.start:
-                start, message, call.start = *_with_callers_id(call, message), {}
-                await send(start)
             await send(message)
 
         async def watched_receive():
@@ -169,10 +172,12 @@ class Guard:
             self._check_access(call)
             if call.path in PROBES:
                 return await self._probe(call.path, scope, watched_receive, answer)
+            if call.path == "/info":
+                return await self._info(scope, answer)
             if scope["method"] == "HEAD" and call.path in PATHS:
                 scope = {**scope, "method": "GET"}  # vLLM has no HEAD; uvicorn leaves the body out
             if call.scoring:
-                body = await self._admit(call, watched_receive)
+                body = await self._admit(scope, call, watched_receive)
                 if body is None:  # the client left while it sent
                     return None
                 body = await self.long.fit(scope, call, body, watched_receive)
@@ -180,21 +185,21 @@ class Guard:
                 if body is None:
                     return None
                 scope = {**scope, "headers": _inner_headers(scope["headers"], call, len(body))}
-                reply = self.long.merged(call.split, answer) if call.split else answer
+                if call.asked.inner_path != call.path:
+                    scope |= {"path": call.asked.inner_path, "raw_path": call.asked.inner_path.encode()}
+                reply = whole(answer, functools.partial(self._edited, call))
                 return await self.app(scope, _replay(body, watched_receive), reply)
             return await self.app(scope, watched_receive, answer)
         except Refusal as exc:
             self.metrics.refusals.labels(exc.reason).inc()
-            await _send_refusal(answer, exc)
+            await _send_refusal(answer, exc, call.asked.dialect)
         except BaseException as exc:
-            if call.start:  # vLLM began an answer of which nothing was sent
-                call.start, call.status = {}, 0
             if isinstance(exc, asyncio.CancelledError) and self.draining and not call.status:
-                return await _send_refusal(answer, self._stopping())
+                return await _send_refusal(answer, self._stopping(), call.asked.dialect)
             if isinstance(exc, Exception) and not call.status:
                 # vLLM's own answer would come from outside all middleware, without our headers.
                 text = f"{type(exc).__name__}: see the server's log, request id {call.request_id.decode()}"
-                await _send_refusal(answer, Refusal(500, "error", text))
+                await _send_refusal(answer, Refusal(500, "error", text), call.asked.dialect)
             call.status = call.status or 500
             raise
         finally:
@@ -211,10 +216,14 @@ class Guard:
                 raise Refusal(401, "key", "wrong or missing API key: send the header 'Authorization: Bearer <key>'")
         if call.path not in self.paths:
             shown, paths = ascii(call.path[:100]), ", ".join(sorted(SCORING))
-            text = f"{shown} is not served here (this server scores: {paths}); ALLOW_PATHS opens further paths"
+            meant = [path for path in sorted(SCORING, key=len) if call.path.rstrip("/").endswith(path)]
+            advice = "ALLOW_PATHS opens further paths"
+            if meant:
+                advice = f"set the client's address so that the whole path is {meant[-1]}"
+            text = f"{shown} is not served here (this server scores: {paths}); {advice}"
             raise Refusal(404, "path", text)
 
-    async def _admit(self, call: Call, receive) -> bytes | None:
+    async def _admit(self, scope, call: Call, receive) -> bytes | None:
         """Read, check and complete one scoring call, and count its pairs in. None = the client left. Raises Refusal."""
         if self.draining:
             raise self._stopping()
@@ -223,10 +232,14 @@ class Guard:
         body = await self.reading.read(receive)
         if body is None:
             return None
+        body = await self.limits.unpack(body, call.headers.get(b"content-encoding", b""))
         call.n_bytes = len(body)
         self.limits.check(body)
         payload = parse(body)
-        changed = self._complete(call, payload)
+        before = dict(payload)
+        understand(call.asked, call.path, payload, self.limits.max_docs)
+        changed = payload != before
+        changed |= self._complete(call, payload, served_length(scope))
         if changed or b"\\u" in body:
             try:
                 encoded = self.encode(payload)
@@ -235,7 +248,7 @@ class Guard:
             body = encoded if changed else body
         if "request_id" in payload:
             call.body_id = str(payload["request_id"]).encode("utf-8", "replace")
-        fields = [payload[name] for name in SCORING[call.path] if name in payload]
+        fields = [payload[name] for name in SCORING[call.asked.inner_path] if name in payload]
         pairs = max([1, *(len(field) for field in fields if isinstance(field, list))])
         if self.draining:  # since the body began
             raise self._stopping()
@@ -255,17 +268,8 @@ class Guard:
     def _stopping(self) -> Refusal:
         return Refusal(503, "draining", "the server is stopping: send the call again later", retry_s=DRAIN_RETRY_S)
 
-    def _complete(self, call: Call, payload: dict) -> bool:
-        """Drop nulls, take our own fields out, fill in defaults; True = payload has changed."""
-        nulls = [name for name, value in payload.items() if value is None]
-        for name in nulls:  # vLLM takes null for some fields only; langchain-cohere sends max_tokens_per_doc: null
-            del payload[name]
-        if "truncate_prompt_tokens" in payload:
-            text = (
-                "truncate_prompt_tokens cuts the end of the prompt, where the model is asked for its answer, and makes "
-                "the scores wrong: send max_tokens_per_doc instead"
-            )
-            raise Refusal(422, "truncate", text, param="truncate_prompt_tokens")
+    def _complete(self, call: Call, payload: dict, length: int = 0) -> bool:
+        """Take our own fields out, fill in defaults; True = payload has changed. length: MAX_MODEL_LEN; 0 = unknown."""
         more = payload.get("chat_template_kwargs")
         more = more if isinstance(more, dict) else {}
         wrong = [name for name, value in more.items() if name != "instruction" or not isinstance(value, str | None)]
@@ -274,6 +278,10 @@ class Guard:
             raise Refusal(422, "instruction", text, param="chat_template_kwargs")
         limits = [name for name in LIMITS if as_int(payload.get(name)) is not payload.get(name)]
         payload |= {name: as_int(payload[name]) for name in limits}
+        # cohere-haystack sends 4096 always; vLLM refuses what is not below MAX_MODEL_LEN, and it would cut nothing.
+        idle = [name for name in LIMITS if length and isinstance(payload.get(name), int) and payload[name] >= length]
+        for name in idle:
+            del payload[name]
         if not self.takes_instruction and (payload.get("instruction") or more.get("instruction")):
             text = "this model takes no instruction, and its score would not change: leave instruction out"
             raise Refusal(422, "instruction", text, param="instruction")
@@ -283,7 +291,23 @@ class Guard:
         if whole:
             added.pop("max_tokens_per_doc", None)
         payload |= added
-        return bool(nulls or added or asked or limits)
+        return bool(added or asked or limits or idle)
+
+    def _edited(self, call: Call, status: int, body: bytes) -> bytes:
+        is_raw = call.payload.get("use_activation") is False and self.scale and self.scale.get("name") == "probability"
+        scale = {"name": "logit"} if is_raw else self.scale
+        if status == 200:
+            body = _with_callers_id(call, body)
+        return dialects.edit(call.asked, call.split, status, body, self.encode, scale)
+
+    async def _info(self, scope, answer) -> None:
+        """TEI's /info; GET only."""
+        if scope["method"] not in ("GET", "HEAD"):
+            raise Refusal(404, "path", "/info is read with GET")
+        truncates = self.long.default in ("truncate", "chunk")
+        limits = served_length(scope), self.limits.max_docs
+        model = os.environ.get("GUARD_MODEL", "")
+        await _send_json(answer, 200, dialects.tei_info(model, *limits, self.version.decode(), self.scale, truncates))
 
     async def _probe(self, path: str, scope, receive, answer) -> None:
         """/live: no engine hangs. /ready: and the first pairs were scored, /health is 200, no stop is under way."""
@@ -367,6 +391,20 @@ class Guard:
         engine.shutdown = drain_then_stop
 
 
+def _cleaned(path: str, known) -> str:
+    """The served path that a client means: its address ended in a slash, or had /v1 although the client adds it."""
+    if path in known:
+        return path
+    short = re.sub("/{2,}", "/", path).rstrip("/")
+    again = short.removeprefix("/v1") if short.startswith(("/v1/v1/", "/v1/v2/")) else short
+    return next((one for one in (short, again) if one in known), path)
+
+
+def _names(names: list[str]) -> bytes:
+    """A header's value that lists fields of a body; characters that a header cannot hold are escaped."""
+    return ",".join(ascii(name)[1:41].rstrip("'\"").replace(",", "") for name in names[:20]).encode()
+
+
 def _engine_is_dead(scope) -> bool:
     """When its engine dies, vLLM answers 500 to the calls in flight and ends; the calls were not at fault."""
     engine = getattr(getattr(scope.get("app"), "state", None), "engine_client", None)
@@ -401,25 +439,19 @@ def _once(text: str):
 
 def _inner_headers(headers, call: Call, length: int) -> list:
     """Headers for vLLM: the length of the new body, and our request id, which vLLM takes for its own."""
-    dropped = (b"content-length", b"transfer-encoding", b"x-request-id")
+    dropped = (b"content-length", b"content-encoding", b"transfer-encoding", b"x-request-id")
     kept = [pair for pair in headers if pair[0] not in dropped]
     kept.append((b"content-length", str(length).encode()))
     # In vLLM the header takes precedence over the body's request_id.
     return [*kept, (b"x-request-id", call.engine_id)] if ID.fullmatch(call.body_id) else kept
 
 
-def _with_callers_id(call: Call, message: dict) -> tuple[dict, dict]:
-    """(head, body) of vLLM's answer with the caller's id in place of the engine's, which counts the pairs too."""
-    start, body = call.start, message.get("body", b"")
+def _with_callers_id(call: Call, body: bytes) -> bytes:
+    """vLLM's answer with the caller's id in place of the engine's, which counts the pairs too."""
     ours, callers = (
         b"score-%b" % name.replace(b"\\", b"\\\\").replace(b'"', b'\\"') for name in (call.engine_id, call.body_id)
     )
-    changed = body.replace(b'"%b"' % ours, b'"%b"' % callers, 1)
-    if changed == body:
-        return start, message
-    less = len(body) - len(changed)
-    headers = [(k, str(int(v) - less).encode() if k.lower() == b"content-length" else v) for k, v in start["headers"]]
-    return {**start, "headers": headers}, {**message, "body": changed}
+    return body.replace(b'"%b"' % ours, b'"%b"' % callers, 1)
 
 
 def _replay(body: bytes, receive):

@@ -15,6 +15,18 @@ MARK = "\ue000"  # a private character; it replaces a field while the template's
 OVERLAP = 64  # tokens that two neighbouring windows share, so that no sentence is lost at a border
 
 
+def after_marks(text: str, end: int) -> int:
+    """`end`, or behind the characters there that belong to the letter before it (decomposed text: e and its accent).
+
+    A tokenizer that composes them gives the letter's token the place of its first character only.
+    """
+    stop = end
+    composed = len(unicodedata.normalize("NFC", text[max(0, end - 1) : end]))
+    while 0 < stop < len(text) and len(unicodedata.normalize("NFC", text[end - 1 : stop + 1])) == composed:
+        stop += 1
+    return stop
+
+
 class TooManyWindows(ValueError):
     """The documents of a body make more windows than allowed; str() is a lower bound of their number."""
 
@@ -168,7 +180,7 @@ class Fitter:
                 raise TooManyWindows(most + 1)
             end = min(start + room, len(offsets))
             begin = offsets[start][0]
-            window = document[begin : offsets[end - 1][1]]
+            window = document[begin : after_marks(document, offsets[end - 1][1])]
             out.append(self._shorten(shorter, window, instruction))
             if len(out[-1]) < len(window):  # the template lengthened the window, so its end was cut
                 end = bisect_right(offsets, begin + len(out[-1]), lo=start + 1, key=lambda offset: offset[1])
@@ -225,6 +237,11 @@ class Fitter:
             # Offsets leave out white space at a text's end, so a text that lost no token is returned unchanged.
             kept = [counts[i] == len(self._offsets(text)) for i, text in enumerate((query, document))]
             fitted = query if kept[0] else query[: ends[0]], document if kept[1] else document[: ends[1]]
+            longer = tuple(
+                text[: after_marks(text, len(cut))] for text, cut in zip((query, document), fitted, strict=True)
+            )
+            if longer != fitted and self.tokenizer(*longer)["input_ids"] == batch["input_ids"]:
+                fitted = longer
             if len(self.tokenizer(*fitted)["input_ids"]) <= self.max_length or length < 8:
                 return fitted
             length -= 1  # cutting inside a word may add a token
@@ -260,16 +277,24 @@ class Fitter:
     def _offsets(self, text: str) -> list[tuple[int, int]]:
         return self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
 
-    def _end(self, text: str, n_tokens: int) -> int:
-        """Number of characters in the first n tokens. A character made of several tokens is never split."""
-        offsets = self.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    def _end(self, text: str, n_tokens: int, *, special: bool = True) -> int:
+        """Number of characters in the first n tokens. A character made of several tokens is never split.
+
+        Args:
+            special: the tokenizer adds its special tokens, which count.
+        """
+        batch = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
+        offsets = batch["offset_mapping"]
         if len(offsets) <= n_tokens:
             return len(text)
-        return min(offsets[n_tokens - 1][1], offsets[n_tokens][0]) if n_tokens > 0 else 0
+        end = min(offsets[n_tokens - 1][1], offsets[n_tokens][0]) if n_tokens > 0 else 0
+        # A mark goes with its letter if the prompt then has the model's tokens.
+        for stop in range(end, last + 1) if (last := after_marks(text, end)) > end else ():
+            ids = self.tokenizer(text[:stop], add_special_tokens=special)["input_ids"]
+            if ids == batch["input_ids"][:n_tokens]:
+                return stop
+        return end
 
     def head(self, text: str, n_tokens: int) -> str:
         """The text of the first n tokens."""
-        offsets = self._offsets(text)
-        if len(offsets) <= n_tokens:
-            return text
-        return text[: min(offsets[n_tokens - 1][1], offsets[n_tokens][0])] if n_tokens > 0 else ""
+        return text[: self._end(text, n_tokens, special=False)]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rerank_kit.engine.choices import fastokens_agrees
 from rerank_kit.engine.plan import Plan
+from rerank_kit.models.fitting import after_marks
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.served_folder import make_adapted
 from rerank_kit.settings import ConfigError, passed_on_env
@@ -96,12 +97,21 @@ class PairEncoder:
         out, left = list(texts), list(range(len(texts)))
         while left:
             encodings = self._backend.encode_batch([out[i] for i in left], add_special_tokens=False)
-            long = [(i, e.offsets) for i, e in zip(left, encodings, strict=True) if len(e) > n_tokens]
-            for i, offsets in long:
+            long = [(i, e) for i, e in zip(left, encodings, strict=True) if len(e) > n_tokens]
+            for i, encoding in long:
+                offsets = encoding.offsets
                 end = min(offsets[n_tokens - 1][1], offsets[n_tokens][0])  # never inside a character
+                end = self._with_marks(out[i], end, encoding.ids[:n_tokens])
                 out[i] = out[i][: min(end, len(out[i]) - 1)]
             left = [i for i, _ in long]  # a text that is cut inside a word may get one token more
         return out
+
+    def _with_marks(self, text: str, end: int, ids: list[int]) -> int:
+        """`end`, or behind the marks of the letter before it if the text then has these ids, as in fitting.py."""
+        for stop in range(end, last + 1) if (last := after_marks(text, end)) > end else ():
+            if self._backend.encode(text[:stop], add_special_tokens=False).ids == ids:
+                return stop
+        return end
 
     # --- the template ---
 

@@ -21,6 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rerank_kit.guard import middleware
+from rerank_kit.guard.asked import NVIDIA_PATHS, RERANK_PATHS, SCORE_PATHS
+from rerank_kit.guard.fields import FIELDS
 from rerank_kit.guard.middleware import Guard
 
 # ---- log ----
@@ -70,8 +72,15 @@ def test_guard_leaves_probes_open(monkeypatch, path):
 
 
 CLOSED = ["/", "/docs", "/openapi.json", "/tokenize", "/detokenize", "/invocations", "/pooling", "/classify"]
-CLOSED += ["/v1/embeddings", "/v1/completions", "/v1/chat/completions", "/v1/rerank/", "//v1/rerank", "/V1/rerank"]
-CLOSED += ["/v1/models/x", "/metrics2", "/health/x", "/v1/rerank\u0100"]
+CLOSED += [
+    "/v1/embeddings",
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/rerank/rerank",
+    "/v1/v1/v1/rerank",
+    "/V1/rerank",
+]
+CLOSED += ["/v1/v1/tokenize", "/v1/metrics", "//docs/", "/v1/models/x", "/metrics2", "/health/x", "/v1/rerank\u0100"]
 
 
 @pytest.mark.parametrize("path", CLOSED)
@@ -80,6 +89,37 @@ def test_guard_closes_path(path):
     answer = one(Guard(inner), path, documents())
     assert answer.status == 404 and "/v1/rerank" in answer.message
     assert not inner.calls
+
+
+@pytest.mark.parametrize(
+    ("sent", "served"),
+    [
+        ("/v1/rerank/", "/v1/rerank"),
+        ("//v1//rerank", "/v1/rerank"),
+        ("/v1//rerank//", "/v1/rerank"),
+        ("/v1/v1/rerank", "/v1/rerank"),
+        ("/v1/v2/rerank", "/v2/rerank"),
+        ("/v1/v1/score/", "/v1/score"),
+        ("//health/", "/health"),
+    ],
+)
+def test_guard_serves_the_path_that_a_client_means(monkeypatch, sent, served):
+    inner = Inner()
+    body = documents() if "rerank" in served else {"queries": "q", "documents": ["a"]}
+    before = metric("calls_total", route=served, status="2xx")
+    assert one(Guard(inner), sent, body).status == 200
+    assert inner.calls[0][0] == served and metric("calls_total", route=served, status="2xx") == before + 1
+    monkeypatch.setenv("VLLM_API_KEY", "sesame")
+    assert one(Guard(inner), sent, body).status == (200 if served == "/health" else 401)
+    monkeypatch.delenv("VLLM_API_KEY")
+    monkeypatch.setenv("GUARD_MAX_DOCS_PER_CALL", "1")
+    status = one(Guard(inner), "/api" + sent, documents(2), root_path="/api").status
+    assert status == (200 if served == "/health" else 413)
+
+
+def test_guard_says_how_to_set_an_address_that_is_too_long():
+    answer = one(Guard(Inner()), "/v1/rerank/v1/rerank", documents())
+    assert answer.status == 404 and "set the client's address so that the whole path is /v1/rerank" in answer.message
 
 
 def test_guard_opens_allowed_paths(monkeypatch):
@@ -213,9 +253,12 @@ def test_defaults_fill_in_what_is_absent_or_null(monkeypatch, path):
     inner = Inner()
     text = "Zürich 检索 \u2028 \U0001f600"
     payload = {"query": text, "documents": [text], "max_tokens_per_doc": None, "top_n": None, "x": [None, 1.5]}
+    if "ranking" in path:
+        payload["passages"] = payload.pop("documents")
     assert one(Guard(inner), path, payload, headers={"Transfer-Encoding": "chunked"}).status == 200
     _, headers, body = inner.calls[0]
-    expected = {"query": text, "documents": [text], "x": [None, 1.5]}
+    expected = {"queries" if "score" in path else "query": text, "documents": [text], "x": [None, 1.5]}
+    expected |= {"use_activation": False} if "ranking" in path else {}
     assert json.loads(body) == {**expected, "max_tokens_per_doc": 512, "max_tokens_per_query": 64}
     assert headers[b"content-length"] == str(len(body)).encode() and b"transfer-encoding" not in headers
 
@@ -260,7 +303,7 @@ BAD_BODIES = {
     "long_integer": b'{"query":"q","x":' + b"9" * 5000 + b"}",
     "latin1": b'{"query":"\xe9"}',
     "utf16": json.dumps(documents()).encode("utf-16"),
-    "bom": b"\xef\xbb\xbf{}",
+    "bom_twice": b"\xef\xbb\xbf\xef\xbb\xbf{}",
     "raw_surrogate": b'{"query":"\xed\xa0\x80"}',
     "surrogate": b'{"query":"\\ud800","documents":["a"]}',
     "surrogate_in_key": b'{"query":"a","\\uDFFF":1}',
@@ -277,7 +320,7 @@ def test_bad_body_gets_400(name):
     guard = Guard(inner)
     answer = one(guard, RERANK, BAD_BODIES[name])
     assert answer.status == 400 and answer.message.startswith("the body ")
-    assert len(answer.body) < 500  # what the client sent does not come back whole
+    assert len(answer.body) < 800  # what the client sent does not come back whole
     assert not inner.calls and not guard.load.in_flight
 
 
@@ -304,8 +347,12 @@ def test_any_object_arrives_with_its_values(payload):
         guard = Guard(inner)
     finally:
         del os.environ["GUARD_MAX_TOKENS_PER_DOC"]
-    for name in ("truncate_prompt_tokens", "long_documents"):  # these two mean something to the guard
+    for name in FIELDS.keys() - {"query", "documents", "top_n"}:  # these mean something to the guard
         payload.pop(name, None)
+    for name in ("query", "documents"):
+        value = payload.get(name)
+        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(item, dict) for item in value)):
+            del payload[name]
     assert one(guard, RERANK, payload).status == 200
     expected = {k: v for k, v in payload.items() if v is not None}
     assert json.loads(inner.calls[0][2]) == {"max_tokens_per_doc": 9, **expected}
@@ -344,9 +391,9 @@ def test_body_cap_while_streaming(monkeypatch):
 def test_document_cap(monkeypatch, field):
     monkeypatch.setenv("GUARD_MAX_DOCS_PER_CALL", "3")
     guard = Guard(Inner())
-    answer = one(guard, "/v1/score", {"query": "q", field: ["a"] * 4})
+    answer = one(guard, "/v1/score", {field: ["a"] * 4})
     assert answer.status == 413 and "3 (MAX_DOCS_PER_CALL)" in answer.message and field in answer.message
-    assert one(guard, "/v1/score", {"query": "q", field: ["a"] * 3}).status == 200
+    assert one(guard, "/v1/score", {field: ["a"] * 3}).status == 200
 
 
 def test_document_cap_counts_content_parts(monkeypatch):
@@ -511,7 +558,8 @@ def test_guard_knows_every_route_and_field_of_vllm():
     """A release that adds a scoring route or a spelling of documents must fail here, not slip past the limits."""
     folder = Path(find_spec("vllm").origin).parent / "entrypoints"
     routes = re.findall(r'@router\.post\(\s*"([^"]+)"', (folder / "pooling/scoring/api_router.py").read_text())
-    assert set(routes) == set(middleware.SCORING)
+    assert set(routes) == {*RERANK_PATHS, *SCORE_PATHS}
+    assert set(middleware.SCORING) == {*routes, *NVIDIA_PATHS}
     protocol = (folder / "pooling/scoring/protocol.py").read_text()
     score_classes = re.findall(r"class Score\w*Request\(ScoringRequestMixin\):(.*?)(?=\nclass |\n\w)", protocol, re.S)
     fields = re.findall(r"^    (\w+): ScoreInput", "\n".join(score_classes), re.M)

@@ -197,10 +197,17 @@ def test_stop_of_several_processes_ends_before_the_parent_kills_them(monkeypatch
     run_admission(case, monkeypatch)
 
 
-def test_stop_does_not_answer_twice():
+@pytest.mark.parametrize(("path", "n_sent"), [("/metrics", 2), (RERANK, 2)])
+def test_stop_does_not_answer_twice(path, n_sent):
+    """An answer that has begun is not answered again. A scoring one is held until it is whole, so it gets its 503."""
+
+    begun = []
+
     async def starts_and_hangs(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"{", "more_body": True})
+        if path != RERANK:
+            await send({"type": "http.response.body", "body": b"{", "more_body": True})
+        begun.append(1)
         await asyncio.Event().wait()
 
     async def main():
@@ -213,15 +220,19 @@ def test_stop_does_not_answer_twice():
         async def send(message):
             sent.append(message)
 
-        scope = {"type": "http", "method": "POST", "path": RERANK, "headers": []}
+        scope = {"type": "http", "method": "POST", "path": path, "headers": []}
         call = asyncio.create_task(guard(scope, receive, send))
-        while not sent:
+        while not begun:
             await asyncio.sleep(0)
         guard.draining = True
         call.cancel()
-        with pytest.raises(asyncio.CancelledError):
+        if path == RERANK:
             await call
-        assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+            assert sent[0]["status"] == 503
+        else:
+            with pytest.raises(asyncio.CancelledError):
+                await call
+        assert len(sent) == n_sent
 
     asyncio.run(main())
 

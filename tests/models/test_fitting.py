@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import unicodedata
 import urllib.request
 
 import pytest
@@ -113,12 +114,12 @@ def test_windows_leave_a_query_whole_that_leaves_room(checkpoints):
 
 def test_cuts_by_the_limits_of_the_call_are_known_beforehand(fitter):
     payload = {"query": "7" * 20, "documents": ["7" * 30, "7", ""], "max_tokens_per_doc": 10}
-    assert cut_by_limits(fitter, payload) == [0]
+    assert cut_by_limits(fitter, dict(payload)) == [0]
     assert cut_by_limits(fitter, {**payload, "max_tokens_per_query": 5}) == [0, 1, 2]
     assert cut_by_limits(fitter, {**payload, "max_tokens_per_query": 20, "max_tokens_per_doc": 30}) == []
     scores = {"text_1": ["7" * 9, "7"], "text_2": ["7", "7" * 9], "max_tokens_per_query": 5}
     assert cut_by_limits(fitter, scores) == [0]
-    assert payload["documents"][0] == "7" * 30, "vLLM cuts it"
+    assert cut_by_limits(fitter, payload) == [0] and payload["documents"] == ["7" * 10, "7", ""]
     assert cut_by_limits(fitter, {"query": 5, "documents": ["a"], "max_tokens_per_doc": 1}) == []
 
 
@@ -477,3 +478,55 @@ def service_tokenizer_and_template(service):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(service.model), plan_service(get_config(), service.model).template
+
+
+DECOMPOSED = [
+    unicodedata.normalize("NFD", text)
+    for text in (
+        "ééé" * 60,
+        "Tiếng Việt có dấu phức tạp ộ ữ " * 20,
+        "한국어 문서 검색 " * 30,
+        "a\u0323\u0301x\u0301\u0301 " * 40,
+    )
+]
+
+
+@pytest.mark.parametrize("text", DECOMPOSED, ids=range(4))
+def test_a_cut_keeps_a_letter_and_its_marks_together(fitter, text):
+    """Decomposed text (file names of macOS, Vietnamese): the tokens of a cut are the first of the whole text."""
+    ids = fitter.tokenizer(text, add_special_tokens=False)["input_ids"]
+    composed = unicodedata.normalize("NFC", text)
+    other = 0
+    for n in range(1, 40):
+        head = fitter.head(text, n)
+        assert text.startswith(head)
+        got = fitter.tokenizer(head, add_special_tokens=False)["input_ids"]
+        # A cut inside a letter of several tokens falls before it, in composed text too.
+        wanted = fitter.tokenizer(fitter.head(composed, n), add_special_tokens=False)["input_ids"]
+        assert got == wanted and len(got) <= n
+        other += got != ids[:n]
+    assert other < 39, "no cut had the ids of the whole text"
+
+
+@pytest.mark.parametrize("text", DECOMPOSED[:3], ids=range(3))
+def test_whole_prompts_and_windows_keep_marks_too(fitter, text):
+    composed = unicodedata.normalize("NFC", text)
+    _, cut, is_cut = fitter.fit("q", text)
+    assert is_cut and unicodedata.normalize("NFC", cut) == fitter.fit("q", composed)[1]
+    windows, wanted = fitter.windows("q", text)[1], fitter.windows("q", composed)[1]
+    assert [unicodedata.normalize("NFC", window) for window in windows] == wanted
+
+
+def test_limits_are_cut_before_vllm_cuts_the_accent_off(fitter):
+    payload = {
+        "query": DECOMPOSED[0],
+        "documents": [DECOMPOSED[0], "ok"],
+        "max_tokens_per_query": 3,
+        "max_tokens_per_doc": 4,
+    }
+    assert cut_by_limits(fitter, payload) == [0, 1]
+    for text, n in ((payload["query"], 3), (payload["documents"][0], 4)):
+        ids = fitter.tokenizer(DECOMPOSED[0], add_special_tokens=False)["input_ids"]
+        got = fitter.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert got == ids[: len(got)] and n - 1 <= len(got) <= n  # this tokenizer has two tokens for the letter
+    assert payload["documents"][1] == "ok"

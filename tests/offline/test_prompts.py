@@ -168,7 +168,7 @@ class _Tokens:
             def __len__(self):
                 return len(self.offsets)
 
-        return Encoding(offsets=offsets)
+        return Encoding(offsets=offsets, ids=[*range(len(offsets))])
 
 
 def test_a_cut_text_that_has_more_tokens_alone_is_cut_again():
