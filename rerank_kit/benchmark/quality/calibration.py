@@ -11,6 +11,8 @@ FEWEST_PAIRS, FEWEST_EACH = 50, 10  # labelled pairs, and relevant and other one
 FEWEST_KEPT = 10  # a precision over fewer documents is chance
 CLEAN, OVERLAP = 0.9, 0.7  # precision and recall that one threshold reaches both
 RESAMPLES, FOLDS, BINS = 500, 5, 10
+# A threshold is written as a setting if so many resamples at most have none, and if it misses by so much at most.
+MAY_FAIL, MAY_MISS = 0.05, 0.1
 
 
 class CalibrationError(ValueError):
@@ -200,6 +202,13 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
+def dependable(row: dict[str, Any]) -> bool:
+    """True if the target is reached in nearly every resample, and nearly reached on queries it was not chosen on."""
+    if row["threshold"] is None or row["not_reached"] > MAY_FAIL:
+        return False
+    return (row[f"held_out_{row['target']}"] or 0.0) >= row["wanted"] - MAY_MISS
+
+
 def lines(found: dict[str, Any], scale: str | None) -> list[str]:
     """The result in words: separation, each target, the settings."""
     out = [f"score scale: {scale or 'unknown: the checkpoint is not on this host'}"]
@@ -227,10 +236,12 @@ def lines(found: dict[str, Any], scale: str | None) -> list[str]:
         held, held_other = row[f"held_out_{row['target']}"], row[f"held_out_{other}"]
         said = "-" if held is None else f"{held:.2f}"
         out.append(f"{name}, on queries it was not chosen on: {row['target']} {said}, {other} {held_other or 0:.2f}")
-        if row["not_reached"] > 0.05:
-            out.append(f"{name}: {row['not_reached']:.0%} of the resamples reach it with no threshold: not dependable")
-        out.append(f"MIN_SCORE={row['threshold']:g}")
-    if any(row["threshold"] is not None for row in found["targets"]):
+        if dependable(row):
+            out.append(f"MIN_SCORE={row['threshold']:g}")
+        else:
+            again = f"{row['not_reached']:.0%} of the resamples reach it with no threshold"
+            out.append(f"{name}: not dependable ({again}); no MIN_SCORE")
+    if any(dependable(row) for row in found["targets"]):
         if "MIN_SCORE" in FIELDS:
             out.append("write the line MIN_SCORE into .env and restart: the service then drops what scores less")
         else:
