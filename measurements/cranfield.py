@@ -1,8 +1,9 @@
 """Cranfield as judgements for `bench_rerank.py --quality`, and sentence-transformers on the same lists.
 
     python measurements/cranfield.py write CRANFIELD FOLDER             a BEIR folder
-    python measurements/cranfield.py look CRANFIELD                     what the numbers and grades of cranqrel mean
-    python measurements/cranfield.py reference RUN.json FOLDER MODEL    scores and evaluator of sentence-transformers
+    python measurements/cranfield.py look CRANFIELD [RUN.json]          what the numbers and grades of cranqrel mean
+    python measurements/cranfield.py reference RUN.json FOLDER MODEL OUT.csv    scores and evaluator of
+                                                                        sentence-transformers on the lists of a run
     python measurements/cranfield.py halves RUN.json [RUN.json ...]     threshold of odd queries, tried on even ones
 
 CRANFIELD holds cran.all.1400, cran.qry and cranqrel (Cleverdon 1967, as distributed with SMART). The kit does not have
@@ -19,7 +20,10 @@ from pathlib import Path
 KIT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(KIT))
 
+from measurements.results import write as write_table
+
 # cranqrel: 1 = a complete answer ... 4 = of minimum interest, -1 = of no interest. Here more is better.
+EVALUATED = 40  # queries for its evaluator, which computes every document of every list anew
 GAIN = {1: 4, 2: 3, 3: 2, 4: 1, -1: 0}
 
 
@@ -84,8 +88,8 @@ def write(source: Path, target: Path) -> None:
     (target / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "\n".join(lines) + "\n", "utf-8")
 
 
-def look(source: Path) -> None:
-    """Show that cranqrel numbers by place, and which codes BM25 finds first."""
+def look(source: Path, run: Path | None = None) -> None:
+    """Show that cranqrel numbers by place, which codes BM25 finds first, and what -1 does to a run's metrics."""
     from rerank_kit.benchmark.quality.judgements import Judged, bm25
     from rerank_kit.benchmark.quality.metrics import per_query
 
@@ -103,10 +107,39 @@ def look(source: Path) -> None:
     for code, places in sorted(ranks.items()):
         top = sum(place <= 10 for place in places) / len(places)
         print(f"code {code}: {len(places)} judgements, {top:.0%} of them in the top 10 of BM25")
+    if run:
+        readings(source, json.loads(run.read_text("utf-8")))
 
 
-def reference(run: Path, target: Path, model: str) -> None:
+def readings(source: Path, out: dict) -> None:
+    """nDCG@10 of BM25 and of a run with -1 as not relevant, left out of the lists, and as good as a complete answer."""
+    from rerank_kit.benchmark.quality.judgements import Judged
+    from rerank_kit.benchmark.quality.metrics import per_query, ranking
+
+    unclear = {(query, document) for query, document, code in judgements(source) if code == -1}
+    known = grades(source)
+    for name, grade in (("not relevant", 0), ("left out", None), ("a complete answer", 4)):
+        sides: tuple[list, list, list] = ([], [], [])
+        for one in out["scored"]:
+            own = dict(known[one["id"]])
+            for document in [d for d in own if (one["id"], d) in unclear]:
+                own.pop(document)
+                own |= {} if grade is None else {document: grade}
+            kept = [i for i, d in enumerate(one["ids"]) if grade is not None or (one["id"], d) not in unclear]
+            if any(own.values()):
+                sides[0].append(Judged(one["id"], "", [one["ids"][i] for i in kept], [], own))
+                sides[1].append(list(range(len(kept))))
+                sides[2].append(ranking([one["scores"][i] for i in kept]))
+        means = [
+            math.fsum(v["nDCG@10"] for v in per_query(sides[0], orders, 10, 1)) / len(sides[0]) for orders in sides[1:]
+        ]
+        print(f"-1 is {name}: nDCG@10 of BM25 {means[0]:.4f}, of the run {means[1]:.4f}")
+
+
+def reference(run: Path, target: Path, model: str, table: Path) -> None:
     """Compare a run of --quality with sentence-transformers: scores, nDCG of the same lists, its own evaluator."""
+    import sentence_transformers
+    import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.util import cos_sim
 
@@ -119,8 +152,6 @@ def reference(run: Path, target: Path, model: str) -> None:
     network = SentenceTransformer(model, device="cpu")
     vectors = dict(zip(texts, network.encode(list(texts.values()), batch_size=64, convert_to_tensor=True), strict=True))
     of_query = dict(zip(asked, network.encode(list(asked.values()), convert_to_tensor=True), strict=True))
-    import torch
-
     judged: dict[str, dict[str, int]] = {}
     for line in (target / "qrels" / "test.tsv").read_text().splitlines()[1:]:
         query, document, grade = line.split("\t")
@@ -134,19 +165,28 @@ def reference(run: Path, target: Path, model: str) -> None:
         )
         ours.append(ranking(one["scores"]))
         theirs.append(ranking(scores))
-    print(f"{len(listed)} queries, largest difference of a score {apart:.2e}")
-    for name in out["metrics"][0]["metric"], "MAP":
-        a, b = (
-            math.fsum(v[name] for v in per_query(listed, orders, 10, out["relevant_grade"])) / len(listed)
-            for orders in (ours, theirs)
-        )
-        print(f"{name}: the service {a:.5f}, sentence-transformers' scores {b:.5f}, difference {a - b:+.5f}")
-    evaluator(network, listed, ours)
+    found = []
+    for row in out["metrics"]:
+        spans = {key: row[key] for key in ("value", "low", "high", "p")}
+        found.append({"way": "bm25", "metric": row["metric"], "queries": len(listed), "value": row["first_stage"]})
+        found.append({"way": "service", "metric": row["metric"], "queries": len(listed), **spans})
+        found[-1] |= {"gain": row["gain"], "gain_low": row["gain_low"], "gain_high": row["gain_high"]}
+        values = per_query(listed, theirs, 10, out["relevant_grade"])
+        mean = math.fsum(v[row["metric"]] for v in values) / len(listed)
+        found.append({"way": "sentence-transformers", "metric": row["metric"], "queries": len(listed), "value": mean})
+        found.append({"way": "perfect", "metric": row["metric"], "queries": len(listed), "value": row["best_possible"]})
+    found += evaluator(network, listed[:EVALUATED], ours[:EVALUATED])
+    head = {key: out[key] for key in ("date", "command", "vllm", "hardware", "pairs", "cut_documents", "seed")}
+    head["hardware"] += ", shared with other programs: no speed is taken from this run"
+    head |= {"dtype": "float32", "sentence-transformers": sentence_transformers.__version__}
+    head["largest difference of a score"] = apart
+    write_table(table, head, found)
+    print(table.read_text("utf-8"))
 
 
-def evaluator(network, listed, ours) -> None:
+def evaluator(network, listed, ours) -> list[dict]:
     """sentence-transformers' RerankingEvaluator (scikit-learn's nDCG, binary grades of the list) on the same lists."""
-    from sentence_transformers.evaluation import RerankingEvaluator
+    from sentence_transformers.sentence_transformer.evaluation import RerankingEvaluator
 
     from rerank_kit.benchmark.quality.judgements import Judged
     from rerank_kit.benchmark.quality.metrics import per_query
@@ -163,9 +203,12 @@ def evaluator(network, listed, ours) -> None:
             orders.append(order)
     found = RerankingEvaluator(samples, at_k=10)(network)
     values = per_query(binary, orders, 10, 1)
+    rows = []
     for name, key in (("nDCG@10", "ndcg@10"), ("MRR@10", "mrr@10"), ("MAP", "map")):
         mean = math.fsum(v[name] for v in values) / len(values)
-        print(f"binary {name} of {len(values)} lists: the service {mean:.5f}, its evaluator {found[key]:.5f}")
+        same = {"metric": f"binary {name}", "queries": len(values)}
+        rows += [{"way": "service", **same, "value": mean}, {"way": "RerankingEvaluator", **same, "value": found[key]}]
+    return rows
 
 
 def halves(names: list[str]) -> None:
@@ -186,10 +229,10 @@ def main(argv: list[str]) -> int:
     action, *rest = argv or [""]
     if action == "write" and len(rest) == 2:
         write(Path(rest[0]), Path(rest[1]))
-    elif action == "look" and len(rest) == 1:
-        look(Path(rest[0]))
-    elif action == "reference" and len(rest) == 3:
-        reference(Path(rest[0]), Path(rest[1]), rest[2])
+    elif action == "look" and len(rest) in (1, 2):
+        look(*map(Path, rest))
+    elif action == "reference" and len(rest) == 4:
+        reference(Path(rest[0]), Path(rest[1]), rest[2], Path(rest[3]))
     elif action == "halves" and rest:
         halves(rest)
     else:
