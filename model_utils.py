@@ -6,7 +6,6 @@ items, scores, raw = rerank("What is the capital of China?", ["Beijing is ...", 
 """
 
 from rerank_kit.client.calls import (
-    FirstStage,
     Items,
     LongDocuments,
     RerankItem,
@@ -16,6 +15,7 @@ from rerank_kit.client.calls import (
     rerank_many,
     score,
 )
+from rerank_kit.client.two_stages import FirstStage
 
 __all__ = [
     "FirstStage",

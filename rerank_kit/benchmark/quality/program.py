@@ -178,9 +178,8 @@ def _grades(query: Judged, args: argparse.Namespace) -> list[int | None]:
 
 def findings(args: argparse.Namespace, found: Judgements, out: dict[str, Any], n: int, missing: int) -> list[str]:
     """The result in words."""
-    texts = [
-        f"{out['pairs']} pairs in {out['seconds']:.1f} s: {out['pairs/s'] or 0:.1f} pairs/s; metrics of {n} queries"
-    ]
+    speed = "" if out["pairs/s"] is None else f", {out['pairs/s']:.1f} pairs/s"
+    texts = [f"{out['pairs']} pairs{speed}; metrics of {n} queries"]
     if missing:
         texts.append(f"{missing} queries have no scores (failed or interrupted) and are not in the metrics")
     if out["cut_documents"]:
