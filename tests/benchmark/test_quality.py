@@ -1,10 +1,13 @@
 """bench_rerank.py --quality: judgements, metrics and thresholds against values worked out by hand."""
 
+import asyncio
 import gzip
 import json
 import math
+import os
 import random
 import re
+import signal
 import tomllib
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import known_server
 import pytest
 from aiohttp import web
 from known_server import serving
+from test_page import Balance
 
 import bench_rerank
 from rerank_kit import settings
@@ -268,6 +272,7 @@ def test_a_run_prints_and_writes_what_was_worked_out_by_hand(tmp_path, capsys):
     assert f"nDCG@10    {ndcg['value']:.4f}" in shown.out and "better: +" in shown.out
     assert "24 of 96 candidates are not judged (25%)" in shown.err
     assert f"score 0.4 or more: precision 1.000, recall {42 / 48:.3f}" in shown.out
+    Balance(page.read_text())
     assert page.read_text().count("<svg") == 3 and "Worst queries" in page.read_text()
 
 
@@ -332,6 +337,29 @@ def test_a_failed_query_is_told_and_a_second_run_asks_only_for_it(tmp_path, caps
         service.bodies.clear()
         assert quality(service, path, "--json", out) == 0  # a whole run is measured anew
         assert len(service.bodies) == 24
+
+
+def test_ctrl_c_keeps_what_was_scored_and_a_second_run_goes_on(tmp_path, capsys):
+    path, out = lines(tmp_path / "judged.jsonl", *wings()), tmp_path / "out.json"
+    answer = by_table(of(SCORES))
+
+    async def behave(service, endpoint, body):
+        if len(service.bodies) == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(0.02)
+        return await answer(service, endpoint, body)
+
+    with serving(behave) as service:
+        assert quality(service, path, "--json", out) == 130
+        found = json.loads(out.read_text())
+        n_done = len(found["queries"])
+        assert found["interrupted"] and 5 <= n_done <= 13 and found["metrics"][0]["value"] == 1.0
+        service.bodies[:] = service.bodies[:10]
+        assert quality(service, path, "--json", out) == 0
+        assert len(service.bodies) - 10 == 24 - n_done
+    assert f"holds {n_done} queries of this run" in capsys.readouterr().err
+    found = json.loads(out.read_text())
+    assert not found["interrupted"] and len(found["queries"]) == 24
 
 
 def test_no_service_is_one_line(tmp_path, capsys):
@@ -453,6 +481,7 @@ def test_compare_program_is_a_gate(tmp_path, capsys):
     code, shown = run("base", "same", "speed")
     assert code == 0 and f"250.0 pairs/s ({files['speed']}), 4.00 per million pairs" in shown.out
     assert "10.0 pairs/s (the quality run)" in shown.out
+    Balance(page.read_text())
     assert page.read_text().count("<svg") == 2
 
 

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import itertools
+import os
 import sys
 import threading
 import time
@@ -20,7 +21,7 @@ from rerank_kit.client import RerankError, RerankHTTPError, rerank
 from rerank_kit.models.checkpoint import read_checkpoint
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.profiles import find_profile
-from rerank_kit.settings import ConfigError, EnvConfig
+from rerank_kit.settings import ConfigError, EnvConfig, passed_on_env
 
 REFUSALS, PATIENCE_S = 20, 2.0  # tries of a query while the service answers 429 or 503, and the first pause
 MOST_PAIRS = 1_000_000  # of an embedding model at a time: their texts and vectors are in memory
@@ -163,6 +164,7 @@ def offline(queries: list[Judged], args: argparse.Namespace, cfg: EnvConfig) -> 
         long_documents=args.long_documents or cfg.long_documents,
         max_tokens_per_doc=args.max_tokens_per_doc or cfg.max_tokens_per_doc,
     )
+    os.environ.update(passed_on_env())  # HF_*, VLLM_* ... of .env
     plan = plan_engine(cfg)
     about = {"server": "none: vllm.LLM in this process", "model": plan.checkpoint.path.name}
     about |= {"model_root": str(plan.checkpoint.path), "profile": plan.profile.name, "score_scale": plan.profile.score}
@@ -180,18 +182,21 @@ def offline(queries: list[Judged], args: argparse.Namespace, cfg: EnvConfig) -> 
         size = MOST_PAIRS if reranker.embeds else reranker.chunk
         parts = (pairs[i : i + size] for i in range(0, len(pairs), size))
         rows: list[list[float | None]] = [[] for _ in queries]
-        for part, results in reranker.stream((part, reranker.prepare(part)) for part in parts):
-            for pair, result in zip(part, results, strict=True):
-                rows[pair.line].append(result.score)
-                out.cut += result.cut
-                out.windows += result.windows if result.windows > 1 else 0
-                if result.score is None:
-                    out.errors.append(f"query {queries[pair.line].id}: {result.error}")
-            counter.add(len({pair.line for pair in part}), len(part))
+        try:
+            for part, results in reranker.stream((part, reranker.prepare(part)) for part in parts):
+                for pair, result in zip(part, results, strict=True):
+                    rows[pair.line].append(result.score)
+                    out.cut += result.cut
+                    out.windows += result.windows if result.windows > 1 else 0
+                    if result.score is None:
+                        out.errors.append(f"query {queries[pair.line].id}: {result.error}")
+                counter.add(len({pair.line for pair in part}), len(part))
+        except KeyboardInterrupt:
+            out.interrupted = True
     out.seconds, out.timed_pairs = out.seconds + time.perf_counter(), counter.pairs
     for i, row in enumerate(rows):
         scores = [score for score in row if score is not None]
-        if len(scores) == len(row):
+        if len(scores) == len(queries[i].ids):
             out.scores[i], out.orders[i] = row, ranking(scores)
     return out, about
 
