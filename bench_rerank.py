@@ -1,4 +1,4 @@
-"""Benchmark of the running service: `rerank` and `score` under load.
+"""Benchmark of the running service: `rerank` and `score` under load, and how well it ranks.
 
     python bench_rerank.py                                  # closed loop, 1 to 150 calls in flight
     python bench_rerank.py --endpoint rerank --rate 5,10    # open loop, calls due at random times
@@ -6,6 +6,7 @@
     python bench_rerank.py --slo p95=500ms                  # the highest rate at which 95 % of the calls take 500 ms
     python bench_rerank.py --seconds 20 --runs 5 --json out.json --html out.html
     python bench_rerank.py --compare before.json after.json --fail-over 5
+    python bench_rerank.py --quality judgements.jsonl       # how well it ranks (docs/quality.md); --quality --help
 
 How the numbers are made:
 
@@ -34,7 +35,12 @@ from rerank_kit.benchmark.tune import tune
 
 def main(argv: list[str] | None = None) -> int:
     """0 done; 1 no server, no call succeeded, or a regression; 2 usage; 130 Ctrl-C (what was measured is printed)."""
-    args, api_key, connect_timeout_s = parse_args(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if any(word.partition("=")[0] == "--quality" for word in argv):
+        from rerank_kit.benchmark.quality.program import main as quality  # a load test needs none of it
+
+        return quality(argv)
+    args, api_key, connect_timeout_s = parse_args(argv)
     if args.compare:
         return run_compare(args.compare, args.fail_over, args.html)
     # A socket per call in flight: the usual soft limit of 1024 files is too low for an open loop that queues.
@@ -49,4 +55,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from rerank_kit.offline.program import leave
+
+    leave(main())  # --offline loads vLLM

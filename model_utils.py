@@ -5,6 +5,26 @@ from model_utils import rerank, score
 items, scores, raw = rerank("What is the capital of China?", ["Beijing is ...", "Gravity ..."], top_n=1)
 """
 
-from rerank_kit.client.calls import Items, LongDocuments, RerankItem, arerank, ascore, rerank, rerank_many, score
+from rerank_kit.client.calls import (
+    Items,
+    LongDocuments,
+    RerankItem,
+    arerank,
+    ascore,
+    rerank,
+    rerank_many,
+    score,
+)
+from rerank_kit.client.two_stages import FirstStage
 
-__all__ = ["Items", "LongDocuments", "RerankItem", "arerank", "ascore", "rerank", "rerank_many", "score"]
+__all__ = [
+    "FirstStage",
+    "Items",
+    "LongDocuments",
+    "RerankItem",
+    "arerank",
+    "ascore",
+    "rerank",
+    "rerank_many",
+    "score",
+]

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The reranker service: set up, start, watch and stop one `vllm serve`.
-#   sh start_rerank.sh setup|demo|start|run|stop|restart|wait|wait-for|status|healthy|check|tail|cfg|python|help
+#   sh start_rerank.sh setup|demo|start|run|stop|restart|wait|wait-for|status|healthy|check|quality|tail|cfg|python|help
 #   setup         installs vLLM into .venv
 #   demo          does setup and start, then scores an example
 #   start         starts the service and waits until it is ready
@@ -12,6 +12,7 @@
 #   status        prints the state in one line, with --json all of it
 #   healthy       asks /ready, for the health check of a container
 #   check         checks that the scores are right, with --reference against transformers, with --exact in other batches
+#   quality PATH  measures how well it ranks, on judgements; more options as in docs/quality.md
 #   tail          follows the log
 #   cfg           explains the settings, every automatic choice and the vllm command
 #   python        prints the Python that serves
@@ -417,6 +418,8 @@ do_tail() {
 
 do_check() { kit serving.check "$@"; }
 
+do_quality() { "$PY" "$KIT/bench_rerank.py" --quality "$@"; }
+
 do_cfg() { kit serving.command cfg; }
 
 # For systemd and containers: this process becomes the server and stays in the foreground.
@@ -511,20 +514,20 @@ usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 main() {
   case "$#:$*" in
     1:wait-for | "2:wait-for " | 2:wait-for\ *[!0-9]*) usage >&2; exit 2 ;;
-    1:* | "2:check --reference" | "2:check --exact" | "2:status --json" | 2:wait-for\ *) ;;
+    1:* | "2:check --reference" | "2:check --exact" | "2:status --json" | 2:wait-for\ * | *:quality\ *) ;;
     *) usage >&2; exit 2 ;;
   esac
   case $1 in help | -h | --help) usage; exit 0 ;; esac
   [ "$(uname -s)" = Linux ] || die 5 "the service runs on Linux only, and this is $(uname -s). On Windows use WSL 2, on a Mac a Linux container or machine; the client (main.py) runs everywhere"
   case $1 in
-    setup | demo | start | stop | restart | wait | wait-for | status | healthy | check | tail | cfg | run | python) ;;
+    setup | demo | start | stop | restart | wait | wait-for | status | healthy | check | quality | tail | cfg | run | python) ;;
     *) err "unknown action: $1"; usage >&2; exit 2 ;;
   esac
   find_python
   [ "$1" != python ] || { need_vllm; say "$PY"; exit 0; }
   load_config
   case $1 in
-    check | status) action=$1; shift; act "do_$action" "$@" ;;
+    check | quality | status) action=$1; shift; act "do_$action" "$@" ;;
     wait-for) act do_wait_for "$2" ;;
     run | tail | healthy) "do_$1" ;; # the first two replace this shell
     *) act "do_$1" ;;

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .client import (
+        FirstStage,
         RerankConnectionError,
         RerankError,
         RerankHTTPError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __version__ = "1.0.0"
 __all__ = [
     "ConfigError",
+    "FirstStage",
     "RerankConnectionError",
     "RerankError",
     "RerankHTTPError",

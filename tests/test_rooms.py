@@ -23,7 +23,8 @@ MAY_USE = {
     ),  # it lives inside vLLM and reads GUARD_*, never the settings
     "serving": ("settings", "processes", "models", "engine"),
     "offline": ("settings", "models", "engine"),
-    "benchmark": ("settings", "processes", "engine", "serving"),
+    # client, offline and models: --quality asks the service as a caller does, or scores in this process
+    "benchmark": ("settings", "processes", "client", "models", "engine", "serving", "offline"),
 }
 DOORS = {path.stem for path in KIT.glob("*.py")}
 

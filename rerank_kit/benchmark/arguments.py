@@ -96,6 +96,9 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, str | None, float]:
     add("--target-pairs-s", type=numbers(float, 0.001, True), help="print the GPUs these rates need, e.g. 1000,5000")
     add("--compare", nargs="+", metavar="FILE",
         help="compare files written by --json with the first one; measures nothing")
+    add("--quality", metavar="PATH",
+        help="measure how well the service ranks, on judgements; options of its own: --quality --help")
+    add("--calibrate", nargs="?", const="", metavar="precision=0.9", help="with --quality: find the threshold")
     add("--fail-over", type=numbers(float, 0), metavar="PERCENT",
         help="with --compare: exit 1 on a larger regression")
     # fmt: on
@@ -123,6 +126,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, str | None, float]:
         (args.tune and (args.rate or args.saturate or args.runs > 1), "--tune: not with --rate, --saturate or --runs"),
         (args.tune and given and len(args.concurrency) > 1, "--concurrency: one level with --tune"),
         (not args.tune and words & {"--budget", "--score-tolerance"}, "--budget, --score-tolerance: need --tune"),
+        (args.calibrate is not None, "--calibrate: needs --quality"),
         (args.fail_over is not None and not args.compare, "--fail-over: needs --compare"),
         (args.compare and unused, f"{min(unused, default='')}: not with --compare, which measures nothing"),
         (args.tune and words & {"--price-per-hour", "--target-pairs-s"}, "--price-per-hour: not with --tune"),

@@ -35,22 +35,26 @@ def ticks(low: float, high: float) -> list[float]:
 def chart(
     title: str, x_name: str, lines: dict[str, list[tuple]], bars: Sequence[list] = (), log_x: bool = False
 ) -> str:
-    """An SVG of lines {name: [(x, y), ...]} or bars [from, to, height]. y starts at 0; points without y are gaps."""
+    """An SVG of lines {name: [(x, y), ...]} or bars [from, to, height]; points without y are gaps.
+
+    y starts at 0, or at the lowest value where that is less.
+    """
     lines = {name: sorted((x, y) for x, y in points if y is not None) for name, points in lines.items()}
     xs = [x for points in lines.values() for x, _ in points] + [x for bar in bars for x in bar[:2]]
     if not xs:
         return ""
-    top = max([y for points in lines.values() for _, y in points] + [bar[2] for bar in bars]) or 1
+    ys = [0.0, *(y for points in lines.values() for _, y in points), *(bar[2] for bar in bars)]
+    top, floor = max(ys) or (0.0 if min(ys) < 0 else 1.0), min(ys)
     low, high = min(xs), max(xs)
     scale = math.log if log_x and low > 0 else float
     span = (scale(high) - scale(low)) or 1
 
     def at(x: float, y: float) -> str:
         across = (WIDE - LEFT - 12) * (scale(x) - scale(low)) / span
-        return f"{LEFT + across:.1f},{HIGH - BOTTOM - (HIGH - BOTTOM - 24) * y / top:.1f}"
+        return f"{LEFT + across:.1f},{HIGH - BOTTOM - (HIGH - BOTTOM - 24) * (y - floor) / (top - floor):.1f}"
 
     out = [f'<svg width="{WIDE}" height="{HIGH}" role="img"><text x="{LEFT}" y="14">{html.escape(title)}</text>']
-    for y in ticks(0, top):
+    for y in ticks(floor, top):
         x0, y0 = at(low, y).split(",")
         out.append(f'<line x1="{x0}" x2="{WIDE - 12}" y1="{y0}" y2="{y0}" stroke="#ddd"/>')
         out.append(f'<text x="{LEFT - 4}" y="{y0}" dy="4" text-anchor="end">{y:g}</text>')
@@ -61,7 +65,7 @@ def chart(
         out.append(f'<text x="{at(x, 0).split(",")[0]}" y="{HIGH - BOTTOM + 14}" text-anchor="middle">{x:g}</text>')
     out.append(f'<text x="{WIDE - 12}" y="{HIGH - 4}" text-anchor="end">{html.escape(x_name)}</text>')
     for left, right, height in bars:
-        (x, y), (x1, y1) = (map(float, at(*p).split(",")) for p in ((left, height), (right, 0)))
+        (x, y), (x1, y1) = (map(float, at(*p).split(",")) for p in ((left, max(height, 0)), (right, min(height, 0))))
         box = f'x="{x:.1f}" y="{y:.1f}" width="{max(1.0, x1 - x - 1):.1f}" height="{y1 - y:.1f}"'
         out.append(f'<rect {box} fill="{COLORS[0]}"><title>{left:g} to {right:g}: {height:g}</title></rect>')
     for color, points in zip(itertools.cycle(COLORS), lines.values(), strict=False):
@@ -173,18 +177,18 @@ def page(about: dict, rows: list[dict]) -> str:
 def write_files(paths: dict[str, str | None], about: dict, rows: list[dict]) -> None:
     """Write the json, csv and html files. Called after each level, so a run that dies keeps its rows."""
     if path := paths.get("json"):
-        _replace(Path(path), json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        replace_file(Path(path), json.dumps({**about, "rows": rows}, indent=1) + "\n")
     if path := paths.get("csv"):
         out = io.StringIO()
         writer = csv.DictWriter(out, [name for name in (rows or [{}])[0] if name != "series"], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(row | {"errors": error_cell(row)} for row in rows)
-        _replace(Path(path), out.getvalue())
+        replace_file(Path(path), out.getvalue())
     if path := paths.get("html"):
-        _replace(Path(path), page(about, rows))
+        replace_file(Path(path), page(about, rows))
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_file(path: Path, text: str) -> None:
     """Replace a file by rename, so a full disk keeps the old one. A device (/dev/stdout) is written directly."""
     if str(path).startswith(("/dev/", "/proc/")) or (path.exists() and not path.is_file()):
         path.write_text(text, "utf-8", newline="")

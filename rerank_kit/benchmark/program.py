@@ -12,6 +12,8 @@ import aiohttp
 from rerank_kit.benchmark.compare import compare
 from rerank_kit.benchmark.load import Bench, Level, say
 from rerank_kit.benchmark.page import compare_page
+from rerank_kit.benchmark.quality.compare import is_quality
+from rerank_kit.benchmark.quality.compare import run_compare as run_quality_compare
 from rerank_kit.benchmark.report import COLUMNS, cost_lines, table_line
 from rerank_kit.benchmark.rows import Interrupted, Rows, check, level_of, texts_of
 from rerank_kit.benchmark.searches import saturate, search_slo
@@ -45,6 +47,7 @@ async def describe(args: argparse.Namespace, bench: Bench, answers: dict, tokens
         "hardware": hardware() + ("" if is_local(args.base_url) else " (this client's; the server is another host)"),
         "client": f"Python {platform.python_version()}, aiohttp {aiohttp.__version__}, retries off",
         "timeout_s": args.timeout_s,
+        **({} if args.price_per_hour is None else {"price_per_hour": args.price_per_hour}),
         "load": f"{load}, {size} a level after the warm-up",
         "texts": bench.texts.about,
         "tokens_per_pair": tokens_per_pair,
@@ -117,6 +120,8 @@ def run_compare(names: list[str], fail_over: float | None, page: str | None = No
     """Print how each file differs from the first. 1 = a regression of more than fail_over %, 2 = cannot be judged."""
     try:
         outs = [json.loads(Path(name).read_text("utf-8")) for name in names]
+        if any(map(is_quality, outs)):
+            return run_quality_compare(names, outs, fail_over, page)
         code, shown = 0, []
         print("# intervals: 95 %, Welch's t over the runs of a level, in % of the first file's mean")
         for name, out in zip(names[1:], outs[1:], strict=True):

@@ -6,8 +6,10 @@ Imports are relative and reach no further than settings.py: the folder can be co
 from .calls import RerankItem, arerank, ascore, rerank, rerank_many, score
 from .errors import RerankConnectionError, RerankError, RerankHTTPError, RerankResponseError, RerankTimeout
 from .sessions import SharedResources
+from .two_stages import FirstStage
 
 __all__ = [
+    "FirstStage",
     "RerankConnectionError",
     "RerankError",
     "RerankHTTPError",

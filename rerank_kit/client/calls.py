@@ -4,6 +4,7 @@ _Call holds the logic of one call and does no IO. The sync and async functions s
 """
 
 import asyncio
+import copy
 import itertools
 import math
 import operator
@@ -22,6 +23,7 @@ from .. import settings
 from .errors import RerankError, RerankResponseError
 from .sending import MAX_SECONDS, Reply, apost, post
 from .sessions import base_urls
+from .two_stages import FirstStage, first_stage, told
 
 MIXED_TRIES = 3  # tries of a split call whose parts were scored by different models
 
@@ -41,6 +43,7 @@ _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 # (address, model name of the request, model name of the answer), both listed by that server as names of one model.
 _aliases: set[tuple[str, str, str]] = set()
+First = FirstStage | tuple[str, int]
 LongDocuments = Literal["truncate", "error", "chunk"]
 
 
@@ -57,6 +60,7 @@ def rerank(
     batch_size: int | None = None,
     deadline_s: float | None = None,
     max_tokens_per_doc: int | None = None,
+    first: First | None = None,
 ) -> Ranked:
     """Rank documents by relevance to the query with POST /v1/rerank.
 
@@ -75,6 +79,9 @@ def rerank(
         batch_size: limit on documents in one request; longer lists are split. None = CLIENT_BATCH_SIZE.
         deadline_s: seconds for the whole call, with all requests and retries; None = no limit.
         max_tokens_per_doc: limit on the tokens of a document, without query and template; the rest is cut.
+        first: (base_url, keep) of a small model that scores all documents; this call's model then scores the best
+            `keep` of them, and items holds no others. FirstStage has its model name and instruction too. Not asked
+            for lists of `keep` documents or fewer.
 
     Returns:
         (items, scores, raw). items: min(top_n, N) RerankItem, best first, equal scores in input order.
@@ -83,7 +90,8 @@ def rerank(
         query it saw in part. "_windows": {index: windows} of the documents that were split. "_version": the guard's
         id of the model and settings that made the scores; "" without guard. "_client_cost_ms": wall clock.
         "_client_calls": the number of requests. Of several requests, results and usage are merged and the ids are
-        joined by commas.
+        joined by commas. With `first` also "_first": scores of all documents by the first stage, its model, _cut,
+        _version, cost and calls; None where it was not asked. Cost and calls outside are those of both stages.
 
     Raises:
         ValueError: an invalid argument; nothing was sent.
@@ -92,7 +100,8 @@ def rerank(
     Source: vLLM Rerank API, docs for the version in requirements.txt.
     """
     more = (model, base_url, timeout_s, instruction, long_documents, batch_size, deadline_s, max_tokens_per_doc)
-    return _run(_Call("/rerank", query, documents, top_n, *more))
+    call = _Call("/rerank", query, documents, top_n, *more)
+    return _run(call) if first is None else _run_stages(call, first)
 
 
 def score(
@@ -137,10 +146,12 @@ async def arerank(
     batch_size: int | None = None,
     deadline_s: float | None = None,
     max_tokens_per_doc: int | None = None,
+    first: First | None = None,
 ) -> Ranked:
     """rerank() for asyncio: same arguments, results and errors."""
     more = (model, base_url, timeout_s, instruction, long_documents, batch_size, deadline_s, max_tokens_per_doc)
-    return await _arun(_Call("/rerank", query, documents, top_n, *more))
+    call = _Call("/rerank", query, documents, top_n, *more)
+    return await (_arun(call) if first is None else _arun_stages(call, first))
 
 
 async def ascore(
@@ -178,6 +189,7 @@ def rerank_many(
     batch_size: int | None = None,
     deadline_s: float | None = None,
     max_tokens_per_doc: int | None = None,
+    first: First | None = None,
 ) -> list[Ranked]: ...
 @overload
 def rerank_many(
@@ -196,6 +208,7 @@ def rerank_many(
     batch_size: int | None = None,
     deadline_s: float | None = None,
     max_tokens_per_doc: int | None = None,
+    first: First | None = None,
 ) -> list[Ranked | RerankError]: ...
 def rerank_many(
     queries: Sequence[str],
@@ -213,6 +226,7 @@ def rerank_many(
     batch_size: int | None = None,
     deadline_s: float | None = None,
     max_tokens_per_doc: int | None = None,
+    first: First | None = None,
 ) -> list[Ranked] | list[Ranked | RerankError]:
     """Rerank Q queries, each with its own documents, in a limited number of threads.
 
@@ -239,6 +253,8 @@ def rerank_many(
     for i, (query, documents) in enumerate(zip(queries, documents_lists, strict=True)):
         try:
             calls.append(_Call("/rerank", query, documents, top_n, *more))
+            if first is not None:
+                calls[-1].stage(first)  # checked before anything is sent
         except ValueError as exc:
             raise ValueError(f"query {i}: {exc}") from None
 
@@ -246,7 +262,8 @@ def rerank_many(
 
     def one(call: _Call) -> Ranked | RerankError:
         try:
-            return _run(call, 1, stop)  # one thread: the queries already run in threads
+            # One thread: the queries already run in threads.
+            return _run(call, 1, stop) if first is None else _run_stages(call, first, 1, stop)
         except RerankError as exc:
             if not return_errors:
                 raise
@@ -299,9 +316,50 @@ class _Call:
             self.extra["max_tokens_per_doc"] = 0  # means "error" to vLLM, so it works without the guard too
         elif long_documents:
             self.extra["long_documents"] = long_documents
-        size = _at_least("batch_size", 1, batch_size, cfg.client_batch_size)
+        self.size = _at_least("batch_size", 1, batch_size, cfg.client_batch_size)
+        self.parts = self._split()
+
+    def _split(self) -> list[range]:
         n_docs = len(self.documents) if self.top_n else 0
-        self.parts = [range(i, min(i + size, n_docs)) for i in range(0, n_docs, size)]
+        return [range(i, min(i + self.size, n_docs)) for i in range(0, n_docs, self.size)]
+
+    def stage(self, first: First) -> tuple["_Call | None", int]:
+        """The call of the first stage and how many documents go on; no call if all of them do.
+
+        Raises:
+            ValueError: first is invalid.
+        """
+        found = first_stage(first, min(self.top_n, len(self.documents)) if self.top_n < len(self.documents) else None)
+        base_urls(found.base_url)
+        small = copy.copy(self)
+        small.base_url, small.top_n = found.base_url, len(self.documents)
+        small.model = _text("model", settings.CFG.served_model_name if found.model is None else found.model)
+        small.extra = dict(self.extra)
+        if found.instruction is not None:
+            small.extra["instruction"] = _text("instruction", found.instruction)
+            if not found.instruction:
+                del small.extra["instruction"]
+        small.parts = small._split()
+        return (None if not self.top_n or len(self.documents) <= found.keep else small), found.keep
+
+    def only(self, indices: list[int], began: float) -> "_Call":
+        """This call for some of its documents, with what is left of deadline_s since perf_counter() was `began`."""
+        large = copy.copy(self)
+        large.documents = [self.documents[i] for i in indices]
+        large.top_n = min(self.top_n, len(indices))
+        large.parts = large._split()
+        if self.deadline_s is not None:
+            large.deadline_s = max(1e-3, self.deadline_s - (time.perf_counter() - began))
+        return large
+
+    def joined(self, first: Ranked, kept: list[int], second: Ranked) -> Ranked:
+        """The result of both stages, with the positions of the whole input."""
+        items = [RerankItem(kept[item.index], item.score, item.doc) for item in second[0]]
+        items.sort(key=lambda item: (-item.score, item.index))
+        scores: list[float | None] = [None] * len(self.documents)
+        for item in items:
+            scores[item.index] = item.score
+        return items, scores, told(first[2], list(first[1]), second[2], kept, self.names[0])
 
     def start(self) -> None:
         self.t0 = time.perf_counter()
@@ -449,6 +507,28 @@ def _run(
         answers = _in_threads(send, call.parts, n_threads or settings.CFG.client_concurrency, given_up)
         if not call.mixed(answers, n_tries):
             return call.merge(answers)
+
+
+def _run_stages(call: _Call, first: First, n_threads: int | None = None, stop: threading.Event | None = None) -> Ranked:
+    small, keep = call.stage(first)
+    if small is None:
+        items, scores, raw = _run(call, n_threads, stop)
+        return items, scores, raw | {"_first": None}
+    began = time.perf_counter()
+    found = _run(small, n_threads, stop)
+    kept = sorted(item.index for item in found[0][:keep])
+    return call.joined(found, kept, _run(call.only(kept, began), n_threads, stop))
+
+
+async def _arun_stages(call: _Call, first: First) -> Ranked:
+    small, keep = call.stage(first)
+    if small is None:
+        items, scores, raw = await _arun(call)
+        return items, scores, raw | {"_first": None}
+    began = time.perf_counter()
+    found = await _arun(small)
+    kept = sorted(item.index for item in found[0][:keep])
+    return call.joined(found, kept, await _arun(call.only(kept, began)))
 
 
 async def _arun(call: _Call) -> tuple[Items, list[Any], dict[str, Any]]:

@@ -42,6 +42,17 @@ class Balance(HTMLParser):
         self.text.append(data)
 
 
+def test_bars_below_zero_begin_at_the_axis():
+    text = benchmark_page.chart("gain", "queries", {}, [[0, 1, 2.0], [1, 2, -1.0]])
+    (up, up_height), (down, down_height) = (
+        tuple(map(float, found))
+        for found in re.findall(r'<rect x="[^"]+" y="([^"]+)" width="[^"]+" height="([^"]+)"', text)
+    )
+    assert up + up_height == pytest.approx(down, abs=0.11) and up_height == pytest.approx(2 * down_height, abs=0.2)
+    assert 0 < up < down < down + down_height < benchmark_page.HIGH
+    assert ">-1</text>" in text and ">2</text>" in text
+
+
 def test_page_needs_no_other_file_and_shows_everything():
     rows = runs([100, 110]) + runs([200, 210], level=16) + [a_row(level=2, ok=0, p50_ms=None)]
     about = {"command": "python bench_rerank.py --seed 7", "server_flags": None, "error_texts": {"x": "<script>&\"'"}}

@@ -24,6 +24,7 @@ import resources
 from env_utils import CFG, MODEL_PATH, EnvConfig
 from rerank_kit import (
     ConfigError,
+    FirstStage,
     RerankConnectionError,
     RerankError,
     RerankHTTPError,
@@ -52,6 +53,8 @@ def sync() -> list[str]:
     _, all_scores, _ = score("q", tuple(DOCUMENTS), model="m", base_url="http://127.0.0.1:1/v1")
     assert_type(all_scores, list[float])
     model_utils.rerank("q", DOCUMENTS, instruction="i", batch_size=2, max_tokens_per_doc=9)
+    rerank("q", DOCUMENTS, first=("http://127.0.0.1:1/v1", 5))
+    rerank("q", DOCUMENTS, first=FirstStage("http://127.0.0.1:1/v1", 5, model="m", instruction=""))
     for ranked, _, _ in rerank_many(["q"], [DOCUMENTS], concurrency=2, progress=True):
         assert_type(ranked, list[RerankItem])
     for result in rerank_many(["q"], [DOCUMENTS], return_errors=True):
@@ -112,6 +115,7 @@ rerank("q", ["a"], topn=1)  # wrong
 rerank("q", ["a"], top_n="x")  # wrong
 rerank("q", 3)  # wrong
 rerank("q", ["a"], long_documents="cut")  # wrong
+rerank("q", ["a"], first="http://127.0.0.1:1/v1")  # wrong
 score("q", ["a"], top_n=1)  # wrong
 rerank("q", ["a"])[0][0].text  # wrong
 rerank("q", ["a"])[1][0] + 1  # wrong
@@ -181,7 +185,7 @@ def test_a_program_that_uses_the_client_has_no_error(checker, folder):
 def test_wrong_use_is_reported_at_its_line(checker, folder):
     found, output = checker(folder, WRONG)
     marked = {("program.py", n) for n, line in enumerate(WRONG.splitlines(), 1) if line.endswith("# wrong")}
-    assert len(marked) == 13
+    assert len(marked) == 14
     missed = marked - set(found)
     assert not missed, f"not reported: {sorted(missed)}\n{output}"
     assert {name for name, _ in found} == {"program.py"}, output
