@@ -45,7 +45,7 @@ def test_usage():
     assert run_kit().returncode == 2
     wrong = run_kit("begin")
     assert wrong.returncode == 2 and "unknown action: begin" in wrong.stderr
-    assert "start_rerank.sh setup|demo" in run_kit("help").stdout
+    assert "  setup  " in run_kit("help").stdout
 
 
 @pytest.mark.parametrize(
@@ -369,24 +369,6 @@ def test_changing_the_port_in_env_file_moves_everything(service, tmp_path):
     command = [sys.executable, "bench_rerank.py", "--concurrency", "2", "--requests", "4", "--docs", "2"]
     bench = subprocess.run(command, env=env, cwd=KIT, capture_output=True, text=True, timeout=120)
     assert bench.returncode == 0 and url in bench.stdout, bench.stdout + bench.stderr
-
-
-@pytest.mark.server
-def test_demo_ranks_with_the_shipped_model(tmp_path):
-    """One command from an installed environment to ranked documents; MiniLM, since there is neither GPU nor hub."""
-    settings = {"PORT": free_port(), "LOG_DIR": tmp_path}
-    try:
-        done = run_kit("demo", **settings)
-        assert done.returncode == 0, done.stdout + done.stderr
-        ranked = [line for line in done.stdout.splitlines() if line.startswith("- score=")]
-        assert "The capital of China is Beijing." in ranked[0]
-        assert float(ranked[0].split("=")[1].split()[0]) == pytest.approx(0.8655, abs=0.005)
-        assert "This was all-MiniLM-L6-v2" in done.stdout and "MODEL_PATH=Qwen/Qwen3-Reranker-0.6B" in done.stdout
-        assert "sh start_rerank.sh stop" in done.stdout
-        again = run_kit("demo", **settings)
-        assert again.returncode == 0 and "already running" in again.stdout
-    finally:
-        assert run_kit("stop", **settings).returncode == 0
 
 
 def test_two_services_of_one_folder_keep_to_themselves(kit, tmp_path):
