@@ -225,6 +225,7 @@ make_venv() {
 }
 
 do_setup() {
+  [ "$(uname -s)" = Linux ] || [ -n "$HAVE_VLLM" ] || die 5 "setup needs Linux, and this is $(uname -s): vLLM's wheels are for Linux only. Use WSL2 or a Linux container; the client alone runs here (pip install .)"
   if has_gpu; then kind=GPU list=$KIT/requirements.txt; else kind=CPU list=$KIT/requirements-cpu.txt; fi
   mark="$kind $(cksum <"$list")"
   if [ -n "$HAVE_VLLM" ]; then
