@@ -65,7 +65,9 @@ def svg(command: list[str], lines: list[tuple[float, str]]) -> str:
         percent = 100 * when / whole
         frames.append(f"@keyframes l{number}{{0%,{percent:.2f}%{{opacity:0}}{percent + 0.01:.2f}%,100%{{opacity:1}}}}")
         attributes = f'class="{kind}" ' if kind else ""
-        out.append(f'<text {attributes}style="--n:l{number}" x="16" y="{LINE * number + 30}">{html.escape(text)}</text>')
+        out.append(
+            f'<text {attributes}style="--n:l{number}" x="16" y="{LINE * number + 30}">{html.escape(text)}</text>'
+        )
     style = STYLE.replace("WHOLE", f"{whole:.1f}") + "\n" + "\n".join(frames[1:])
     times = "\n".join(f"{seconds:7.1f} {text}" for seconds, text in lines).replace("--", "- -")
     title = html.escape(shlex.join(command))

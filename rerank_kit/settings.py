@@ -1,7 +1,7 @@
 """Configuration of the kit: argument > environment > .env > default.
 
 Every key is defined once, as a field of EnvConfig, with its type, default and one line of help.
-`.env.example`, `start_rerank.sh cfg` and the README table are printed from these fields.
+`.env.example`, `start_rerank.sh cfg` and docs/settings.md are printed from these fields.
 
 Standard library only: start_rerank.sh reads the settings through this module before anything is installed.
 """
@@ -300,7 +300,7 @@ def env_example() -> str:
 
 
 def markdown_table() -> str:
-    """The README's table of settings."""
+    """The table of docs/settings.md."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
     for fields in _groups().values():
         for key, field in fields:

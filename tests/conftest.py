@@ -292,7 +292,9 @@ def demo(tmp_path_factory):
     folder = copy_kit(tmp_path_factory.mktemp("newcomer") / "rerank kit")
     (KIT / "models").mkdir(exist_ok=True)  # what was downloaded once is not downloaded again
     (folder / "models").symlink_to(KIT / "models")
-    env = {name: os.environ[name] for name in ("HOME", "PATH", "PIP_INDEX_URL", "PIP_CONFIG_FILE") if name in os.environ}
+    env = {
+        name: os.environ[name] for name in ("HOME", "PATH", "PIP_INDEX_URL", "PIP_CONFIG_FILE") if name in os.environ
+    }
     env |= {"PYTHON": sys.executable, "PORT": str(free_port())}
     run = ["sh", "start_rerank.sh"]
     done = subprocess.run([*run, "demo"], cwd=folder, env=env, capture_output=True, text=True, timeout=300)

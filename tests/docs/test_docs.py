@@ -1,8 +1,10 @@
 """The documentation says what the code does: tables, commands, files, both languages."""
 
+import ast
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import KIT
@@ -39,7 +41,8 @@ def test_the_generated_parts_are_up_to_date():
 
 
 def test_the_generator_keeps_translations_and_takes_new_keys():
-    text = "<!-- table: settings -->\n| 键 | 默认值 | 含义 |\n|---|---|---|\n| `PORT` | `1` | 端口 |\n| `GONE` |  | 旧 |\n<!-- end -->\n"
+    head = "<!-- table: settings -->\n| 键 | 默认值 | 含义 |\n|---|---|---|\n"
+    text = head + "| `PORT` | `1` | 端口 |\n| `GONE` |  | 旧 |\n<!-- end -->\n"
     made = pages.filled_in("x.zh-CN.md", text)
     assert "| `PORT` | `11438` | 端口 |" in made and "GONE" not in made
     assert "| `HOST` | `127.0.0.1` | address" in made, "a new key has its English text until somebody translates it"
@@ -115,3 +118,46 @@ def test_options_in_the_pages_exist(program, action):
                 seen += 1
                 assert option in done.stdout, f"{page}: {program} {option}"
     assert seen
+
+
+def packages(name: str) -> set[str]:
+    text = read(name).lower().replace("-", "_")
+    return set(re.findall(r"^([a-z0-9_.]+)(?:\[.*\])?==", text, re.M))
+
+
+FOR_TESTS = packages("requirements-dev.txt") - packages("requirements.txt") - packages("requirements-cpu.txt")
+
+
+def imported(file: Path, seen: set[Path]) -> set[str]:
+    """The packages that a program of this folder imports when it starts, also by the files beside it."""
+    if file in seen:
+        return set()
+    seen.add(file)
+    found = set()
+    for node in ast.parse(file.read_text("utf-8")).body:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+        for name in names:
+            found.add(name.split(".")[0])
+            for folder in (KIT, file.parent, KIT / "tests", KIT / "tests" / "stand_ins"):
+                beside = folder / (name.replace(".", "/") + ".py")
+                found |= imported(beside, seen) if beside.exists() else set()
+    return found
+
+
+def test_commands_that_need_more_than_setup_say_so():
+    """`pip install -r requirements-dev.txt` stands in the page that names a program with pytest or hypothesis in it."""
+    assert {"pytest", "hypothesis"} <= FOR_TESTS and not {"requests", "aiohttp"} & FOR_TESTS
+    programs = 0
+    for page in [*PAGES, "measurements/README.md", "deploy/README.md"]:
+        text = read(page)
+        for module, file in re.findall(r"(?:python3?|\$PY|sh\))\"? (?:-m (\w+)|([\w/]+\.py))", text):
+            programs += 1
+            names = {module} if module else set()
+            if file and (path := next((p for p in (KIT / file, KIT / "docs" / file) if p.exists()), None)):
+                names = imported(path, set())
+            lacks = names & FOR_TESTS
+            told = "requirements-dev.txt" in text or "tests/run.sh" in text
+            assert not lacks or told, f"{page}: {file or module} needs {lacks}"
+    assert programs > 20

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 
 import pytest
-from conftest import KIT, free_port
+from conftest import KIT
 
 READMES = ("README.md", "README.zh-CN.md")
 SLOW = " score "  # loads a model of its own: run once, alone
@@ -147,7 +147,11 @@ def test_numbers_of_the_readme_stand_in_the_page_that_they_name():
 
 def test_speeds_of_the_requirements_stand_in_the_row_that_they_name():
     performance = (KIT / "docs" / "performance.md").read_text("utf-8").replace("**", "")
-    rows = [line for line in (KIT / "docs" / "requirements.md").read_text("utf-8").splitlines() if line.startswith("| Qwen3")]
+    rows = [
+        line
+        for line in (KIT / "docs" / "requirements.md").read_text("utf-8").splitlines()
+        if line.startswith("| Qwen3")
+    ]
     assert len(rows) == 6
     for line in rows:
         *_, short, long, row = (cell.strip() for cell in line.split("|")[1:-1])

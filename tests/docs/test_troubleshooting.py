@@ -1,6 +1,7 @@
 """docs/troubleshooting.md quotes what the kit says: each message of the first five minutes is provoked."""
 
 import http.server
+import json
 import os
 import re
 import socket
@@ -65,17 +66,18 @@ def no_python(tmp_path):
 
 
 def no_venv(tmp_path):
-    return setup(tmp_path, f'case "$*" in "-m venv"*) exit 1;; esac; exec {PYTHON} "$@"')
+    return setup(tmp_path, f'case "$*" in *"-m venv "*) exit 1;; esac; exec {PYTHON} "$@"')
 
 
 def no_network(tmp_path):
     """The environment is made; its pip finds no index."""
-    inner = f'case "$*" in *install*) echo "No matching distribution" >\\&2; exit 1;; *torch*) exit 1;; *pip*) exit 0;; esac; exec {PYTHON} "$@"'
-    made = f'mkdir -p "$3/bin"; printf \'%s\\n\' "#!/bin/sh" \'{inner}\' | sed "s/\\\\\\\\//" >"$3/bin/python"; chmod +x "$3/bin/python"'
-    for name in ("mkdir", "chmod"):
-        assert Path(f"/bin/{name}").exists()
-    text = f'PATH=$PATH:/bin:/usr/bin; case "$*" in "-m venv"*) {made}; exit 0;; esac; exec {PYTHON} "$@"'
-    return setup(tmp_path, text)
+    fails = '*install*) echo "No matching distribution" >&2; exit 1;; *torch*) exit 1;; *pip*) exit 0;;'
+    inner = f'case "$*" in {fails} esac; exec {PYTHON} "$@"'
+    script(tmp_path, "inner", inner)
+    made = f'for last; do :; done; mkdir -p "$last/bin"; cp {tmp_path}/inner "$last/bin/python"'
+    return setup(
+        tmp_path, f'PATH=$PATH:/bin:/usr/bin; case "$*" in *"-m venv "*) {made}; exit 0;; esac; exec {PYTHON} "$@"'
+    )
 
 
 def not_linux(tmp_path):
@@ -159,7 +161,7 @@ def start(**env) -> Callable:
 
 
 def without_package(tmp_path):
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
+    subprocess.run([sys._base_executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
     command = [str(tmp_path / "env" / "bin" / "python"), str(KIT / "bench_rerank.py")]
     done = subprocess.run(command, env=kit_environment(), capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
@@ -196,7 +198,9 @@ BY_SERVICE = ("RerankHTTPError: HTTP 404", "RerankHTTPError: HTTP 401")
 def test_a_message_is_what_the_kit_says(beginning, tmp_path, request):
     shown = next(messages(row[0])[0] for row in FIRST if messages(row[0])[0].startswith(beginning))
     provoke = PROVOKE[beginning]
-    more = {"checkpoints": request.getfixturevalue("checkpoints")} if "checkpoints" in provoke.__code__.co_varnames else {}
+    more = (
+        {"checkpoints": request.getfixturevalue("checkpoints")} if "checkpoints" in provoke.__code__.co_varnames else {}
+    )
     said = provoke(tmp_path, **more)
     assert re.search(pattern(shown), said), f"the page has {shown!r}, the kit says {said!r}"
 
@@ -225,7 +229,7 @@ def test_a_wrong_key_is_what_the_page_says():
     from rerank_kit.guard import middleware
 
     words = re.search(r'"(wrong or missing API key[^"]*)"', Path(middleware.__file__).read_text())[1]
-    with answering(401, ('{"error": {"message": "%s"}}' % words).encode()) as url:
+    with answering(401, json.dumps({"error": {"message": words}}).encode()) as url:
         said = run_main(BASE_URL=url, API_KEY="not-the-key")
     shown = next(messages(row[0])[0] for row in FIRST if "HTTP 401" in row[0])
     assert re.search(pattern(shown), said), said

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -45,7 +46,27 @@ def test_usage():
     assert run_kit().returncode == 2
     wrong = run_kit("begin")
     assert wrong.returncode == 2 and "unknown action: begin" in wrong.stderr
-    assert "  setup  " in run_kit("help").stdout
+    shown = run_kit("help").stdout
+    assert "  setup  " in shown and "Settings: environment" in shown
+    assert (KIT / "start_rerank.sh").stat().st_mode & 0o111, "./start_rerank.sh works"
+
+
+def test_the_words_for_programs_run_them_from_anywhere(tmp_path):
+    assert "--saturate" in run_kit("bench", "--help", cwd=tmp_path).stdout
+    assert "--shard" in run_kit("score", "--help", cwd=tmp_path).stdout
+    (tmp_path / "mine.jsonl").write_text('{"query": "q"}\n')
+    wrong = run_kit("bench", "--input", "mine.jsonl", BASE_URL="http://127.0.0.1:9/v1", cwd=tmp_path)
+    assert wrong.returncode in (1, 2) and "No such file" not in wrong.stderr, "paths are those of the caller"
+    none = run_kit("example", PORT=free_port(), RETRIES=0)
+    assert none.returncode == 1 and "no server at" in none.stderr
+
+
+@pytest.mark.parametrize(("action", "package"), [("example", "requests"), ("bench", "requests"), ("score", "vLLM")])
+def test_a_word_without_its_packages_is_one_line(action, package, tmp_path):
+    subprocess.run([sys._base_executable, "-m", "venv", "--without-pip", str(tmp_path)], check=True)
+    done = run_kit(action, PYTHON=tmp_path / "bin" / "python")
+    assert (done.returncode, len(done.stderr.splitlines())) == (5, 1), done.stderr
+    assert package in done.stderr and "start_rerank.sh setup" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -348,11 +369,31 @@ def test_cfg_prints_the_command_that_runs(service):
     command = cfg.stdout.strip().splitlines()[-1]
     pid = json.loads(run_kit("status", "--json", **service.settings).stdout)["server_pid"]
     running = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-    import shlex
-
     words = shlex.split(command)
     wanted = words[words.index("serve") :]
     assert running[running.index("serve") : -1] == wanted
+
+
+def test_the_command_of_cfg_runs_from_any_folder(checkpoints, tmp_path):
+    settings = {
+        "MODEL_PATH": checkpoints["qwen3"],
+        "INSTRUCTION": "find it",
+        "LOG_DIR": tmp_path / "logs",
+        "DTYPE": "float32",
+    }
+    cfg = run_kit("cfg", **settings)
+    assert cfg.returncode == 0, cfg.stderr
+    words = shlex.split(cfg.stdout.strip().splitlines()[-1])
+    assert Path(words[words.index("--chat-template") + 1]).read_text().startswith("{%- set instruction"), (
+        "it was written"
+    )
+    program, env = words[words.index("serve") - 1], dict(w.split("=", 1) for w in words[: words.index("serve") - 1])
+    assert os.access(program, os.X_OK) and Path(program).is_absolute()
+    guard = words[words.index("--middleware") + 1].rpartition(".")[0]
+    code = [sys.executable, "-P", "-c", f"import {guard}"]
+    for path, expected in ((env["PYTHONPATH"], 0), ("", 1)):
+        done = subprocess.run(code, env={"PATH": os.environ["PATH"], "PYTHONPATH": path}, cwd="/", capture_output=True)
+        assert done.returncode == expected, done.stderr
 
 
 @pytest.mark.server
