@@ -28,9 +28,16 @@ import asyncio
 import resource
 import sys
 
-from rerank_kit.benchmark.arguments import parse_args
-from rerank_kit.benchmark.program import begin, run, run_compare
-from rerank_kit.benchmark.tune import tune
+from rerank_kit.settings import not_installed
+
+try:
+    from rerank_kit.benchmark.arguments import parse_args
+    from rerank_kit.benchmark.program import begin, run, run_compare
+    from rerank_kit.benchmark.tune import tune
+except ModuleNotFoundError as exc:
+    if __name__ != "__main__":
+        raise
+    sys.exit(not_installed(exc, "bench_rerank.py", "bench"))
 
 
 def main(argv: list[str] | None = None) -> int:

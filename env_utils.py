@@ -53,3 +53,4 @@ if not TYPE_CHECKING:  # a type checker would take every misspelt name for one t
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
+settings.warn_of_edits(__name__, globals())

@@ -3,8 +3,15 @@
 import sys
 
 from env_utils import ConfigError
-from model_utils import rerank, score
-from resources import RerankError
+from rerank_kit.settings import not_installed
+
+try:
+    from model_utils import rerank, score
+    from resources import RerankError
+except ModuleNotFoundError as exc:
+    if __name__ != "__main__":
+        raise
+    sys.exit(not_installed(exc, "main.py", "example"))
 
 QUERY = "What is the capital of China?"
 DOCUMENTS = ["Gravity attracts bodies.", "The capital of China is Beijing.", "Shanghai is a large city in China."]

@@ -40,3 +40,6 @@ if not TYPE_CHECKING:  # a type checker would take every misspelt name for one t
         if name == "LOCAL_BASE_URL":
             return base_urls()[0]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+settings.warn_of_edits(__name__, globals())

@@ -1,21 +1,31 @@
 #!/bin/sh
-# The reranker service: set up, start, watch and stop one `vllm serve`.
-#   sh start_rerank.sh setup|demo|start|run|stop|restart|wait|wait-for|status|healthy|check|quality|tail|cfg|python|help
+# One reranker service on vLLM: set up, start, watch and stop it, call it, measure it.
+#   sh start_rerank.sh ACTION
+#
+# First steps
 #   setup         installs vLLM into .venv
 #   demo          does setup and start, then scores an example
+#   example       ranks three documents by the running service (main.py)
+# The service
 #   start         starts the service and waits until it is ready
-#   run           serves in the foreground, for systemd and containers
 #   stop          lets calls in flight finish, then ends the service
 #   restart       does stop, then start
+#   run           serves in the foreground, for systemd and containers
+# Look at it
+#   status        prints the state in one line, with --json all of it
 #   wait          waits until the service is ready or dead
 #   wait-for PID  waits for the server that "run" became
-#   status        prints the state in one line, with --json all of it
 #   healthy       asks /ready, for the health check of a container
 #   check         checks that the scores are right, with --reference against transformers, with --exact in other batches
 #   quality PATH  measures how well it ranks, on judgements; more options as in docs/quality.md
 #   tail          follows the log
 #   cfg           explains the settings, every automatic choice and the vllm command
+# Work with it (options: ACTION --help)
+#   bench ...     measures the running service (bench_rerank.py)
+#   score ...     scores a file of pairs without a service (vllm_usage.py)
 #   python        prints the Python that serves
+#   help          prints this text
+#
 # Settings: environment > .env > default, see .env.example. Write them there, not into this script.
 # Exit codes: 0 done, 1 failed, 2 usage, 5 vllm not installed, 6 not configured.
 # Exit codes of status: 0 ready, 1 dead with a PID file, 3 not running, 4 of another host or user, 150 not ready yet.
@@ -74,6 +84,11 @@ become_kit() { module=$1; shift; exec env PYTHONPATH="$KIT${PYTHONPATH:+:$PYTHON
 
 load_config() {
   values=$("$PY" "$KIT/env_utils.py" shell) || exit 6
+  # A setting that was written into this script is no environment: older versions were configured so.
+  for key in $(printf '%s\n' "$values" | sed -n 's/^\([A-Z_]*\)=.*/\1/p'); do
+    eval "edited=\${$key-}"
+    [ -z "$edited" ] || [ "$(printenv "$key")" = "$edited" ] || warn "$key=$edited in start_rerank.sh has no effect: write $key=$edited into .env"
+  done
   eval "$values" # lines KEY='value', and warn 'text' for each key of .env that no code reads
   PID_FILE=$LOG_DIR/rerank-$PORT.pid
   STATE_FILE=$LOG_DIR/rerank-$PORT.state
@@ -90,6 +105,14 @@ need_vllm() {
   done
   kit serving.command vllm
   exit 5
+}
+
+# A client runs without vLLM too, where its Python has these packages.
+need_packages() {
+  [ -n "$HAVE_VLLM" ] && return 0
+  for name in "$@"; do
+    "$PY" -c "import $name" 2>/dev/null || die 5 "$PY has no package $name: run \"sh start_rerank.sh setup\", or pip install $* there"
+  done
 }
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -514,17 +537,24 @@ usage() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
 main() {
   case "$#:$*" in
     1:wait-for | "2:wait-for " | 2:wait-for\ *[!0-9]*) usage >&2; exit 2 ;;
-    1:* | "2:check --reference" | "2:check --exact" | "2:status --json" | 2:wait-for\ * | *:quality\ *) ;;
+    *:bench | *:score | *:bench\ * | *:score\ * | *:quality\ *) ;;
+    1:* | "2:check --reference" | "2:check --exact" | "2:status --json" | 2:wait-for\ *) ;;
     *) usage >&2; exit 2 ;;
   esac
   case $1 in help | -h | --help) usage; exit 0 ;; esac
-  [ "$(uname -s)" = Linux ] || die 5 "the service runs on Linux only, and this is $(uname -s). On Windows use WSL 2, on a Mac a Linux container or machine; the client (main.py) runs everywhere"
+  case $1 in example | bench | python) ;; *) [ "$(uname -s)" = Linux ] || die 5 "the service runs on Linux only, and this is $(uname -s). On Windows use WSL 2, on a Mac a Linux container or machine; the client (main.py) runs everywhere" ;; esac
   case $1 in
     setup | demo | start | stop | restart | wait | wait-for | status | healthy | check | quality | tail | cfg | run | python) ;;
+    example | bench | score) ;;
     *) err "unknown action: $1"; usage >&2; exit 2 ;;
   esac
   find_python
-  [ "$1" != python ] || { need_vllm; say "$PY"; exit 0; }
+  case $1 in
+    python) need_vllm; say "$PY"; exit 0 ;;
+    example) need_packages requests; exec "$PY" "$KIT/main.py" ;;
+    bench) need_packages requests aiohttp; shift; exec "$PY" "$KIT/bench_rerank.py" "$@" ;;
+    score) need_vllm; shift; exec "$PY" "$KIT/vllm_usage.py" "$@" ;;
+  esac
   load_config
   case $1 in
     check | quality | status) action=$1; shift; act "do_$action" "$@" ;;

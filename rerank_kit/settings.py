@@ -1,11 +1,12 @@
 """Configuration of the kit: argument > environment > .env > default.
 
 Every key is defined once, as a field of EnvConfig, with its type, default and one line of help.
-`.env.example`, `start_rerank.sh cfg` and the README table are printed from these fields.
+`.env.example`, `start_rerank.sh cfg` and docs/settings.md are printed from these fields.
 
 Standard library only: start_rerank.sh reads the settings through this module before anything is installed.
 """
 
+import ast
 import dataclasses
 import ipaddress
 import math
@@ -13,6 +14,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -134,6 +136,7 @@ class EnvConfig:
 
 
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(EnvConfig)}
+OLD_NAMES = {"LOCAL_BASE_URL": "BASE_URL"}  # of older versions, in resources.py
 
 
 def load_env(path: Path | str | None = None) -> dict[str, str]:
@@ -256,8 +259,8 @@ def env_path(env_file: Path | str | None = None) -> Path:
 
 
 def warnings_of(env_file: Path | str | None = None) -> list[str]:
-    """A warning for each key in .env that no code reads, with the nearest known key."""
-    out = []
+    """A warning for each setting that has no effect: an unknown key of .env, an edit of a file that is no .env."""
+    out = [line for name in ("env_utils.py", "resources.py") for line in edits_of(name)]
     for key, value in load_env(env_file).items():
         if key == "PYTHON":  # read before .env is
             if os.environ.get(key) != value:
@@ -330,6 +333,32 @@ def model_setting(name: str) -> str:
     return name
 
 
+def edits_of(name: str) -> list[str]:
+    """A warning for each setting that a file of the kit assigns: older versions were configured in their sources."""
+    try:
+        body = ast.parse((KIT_DIR / name).read_text("utf-8")).body
+    except (OSError, SyntaxError, ValueError):
+        return []
+    assigned = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+    assigned += [node.target for node in body if isinstance(node, ast.AnnAssign) and node.value is not None]
+    keys = [OLD_NAMES.get(target.id, target.id) for target in assigned if isinstance(target, ast.Name)]
+    return [f"{key} in {name} has no effect: write {key}=... into .env" for key in keys if key in FIELDS]
+
+
+def warn_of_edits(module: str, names: Mapping[str, object]) -> None:
+    """For a module whose users once edited it: print the warnings of edits_of() when its names hold a setting."""
+    if names.keys() & {*FIELDS, *OLD_NAMES}:
+        for line in edits_of(f"{module}.py"):
+            print(f"[WARN] {line}", file=sys.stderr)
+
+
+def not_installed(missing: ModuleNotFoundError, program: str, action: str) -> str:
+    """The line of a program whose Python lacks a package, e.g. of bench_rerank.py, which is the action `bench`."""
+    script, name = shlex.quote(str(KIT_DIR / "start_rerank.sh")), missing.name
+    remedy = f'run "sh {script} {action}", which takes the Python that serves, or install it: pip install {name}'
+    return f"[ERR] {program}: {sys.executable} has no package {name!r}: {remedy}"
+
+
 def passed_on_env(env_file: Path | str | None = None) -> dict[str, str]:
     """Variables of other libraries (HF_*, VLLM_*, ...) that .env sets and the environment does not."""
     return {k: v for k, v in load_env(env_file).items() if PASSED_ON.search(k) and k not in {*os.environ, *FIELDS}}
@@ -347,7 +376,7 @@ def env_example() -> str:
 
 
 def markdown_table() -> str:
-    """The README's table of settings."""
+    """The table of docs/settings.md."""
     lines = ["| key | default | meaning |", "|---|---|---|"]
     for fields in _groups().values():
         for key, field in fields:

@@ -35,7 +35,7 @@ SETTINGS = {*settings.FIELDS, "VLLM_API_KEY", "KIT_ENV_FILE"}
 # pytest -n 4: what uses one of these fixtures is run by one process, one fixture after the other; a file is run by one
 # process too. Two real servers at a time would wait for each other's cores: the other processes run what sleeps.
 # (--dist loadgroup of xdist 3.8 does nothing under pytest 9.2: findings/xdist_loadgroup_pytest9.sh.)
-REAL = ("keyed_service", "fleet", "fork_server", "service")
+REAL = ("keyed_service", "fleet", "fork_server", "service", "demo")
 # What takes longest comes first.
 FIRST = ("real", "test_supervisor", "test_start_rerank", "test_one_service", "test_compare", "test_nodes")
 
@@ -275,6 +275,31 @@ def service(checkpoints, tmp_path_factory):
     yield Service(settings["PORT"], checkpoints["qwen3"], settings)
     stopped = run_kit("stop", **settings)
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+
+
+@dataclass
+class Demo:
+    """What the demo left: a copy of the kit with its service, and the environment of an empty shell beside it."""
+
+    folder: Path
+    env: dict[str, str]
+    done: subprocess.CompletedProcess
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """`sh start_rerank.sh demo` in a copy of the kit, from an empty shell but for PORT and the installed Python."""
+    folder = copy_kit(tmp_path_factory.mktemp("newcomer") / "rerank kit")
+    (KIT / "models").mkdir(exist_ok=True)  # what was downloaded once is not downloaded again
+    (folder / "models").symlink_to(KIT / "models")
+    env = {
+        name: os.environ[name] for name in ("HOME", "PATH", "PIP_INDEX_URL", "PIP_CONFIG_FILE") if name in os.environ
+    }
+    env |= {"PYTHON": sys.executable, "PORT": str(free_port())}
+    run = ["sh", "start_rerank.sh"]
+    done = subprocess.run([*run, "demo"], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    yield Demo(folder, env, done)
+    subprocess.run([*run, "stop"], cwd=folder, env=env, check=True, capture_output=True, timeout=100)
 
 
 @pytest.fixture(scope="session")

@@ -118,7 +118,12 @@ def explain(plan: Plan) -> str:
         lines.append(f"{key}: {plan.engine[key]} ({reason})" if key in plan.engine else f"{key}: {reason}")
     lines.append("# command")
     env = [f"{k}={shlex.quote(v)}" for k, v in plan.env.items()] + (["VLLM_API_KEY=***"] if cfg.api_key else [])
-    commands = [" ".join([*env, "vllm", shlex.join(shown_args(plan, group))]) for group in range(plan.engines)]
+    try:
+        program = shlex.quote(vllm_command())
+    except NoVllm:
+        program = "vllm"
+    env = [f"PYTHONPATH={shlex.quote(str(KIT_DIR))}", *env]  # so that it runs from any folder
+    commands = [" ".join([*env, program, shlex.join(shown_args(plan, group))]) for group in range(plan.engines)]
     return "\n".join([*lines, *commands])
 
 
@@ -127,10 +132,7 @@ def server_commands(plan: Plan) -> tuple[list[list[str]], dict[str, str]]:
 
     The API key is in the environment, because everybody can read the process list.
     """
-    make_adapted(plan.checkpoint, plan.profile, Path(plan.engine["model"]))
-    if plan.template is not None and _template_file(plan).parent == plan.cfg.log_path:
-        plan.cfg.log_path.mkdir(parents=True, exist_ok=True)
-        _write_once(_template_file(plan), plan.template)
+    make_files(plan)
     rpc_port = _free_port() if plan.engines > 1 else 0
     commands = [[vllm_command(), *serve_args(plan, group, rpc_port)] for group in range(plan.engines)]
     return commands, server_env(plan)
@@ -148,6 +150,14 @@ def server_env(plan: Plan) -> dict[str, str]:
     if plan.cfg.guard and plan.cfg.startup_check and not is_headless(plan.cfg):
         env["GUARD_CHECK"] = json.dumps(expectation(plan.checkpoint, Settled(plan.profile, plan.template)))
     return with_kit_on_path(env)
+
+
+def make_files(plan: Plan) -> None:
+    """The files in LOG_DIR that the command names: the adapted checkpoint, a template that is no profile's file."""
+    make_adapted(plan.checkpoint, plan.profile, Path(plan.engine["model"]))
+    if plan.template is not None and _template_file(plan).parent == plan.cfg.log_path:
+        plan.cfg.log_path.mkdir(parents=True, exist_ok=True)
+        _write_once(_template_file(plan), plan.template)
 
 
 def _write_once(path: Path, text: str) -> None:
@@ -205,6 +215,7 @@ def main(argv: list[str]) -> int:
             return 0
         plan = plan_service(get_config())
         if argv[0] == "cfg":
+            make_files(plan)  # so that the printed command can be pasted
             print(explain(plan))
         elif argv[0] == "check":
             vllm_command()

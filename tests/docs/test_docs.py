@@ -1,14 +1,16 @@
 """The documentation says what the code does: tables, commands, files, both languages."""
 
+import ast
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import KIT
 
+from docs import pages
 from rerank_kit import settings
-from rerank_kit.models.profiles import load_profiles
 
 READMES = ("README.md", "README.zh-CN.md")
 
@@ -42,33 +44,65 @@ def test_the_last_words_of_the_demo_are_those_of_the_script(name):
     assert text in read(name), text
 
 
-def test_readme_settings_are_those_of_the_code():
-    assert settings.markdown_table() in read("README.md"), "run: python env_utils.py table, paste into README.md"
+def test_the_generated_parts_are_up_to_date():
+    stale = [path.name for path, text in pages.generated() if path.read_text("utf-8") != text]
+    assert not stale, "run: python docs/pages.py --write"
 
 
-def test_chinese_settings_have_the_same_keys_and_defaults():
-    english, chinese = (table_with(t, h) for t, h in ((settings.markdown_table(), "key"), (read(READMES[1]), "键")))
-    assert [row[:2] for row in chinese[2:]] == [row[:2] for row in english[2:]]
-    assert all(re.search(r"[\u4e00-\u9fff]", row[2]) for row in chinese[2:])
+def test_the_generator_keeps_translations_and_takes_new_keys():
+    head = "<!-- table: settings -->\n| 键 | 默认值 | 含义 |\n|---|---|---|\n"
+    text = head + "| `PORT` | `1` | 端口 |\n| `GONE` |  | 旧 |\n<!-- end -->\n"
+    made = pages.filled_in("x.zh-CN.md", text)
+    assert "| `PORT` | `11438` | 端口 |" in made and "GONE" not in made
+    assert "| `HOST` | `127.0.0.1` | address" in made, "a new key has its English text until somebody translates it"
+    assert "| `PORT` | `11438` | port of" in pages.filled_in("x.md", text)
 
 
-def test_both_readmes_have_the_same_sections_tables_and_code():
+@pytest.mark.parametrize("page", ["settings", "models"])
+def test_chinese_tables_are_translated(page):
+    english, chinese = (tables(read(f"docs/{page}{ending}.md")) for ending in ("", ".zh-CN"))
+    assert [[row[0] for row in table[2:]] for table in english] == [[row[0] for row in table[2:]] for table in chinese]
+    for row in (row for table in chinese for row in table[2:]):
+        assert re.search(r"[\u4e00-\u9fff]", row[-1]) or row[-1] == "zerank-2", f"docs/{page}.zh-CN.md: translate {row}"
+
+
+def test_both_readmes_have_the_same_sections_tables_and_links():
     one, two = map(read, READMES)
     assert len(re.findall(r"^## ", one, re.M)) == len(re.findall(r"^## ", two, re.M))
     assert [len(t) for t in tables(one)] == [len(t) for t in tables(two)]
-    blocks = [re.findall(r"^```(\w*)\n(.*?)^```", t, re.M | re.S) for t in (one, two)]
-    without_comments = [[(kind, re.sub(r"\s*#.*", "", code)) for kind, code in b[1:]] for b in blocks]
-    assert without_comments[0] == without_comments[1]
+    targets = [{re.sub(r"\.zh-CN", "", t) for t in re.findall(r"\]\(([^)#:]+)\)", text)} for text in (one, two)]
+    assert targets[0] - {"README.md"} <= targets[1], "a page that only the English README names"
+    keys = [set(re.findall(r"\b[A-Z][A-Z_]{2,}\b", text)) & set(settings.FIELDS) for text in (one, two)]
+    assert keys[0] == keys[1], "a setting that one README alone names"
 
 
 @pytest.mark.parametrize("name", READMES)
-def test_readme_lists_every_profile_and_action(name):
-    text = read(name)
-    assert {row[0].strip("`") for row in table_with(text, "profile")[2:]} == set(load_profiles())
+def test_readme_is_short(name):
+    assert len(read(name).splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", ["docs/commands.md", "docs/quickstart.zh-CN.md"])
+def test_every_action_is_explained(page):
     usage = subprocess.run(["sh", str(KIT / "start_rerank.sh"), "help"], capture_output=True, text=True).stdout
-    actions = re.search(r"start_rerank\.sh (\S+)", usage).group(1).split("|")
-    action_table = next(t for t in tables(text) if any(row[0] == "`setup`" for row in t))
-    assert {row[0].strip("`") for row in action_table[2:]} | {"help"} == set(actions)
+    actions = re.findall(r"^  ([a-z-]+)(?: \S+)? {2,}\S", usage, re.M)
+    assert len(actions) > 15 and {"setup", "bench", "help"} <= set(actions)
+    explained = next(t for t in tables(read(page)) if any(row[0] == "`setup`" for row in t))
+    assert {row[0].strip("`") for row in explained[2:]} | {"help"} == set(actions)
+
+
+def test_every_page_is_in_the_index():
+    index = read("docs/README.md")
+    for path in (KIT / "docs").glob("*.md"):
+        assert path.name == "README.md" or f"({path.name})" in index, path.name
+
+
+PAGES = ["README.md", "README.zh-CN.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (KIT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_to_files(name):
+    for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", read(name)):
+        assert ((KIT / name).parent / target).exists(), target
 
 
 @pytest.mark.parametrize("name", READMES)
@@ -80,18 +114,59 @@ def test_readme_names_only_files_that_exist(name):
         assert (KIT / program).exists(), program
 
 
-@pytest.mark.parametrize("program", ["vllm_usage.py", "vllm_usage_tiny.py", "bench_rerank.py"])
-def test_options_in_the_readme_exist(program):
+@pytest.mark.parametrize(
+    ("program", "action"), [("vllm_usage.py", "score"), ("vllm_usage_tiny.py", "-"), ("bench_rerank.py", "bench")]
+)
+def test_options_in_the_pages_exist(program, action):
     done = subprocess.run([sys.executable, str(KIT / program), "--help"], capture_output=True, text=True, cwd=KIT)
     assert done.returncode == 0, done.stderr
-    for line in re.findall(rf"{program}([^\n#]*)", read("README.md")):
-        for option in re.findall(r"--[a-z-]+", line):
-            assert option in done.stdout, f"{program} {option}"
+    seen = 0
+    for page in PAGES:
+        for line in re.findall(rf"(?:{program}|start_rerank.sh {action}\b)([^\n#`]*)", read(page)):
+            for option in re.findall(r"(?<!\S)--[a-z-]+", line):
+                seen += 1
+                assert option in done.stdout, f"{page}: {program} {option}"
+    assert seen
 
 
-@pytest.mark.parametrize("message", ["no hub gave it", "fits no profile", "setup failed at", "cannot be bound"])
-def test_troubleshooting_quotes_messages_of_the_code(message):
-    code = "".join(p.read_text("utf-8") for p in [*KIT.glob("rerank_kit/**/*.py"), KIT / "start_rerank.sh"])
-    assert message in code
-    for name in READMES:
-        assert message in read(name)
+def packages(name: str) -> set[str]:
+    text = read(name).lower().replace("-", "_")
+    return set(re.findall(r"^([a-z0-9_.]+)(?:\[.*\])?==", text, re.M))
+
+
+FOR_TESTS = packages("requirements-dev.txt") - packages("requirements.txt") - packages("requirements-cpu.txt")
+
+
+def imported(file: Path, seen: set[Path]) -> set[str]:
+    """The packages that a program of this folder imports when it starts, also by the files beside it."""
+    if file in seen:
+        return set()
+    seen.add(file)
+    found = set()
+    for node in ast.parse(file.read_text("utf-8")).body:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+        for name in names:
+            found.add(name.split(".")[0])
+            for folder in (KIT, file.parent, KIT / "tests", KIT / "tests" / "stand_ins"):
+                beside = folder / (name.replace(".", "/") + ".py")
+                found |= imported(beside, seen) if beside.exists() else set()
+    return found
+
+
+def test_commands_that_need_more_than_setup_say_so():
+    """`pip install -r requirements-dev.txt` stands in the page that names a program with pytest or hypothesis in it."""
+    assert {"pytest", "hypothesis"} <= FOR_TESTS and not {"requests", "aiohttp"} & FOR_TESTS
+    programs = 0
+    for page in [*PAGES, "measurements/README.md", "deploy/README.md"]:
+        text = read(page)
+        for module, file in re.findall(r"(?:python3?|\$PY|sh\))\"? (?:-m (\w+)|([\w/]+\.py))", text):
+            programs += 1
+            names = {module} if module else set()
+            if file and (path := next((p for p in (KIT / file, KIT / "docs" / file) if p.exists()), None)):
+                names = imported(path, set())
+            lacks = names & FOR_TESTS
+            told = "requirements-dev.txt" in text or "tests/run.sh" in text
+            assert not lacks or told, f"{page}: {file or module} needs {lacks}"
+    assert programs > 20

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -45,7 +46,27 @@ def test_usage():
     assert run_kit().returncode == 2
     wrong = run_kit("begin")
     assert wrong.returncode == 2 and "unknown action: begin" in wrong.stderr
-    assert "start_rerank.sh setup|demo" in run_kit("help").stdout
+    shown = run_kit("help").stdout
+    assert "  setup  " in shown and "Settings: environment" in shown
+    assert (KIT / "start_rerank.sh").stat().st_mode & 0o111, "./start_rerank.sh works"
+
+
+def test_the_words_for_programs_run_them_from_anywhere(tmp_path):
+    assert "--saturate" in run_kit("bench", "--help", cwd=tmp_path).stdout
+    assert "--shard" in run_kit("score", "--help", cwd=tmp_path).stdout
+    (tmp_path / "mine.jsonl").write_text('{"query": "q"}\n')
+    wrong = run_kit("bench", "--input", "mine.jsonl", BASE_URL="http://127.0.0.1:9/v1", cwd=tmp_path)
+    assert wrong.returncode in (1, 2) and "No such file" not in wrong.stderr, "paths are those of the caller"
+    none = run_kit("example", PORT=free_port(), RETRIES=0)
+    assert none.returncode == 1 and "no server at" in none.stderr
+
+
+@pytest.mark.parametrize(("action", "package"), [("example", "requests"), ("bench", "requests"), ("score", "vLLM")])
+def test_a_word_without_its_packages_is_one_line(action, package, tmp_path):
+    subprocess.run([sys._base_executable, "-m", "venv", "--without-pip", str(tmp_path)], check=True)
+    done = run_kit(action, PYTHON=tmp_path / "bin" / "python")
+    assert (done.returncode, len(done.stderr.splitlines())) == (5, 1), done.stderr
+    assert package in done.stderr and "start_rerank.sh setup" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -348,11 +369,31 @@ def test_cfg_prints_the_command_that_runs(service):
     command = cfg.stdout.strip().splitlines()[-1]
     pid = json.loads(run_kit("status", "--json", **service.settings).stdout)["server_pid"]
     running = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-    import shlex
-
     words = shlex.split(command)
     wanted = words[words.index("serve") :]
     assert running[running.index("serve") : -1] == wanted
+
+
+def test_the_command_of_cfg_runs_from_any_folder(checkpoints, tmp_path):
+    settings = {
+        "MODEL_PATH": checkpoints["qwen3"],
+        "INSTRUCTION": "find it",
+        "LOG_DIR": tmp_path / "logs",
+        "DTYPE": "float32",
+    }
+    cfg = run_kit("cfg", **settings)
+    assert cfg.returncode == 0, cfg.stderr
+    words = shlex.split(cfg.stdout.strip().splitlines()[-1])
+    assert Path(words[words.index("--chat-template") + 1]).read_text().startswith("{%- set instruction"), (
+        "it was written"
+    )
+    program, env = words[words.index("serve") - 1], dict(w.split("=", 1) for w in words[: words.index("serve") - 1])
+    assert os.access(program, os.X_OK) and Path(program).is_absolute()
+    guard = words[words.index("--middleware") + 1].rpartition(".")[0]
+    code = [sys.executable, "-P", "-c", f"import {guard}"]
+    for path, expected in ((env["PYTHONPATH"], 0), ("", 1)):
+        done = subprocess.run(code, env={"PATH": os.environ["PATH"], "PYTHONPATH": path}, cwd="/", capture_output=True)
+        assert done.returncode == expected, done.stderr
 
 
 @pytest.mark.server
@@ -369,24 +410,6 @@ def test_changing_the_port_in_env_file_moves_everything(service, tmp_path):
     command = [sys.executable, "bench_rerank.py", "--concurrency", "2", "--requests", "4", "--docs", "2"]
     bench = subprocess.run(command, env=env, cwd=KIT, capture_output=True, text=True, timeout=120)
     assert bench.returncode == 0 and url in bench.stdout, bench.stdout + bench.stderr
-
-
-@pytest.mark.server
-def test_demo_ranks_with_the_shipped_model(tmp_path):
-    """One command from an installed environment to ranked documents; MiniLM, since there is neither GPU nor hub."""
-    settings = {"PORT": free_port(), "LOG_DIR": tmp_path}
-    try:
-        done = run_kit("demo", **settings)
-        assert done.returncode == 0, done.stdout + done.stderr
-        ranked = [line for line in done.stdout.splitlines() if line.startswith("- score=")]
-        assert "The capital of China is Beijing." in ranked[0]
-        assert float(ranked[0].split("=")[1].split()[0]) == pytest.approx(0.8655, abs=0.005)
-        assert "This was all-MiniLM-L6-v2" in done.stdout and "MODEL_PATH=Qwen/Qwen3-Reranker-0.6B" in done.stdout
-        assert "sh start_rerank.sh stop" in done.stdout
-        again = run_kit("demo", **settings)
-        assert again.returncode == 0 and "already running" in again.stdout
-    finally:
-        assert run_kit("stop", **settings).returncode == 0
 
 
 def test_two_services_of_one_folder_keep_to_themselves(kit, tmp_path):

@@ -229,6 +229,6 @@ def test_import_does_nothing(tmp_path):
 
 def test_env_example_is_current_and_loads_to_the_defaults(tmp_path):
     text = (KIT / ".env.example").read_text("utf-8")
-    assert text == settings.env_example(), "run: python env_utils.py example > .env.example"
+    assert text == settings.env_example(), "run: python docs/pages.py --write"
     lines = [line.removeprefix("#") if line[1:2].isupper() else line for line in text.splitlines()]
     assert get_config(write(tmp_path / ".env", "\n".join(lines))) == get_config()
