@@ -85,6 +85,33 @@ def step_graphs(vllm: str) -> tuple[bool, str]:
     return True, "a small model is launched slower than it computes: graphs for steps of whole calls"
 
 
+def whole_graphs(
+    vllm: str, capabilities: tuple[str, ...], dtype: str, config: dict, extra_args: str
+) -> tuple[bool, str]:
+    """Whether the graphs are of the whole forward pass (whole_graphs.py), not of its pieces, and why.
+
+    H200, 0.6B, vLLM 0.32, three engines: one document 14.2 and 8.7 ms, p50 of 32 documents at 2 calls in flight 46 and
+    35 ms, no loss at 64. With EXACT=1 the scores of 512 pairs have the same bits with both (docs/performance_h200.md).
+    """
+    if not vllm.startswith("0.32."):
+        return False, f"graphs of the pieces: whole_graphs.py knows the worker of vLLM 0.32, not that of {vllm}"
+    if set(capabilities) != {"9.0"}:
+        return False, "graphs of the pieces: FlashAttention 3, which can be captured whole, is for Hopper GPUs"
+    if dtype not in ("auto", "bfloat16", "float16", "half") or "float32" in (
+        config.get("dtype"),
+        config.get("torch_dtype"),
+    ):
+        return False, "graphs of the pieces: FlashAttention 3 computes in 16 bits"
+    if config.get("model_type") not in ("qwen2", "qwen3"):
+        return False, "graphs of the pieces: the whole pass is proved with Qwen models"
+    other = re.search(
+        r"--(worker[-_]cls|attention[-_]\w+|enable[-_]lora|speculative\w*|kv[-_]cache[-_]dtype)", extra_args
+    )
+    if other:
+        return False, f"graphs of the pieces: EXTRA_ARGS holds {other[0]}"
+    return True, "one launch for the whole forward pass of a step"
+
+
 def graph_sizes(max_tokens: int) -> list[int]:
     """Tokens of the steps for which CUDA graphs are captured. vLLM pads a step to the next of them.
 

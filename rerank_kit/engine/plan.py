@@ -16,9 +16,10 @@ from rerank_kit.engine.choices import (
     step_graphs,
     weight_bytes,
     whole_calls,
+    whole_graphs,
 )
 from rerank_kit.engine.extra_args import check_extra_args
-from rerank_kit.engine.machine import GIB, Machine, cpu_has_bf16, probe_machine
+from rerank_kit.engine.machine import GIB, Machine, compute_capabilities, cpu_has_bf16, probe_machine
 from rerank_kit.engine.nodes import check_nodes, describe_node, has_other_nodes, is_headless, node_env
 from rerank_kit.engine.precision import MODE, check_exact, quantization
 from rerank_kit.engine.scale import score_scale
@@ -109,7 +110,7 @@ def plan_engine(
         plan.engines, plan.why["engines_per_gpu"] = _engines(plan)
     if machine.is_cpu:
         _plan_cpu(plan)
-    elif machine.gpu_mib > 70_000:
+    elif machine.gpu_mib > 70_000 and plan.engines == 1:
         # 0.6B on an H100, engine alone: 1079 pairs/s with 8192 tokens and 128 pairs a step, 1712 with 65536 and 1024.
         _plan_gpu(plan, 65536, 1024, "large steps: offline, throughput matters and latency does not")
     else:
@@ -366,6 +367,22 @@ def _plan_light_load(plan: Plan) -> None:
         if fits:
             sizes = graph_sizes(engine["max_num_batched_tokens"])
             engine["compilation_config"] = {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": sizes}
+            _plan_whole_graphs(plan)
+
+
+def _plan_whole_graphs(plan: Plan) -> None:
+    """Graphs of the whole forward pass, where they are proved."""
+    cfg, engine = plan.cfg, plan.engine
+    if cfg.tp > 1:
+        plan.why["worker_cls"] = "graphs of the pieces: the whole pass is proved with TP=1"
+        return
+    fits, plan.why["worker_cls"] = whole_graphs(
+        plan.machine.vllm_version, compute_capabilities(), cfg.dtype, plan.checkpoint.config, cfg.extra_args
+    )
+    if fits:
+        engine["worker_cls"] = "rerank_kit.engine.whole_graphs.WholeGraphs"
+        # The number of splits of a long prompt is fixed at capture.
+        engine["attention_config"] = {"flash_attn_max_num_splits_for_cuda_graph": 1}
 
 
 def _plan_cpu(plan: Plan) -> None:

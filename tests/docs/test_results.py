@@ -205,7 +205,67 @@ def p50_ratio(mine: str, base: str) -> Cells:
     return lambda column: [call(mine, "p50")(column)[0] / call(base, "p50")(column)[0]]
 
 
+CALL_H200 = [{"kind": "load", "level": n} for n in (1, 2, 4, 16, 64)] + [{"kind": "one", "level": 1}]
+
+
+def call_h200(arrangement: str, *columns: str) -> Cells:
+    return speed("call-h200", *(columns or ("p50_ms", "pairs/s")), arrangement=arrangement)
+
+
+def quotient(name: str, mine: str, base: str) -> Cells:
+    return lambda column: [call_h200(mine, name)(column)[0] / call_h200(base, name)(column)[0]]
+
+
+def offline_h200(engines: int) -> Cells:
+    def cells(column: dict) -> list[float]:
+        found = values("offline-h200", column["column"], engines=engines, kind="end_to_end")
+        return [median(found), min(found), max(found)] if column["column"] == "pairs_s" else found[:1]
+
+    return cells
+
+
+def exact_h200(**where) -> Cells:
+    return lambda column: [one("exact-h200", column["column"], **where)]
+
+
+def part_of_start(what: str) -> Cells:
+    return lambda _: values("start-h200", "seconds", arrangement="pieces", what=what)
+
+
+PARTS = [row["what"] for row in results.read("start-h200")[1] if not row["what"].startswith("start to ")]
 TABLES = [
+    Table(
+        "performance_h200.md",
+        ("call-h200",),
+        CALL_H200,
+        {
+            **{name: call_h200(name) for name in ("plain", "pieces", "whole", "exact")},
+            "p50, whole / plain": quotient("p50_ms", "whole", "plain"),
+            "pairs/s, exact / pieces": quotient("pairs/s", "exact", "pieces"),
+        },
+    ),
+    Table(
+        "performance_h200.md",
+        ("offline-h200",),
+        [{"column": "step_tokens"}, {"column": "pairs_s"}, {"column": "start_s"}],
+        {"1, the default before": offline_h200(1), "3, the default": offline_h200(3)},
+    ),
+    Table(
+        "performance_h200.md",
+        ("exact-h200",),
+        [{"column": "engines"}, None, {"column": "scores"}, {"column": "changed"}, None],
+        {
+            "0.6B, random": exact_h200(start="warm, alone"),
+            "0.6B, random, cold": exact_h200(start="cold, beside three others", mode="EXACT=1"),
+            "0.6B, random, whole graphs": exact_h200(graphs="whole", mode="EXACT=1"),
+            "4B, random": exact_h200(model="4B", weights="random"),
+            "8B, random": exact_h200(model="8B", weights="random"),
+            "4B, dummy": exact_h200(model="4B", start="restarted"),
+            "8B, dummy": exact_h200(model="8B", start="restarted"),
+            "8B, dummy, cold": exact_h200(model="8B", start="cold"),
+        },
+    ),
+    Table("performance_h200.md", ("start-h200",), [{}], {what: part_of_start(what) for what in PARTS}),
     Table(
         "performance_h100.md",
         ("call-h100-c",),
@@ -311,8 +371,8 @@ TABLES = [
         {"kit": infinity("kit"), "infinity-emb": infinity("infinity-emb")},
     ),
     *(
-        Table("guard.md", (f"overload-{gpu}",), TURN, {str(turn): overload(gpu, turn) for turn in (1, 2, 3)})
-        for gpu in ("h100", "h200")
+        Table("guard.md", (f"overload-{gpu}",), TURN, {str(turn): overload(gpu, turn) for turn in turns})
+        for gpu, turns in (("h100", (1, 2, 3)), ("h200", (1, 2, 3)), ("h200-b", (1, 2, 3, 4, 5)))
     ),
 ]
 
@@ -685,6 +745,56 @@ SENTENCES = [
             max(values("overload-h200", "p99_ms")) / 4000,
         ],
     ),
+    says(
+        "guard.md",
+        "The median of five is # %, the worst # %, and accepted calls took at most # times MAX_WAIT_S (p99).",
+        "overload-h200-b",
+        lambda: [
+            median(shares := [overload("h200-b", turn)({"column": "of peak"})[0] for turn in range(1, 6)]),
+            min(shares),
+            max(row["p99_ms"] for row in picked("overload-h200-b", load="x10")) / 4000,
+        ],
+    ),
+    says(
+        "performance_h200.md",
+        "p99 # to # ms (`pieces`), # to # (`whole`), # (`exact`), # to # (`plain`).",
+        "call-h200",
+        lambda: [
+            *spread("call-h200", "p99_ms", arrangement="pieces", level=64),
+            *spread("call-h200", "p99_ms", arrangement="whole", level=64),
+            one("call-h200", "p99_ms", arrangement="exact", level=64),
+            *spread("call-h200", "p99_ms", arrangement="plain", level=64),
+        ],
+    ),
+    says(
+        "performance_h200.md",
+        "caches warm: # s, default # s, so # times. The first start took # s beside three other services.",
+        "exact-h200 start-h200",
+        lambda: [
+            exact := one("exact-h200", "start_s", start="warm, alone"),
+            default := one("start-h200", "seconds", arrangement="pieces", what="start to ready"),
+            exact / default,
+            one("exact-h200", "start_s", mode="EXACT=1", start="cold, beside three others"),
+        ],
+    ),
+    says(
+        "performance_h200.md",
+        "# scores lie within # of their pair's median with whole graphs and within # with pieces.",
+        "exact-h200",
+        lambda: [
+            one("exact-h200", "scores", mode="EXACT=0", graphs="whole"),
+            *(one("exact-h200", "largest", mode="EXACT=0", graphs=graphs) for graphs in ("whole", "pieces")),
+        ],
+    ),
+    says(
+        "performance_h200.md",
+        "# s, bare `vllm serve` # s until its first score.",
+        "start-h200",
+        lambda: [
+            one("start-h200", "seconds", arrangement=name, what=what)
+            for name, what in (("pieces", "start to ready"), ("plain", "start to first score"))
+        ],
+    ),
     says("guard.md", "At the # pairs/s of [performance.md]", H100, lambda: [one(H100, **THREE, **LEVELS[3])]),
     says(
         "scaling.md",
@@ -716,7 +826,7 @@ SENTENCES = [
     ),
     says(
         "scaling.md",
-        "two GPUs had # (# of 2 x #, two leases).",
+        "two GPUs had # (# of 2 x #, measured on two days).",
         "scale-2xh100 engines-h100-b",
         lambda: [
             (both := scale("scale-2xh100", "DP=2 ENGINES_PER_GPU=2", 128, 128))
@@ -763,7 +873,9 @@ def test_other_speeds_in_a_file_are_noticed(name, tmp_path, monkeypatch):
     shutil.copytree(results.FOLDER, tmp_path / "results")
     head, rows = results.read(name)
     monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
-    column = next(c for c in ("pairs/s", "pairs_s", "share", "cpu_s_per_1000_calls") if c in rows[0])
+    column = next(
+        c for c in ("pairs/s", "pairs_s", "share", "cpu_s_per_1000_calls", "start_s", "seconds") if c in rows[0]
+    )
     for row in rows:
         row[column] = row[column] and row[column] * 1.02
     results.write(tmp_path / "results" / f"{name}.csv", head, rows)

@@ -1,11 +1,13 @@
 """Choices by model and machine: API processes, fastokens; what the plan makes of them."""
 
 import json
+import shutil
 from itertools import pairwise
 
 import pytest
 
 from rerank_kit.engine import choices
+from rerank_kit.engine import plan as engine_plan
 from rerank_kit.engine.choices import (
     api_servers,
     count_weights,
@@ -13,6 +15,7 @@ from rerank_kit.engine.choices import (
     fastokens_agrees,
     graph_sizes,
     whole_calls,
+    whole_graphs,
 )
 from rerank_kit.engine.machine import Machine
 from rerank_kit.engine.plan import plan_engine, plan_service
@@ -155,6 +158,57 @@ def test_step_graphs_are_for_releases_that_they_were_measured_with(checkpoints, 
     plan = plan_service(get_config(), checkpoints["qwen3"], Machine(vllm, H100.gpus, H100.cores, 2**37))
     assert ("compilation_config" in plan.engine) == fits
     assert ("this is " + vllm in plan.why["compilation_config"]) != fits
+
+
+QWEN = {"model_type": "qwen3", "torch_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("vllm", "capabilities", "dtype", "config", "extra", "said"),
+    [
+        ("0.32.0", ("9.0", "9.0"), "auto", QWEN, "--max-logprobs 1", None),
+        ("0.33.0", ("9.0",), "auto", QWEN, "", "not that of 0.33.0"),
+        ("0.32.0", ("9.0", "8.9"), "auto", QWEN, "", "Hopper"),
+        ("0.32.0", (), "auto", QWEN, "", "Hopper"),
+        ("0.32.0", ("9.0",), "float32", QWEN, "", "16 bits"),
+        ("0.32.0", ("9.0",), "auto", {"model_type": "qwen3", "dtype": "float32"}, "", "16 bits"),
+        ("0.32.0", ("9.0",), "auto", {"model_type": "gemma"}, "", "Qwen"),
+        ("0.32.0", ("9.0",), "auto", QWEN, "--worker-cls a.B", "EXTRA_ARGS holds --worker-cls"),
+        ("0.32.0", ("9.0",), "auto", QWEN, "--attention-backend X", "EXTRA_ARGS holds --attention-backend"),
+    ],
+)
+def test_whole_graphs_only_where_they_are_proved(vllm, capabilities, dtype, config, extra, said):
+    fits, why = whole_graphs(vllm, capabilities, dtype, config, extra)
+    assert fits == (said is None) and (said or "one launch") in why
+
+
+def test_whole_graphs_reach_the_service(checkpoints, monkeypatch, tmp_path):
+    half = tmp_path / "Qwen3-Reranker-tiny"  # config.json says in which precision a checkpoint is served
+    shutil.copytree(checkpoints["qwen3"], half)
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    monkeypatch.setattr(engine_plan, "compute_capabilities", lambda: ("9.0",))
+    plan = plan_service(get_config(dtype="bfloat16"), half, H100)
+    args = serve_args(plan, group=2)
+    assert args[args.index("--worker-cls") + 1] == "rerank_kit.engine.whole_graphs.WholeGraphs"
+    assert json.loads(args[args.index("--attention-config") + 1]) == {"flash_attn_max_num_splits_for_cuda_graph": 1}
+    two = Machine("0.32.0", H100.gpus * 2, H100.cores, 2**37)
+    parallel = plan_service(get_config(tp=2), half, two)
+    assert "worker_cls" not in parallel.engine and "TP=1" in parallel.why["worker_cls"]
+    monkeypatch.setattr(engine_plan, "compute_capabilities", lambda: ("8.0",))
+    assert "worker_cls" not in plan_service(get_config(), half, H100).engine
+    monkeypatch.setattr(engine_plan, "compute_capabilities", lambda: ("9.0",))
+    assert "worker_cls" not in plan_service(get_config(), checkpoints["qwen3"], H100).engine  # float32
+
+
+def test_whole_graphs_are_a_worker_of_the_installed_vllm():
+    """The command line and the modes that whole_graphs.py relies on exist in this release."""
+    pytest.importorskip("vllm")
+    from vllm.config import AttentionConfig, CUDAGraphMode
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    assert CUDAGraphMode.FULL.has_full_cudagraphs() and AttentionCGSupport.ALWAYS
+    assert AttentionConfig(flash_attn_max_num_splits_for_cuda_graph=1).flash_attn_max_num_splits_for_cuda_graph == 1
 
 
 def test_light_load_is_planned_for_a_small_decoder_on_a_large_gpu(checkpoints):
