@@ -24,6 +24,12 @@ PASSED_ON = re.compile(
 )
 
 
+# The client runs in other programs, whose environment has a PORT or an API_KEY of its own. So it has two names that come
+# first, and it reads what belongs to the service from .env alone.
+CLIENTS_OWN = {"RERANK_BASE_URL": "BASE_URL", "RERANK_API_KEY": "API_KEY"}
+FROM_FILE_ALONE = ("HOST", "PORT", "SSL_CERTFILE", "API_KEY", "API_KEY_FILE")
+
+
 class ConfigError(ValueError):
     """A setting that cannot be used. The message names the key, its source and the allowed values."""
 
@@ -222,6 +228,11 @@ def get_config(env_file: Path | str | None = None, **overrides: object) -> EnvCo
             break
     unknown = set(overrides) - set(values) - {f.name for f in FIELDS.values()}
     errors += [f"{name} is not a setting" for name in sorted(unknown)]
+    return _finished_config(values, errors)
+
+
+def _finished_config(values: dict[str, Any], errors: list[str]) -> EnvConfig:
+    """The configuration with the key of API_KEY_FILE. Raises ConfigError with all errors."""
     if not values.get("api_key") and values.get("api_key_file"):
         try:
             values["api_key"] = _read_key(values["api_key_file"])
@@ -232,6 +243,49 @@ def get_config(env_file: Path | str | None = None, **overrides: object) -> EnvCo
     if errors:
         raise ConfigError("\n".join(errors))
     return EnvConfig(**values)
+
+
+def client_config(env_file: Path | str | None = None) -> EnvConfig:
+    """The settings of a caller: RERANK_BASE_URL and RERANK_API_KEY, then group "client" and SERVED_MODEL_NAME.
+
+    Without RERANK_BASE_URL and BASE_URL the address is that of the service which .env describes; so is the key. Other
+    settings of the service are neither read nor checked.
+
+    Raises:
+        ConfigError: the message has a line for every setting that cannot be used.
+    """
+    file_values = load_env(env_file)
+    of_client = [key for key, field in FIELDS.items() if field.metadata["group"] == "client"]
+    found: dict[str, tuple[str, str, str]] = {}  # key -> (name, text, source)
+
+    def look(key: str, name: str, *sources: str) -> None:
+        for source in sources:
+            if key not in found and (text := (os.environ if source == "environment" else file_values).get(name)):
+                found[key] = (name, text, source)
+
+    for name, key in CLIENTS_OWN.items():
+        look(key, name, "environment", ".env")
+    for key in (*of_client, "SERVED_MODEL_NAME"):
+        look(key, key, "environment", ".env")
+    for key in FROM_FILE_ALONE:
+        if "BASE_URL" not in found or key in ("API_KEY", "API_KEY_FILE"):
+            look(key, key, ".env")
+    values: dict[str, Any] = {}
+    errors: list[str] = []
+    for key, (name, text, source) in found.items():
+        try:
+            values[FIELDS[key].name] = _parse(key, text, source if name == key else f"{name}, {source}")
+        except ConfigError as exc:
+            errors.append(str(exc))
+    return _finished_config(values, errors)
+
+
+def not_read_by_client() -> str:
+    """A hint for errors: variables of the environment that the client leaves to the program around it; mostly empty."""
+    names = [name for name in FROM_FILE_ALONE if os.environ.get(name)]
+    if not names:
+        return ""
+    return f"; the client does not read {', '.join(names)} of the environment: set RERANK_BASE_URL, RERANK_API_KEY"
 
 
 def _read_key(name: str) -> str:
@@ -249,7 +303,7 @@ def warnings_of(env_file: Path | str | None = None) -> list[str]:
     """A warning for each key in .env that no code reads, with the nearest known key."""
     out = []
     for key in load_env(env_file):
-        if key not in FIELDS and not PASSED_ON.search(key):
+        if key not in FIELDS and key not in CLIENTS_OWN and not PASSED_ON.search(key):
             near = get_close_matches(key, FIELDS, 1)
             out.append(f"{key} in .env is not a setting" + (f": did you mean {near[0]}?" if near else ""))
     return out
@@ -304,15 +358,20 @@ def _shell_values() -> str:
 
 
 _cache: dict[str, EnvConfig] = {}
-CFG: EnvConfig  # these three have a type here and a value by __getattr__
+CFG: EnvConfig  # these four have a type here and a value by __getattr__
+CLIENT: EnvConfig
 MODEL_PATH: str
 MODEL_PATH_TINY: str
 if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that __getattr__ knows
 
     def __getattr__(name: str) -> EnvConfig | str:
-        """CFG, MODEL_PATH and MODEL_PATH_TINY are read on first use, so an import reads no file."""
-        if name not in ("CFG", "MODEL_PATH", "MODEL_PATH_TINY"):
+        """CFG, CLIENT, MODEL_PATH and MODEL_PATH_TINY are read on first use, so an import reads no file."""
+        if name not in ("CFG", "CLIENT", "MODEL_PATH", "MODEL_PATH_TINY"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name == "CLIENT":
+            if name not in _cache:
+                _cache[name] = client_config()
+            return _cache[name]
         if "CFG" not in _cache:
             _cache["CFG"] = get_config()
         cfg = _cache["CFG"]
