@@ -507,8 +507,8 @@ def _in_threads(
             results.append(work(job))
             tick()
         return results
-    # Daemon threads: the interpreter joins those of a ThreadPoolExecutor at its end, so Ctrl-C would wait for answers in
-    # flight. Each job runs in a copy of the caller's context, which holds the OpenTelemetry span.
+    # Daemon threads: the interpreter joins those of a ThreadPoolExecutor at its end, so Ctrl-C would wait for answers
+    # in flight. Each job runs in a copy of the caller's context, which holds the OpenTelemetry span.
     todo: queue.SimpleQueue[tuple[int, _Job, Context]] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[int, _Result | None, BaseException | None]] = queue.SimpleQueue()
     for number, job in enumerate(jobs):

@@ -272,6 +272,13 @@ def test_errors_of_a_mock_are_errors_of_the_client(config, raised, expected):
         rerank("q", ["d"], base_url=URL)
 
 
+def test_the_recipe_of_the_page_works(monkeypatch):
+    page = (KIT / "docs" / "integrations.md").read_text("utf-8").partition("**In tests.**")[2]
+    names = {}
+    exec(page.partition("```python\n")[2].partition("```")[0], names)
+    names["test_my_program"](monkeypatch)
+
+
 def test_an_adapter_of_the_programs_own_is_used(config, serve):
     from rerank_kit.client.sessions import SharedResources
 
