@@ -309,13 +309,13 @@ do_stop() {
   pid=$(server_pid) || pid=$(kit serving.status server-pid) || pid=
   if [ -z "$pid" ] && [ ! -f "$PID_FILE" ]; then say "not running"; return 0; fi
   if [ -n "$pid" ]; then
-    say "stopping PID $pid: calls in flight get $STOP_TIMEOUT_S s"
+    say "stopping PID $pid: calls in flight get $((STOP_DELAY_S + STOP_TIMEOUT_S)) s"
     # TERM goes to the supervisor only, which passes it to the server only. The server drains and then ends its engine.
     # TERM to the group would lose every call in flight, and KILL on the server would orphan the GPU workers.
     since=$(born "$pid")
     kill -TERM "$pid"
     waited=0
-    while [ "$waited" -lt $((STOP_TIMEOUT_S + 20)) ] && [ "$(born "$pid")" = "$since" ]; do sleep 1; waited=$((waited + 1)); done
+    while [ "$waited" -lt $((STOP_DELAY_S + STOP_TIMEOUT_S + 20)) ] && [ "$(born "$pid")" = "$since" ]; do sleep 1; waited=$((waited + 1)); done
   fi
   [ -f "$PID_FILE" ] || [ "$(born "$pid")" != "$since" ] || die 1 "PID $pid does not end"
   if [ -n "$(session_pids)" ]; then

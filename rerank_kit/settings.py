@@ -65,6 +65,7 @@ class EnvConfig:
     log_dir: str = _key("log", "folder of logs and PID files; a relative path starts at the kit's folder", "service")
     start_timeout_s: int = _key(900, "seconds that start waits for the first scored probe", "service", low=1)
     stop_timeout_s: int = _key(30, "seconds that stop gives calls in flight to finish", "service", low=0)
+    stop_delay_s: int = _key(0, "seconds before that, in which a stopping service still takes calls while /ready is 503, so that balancers learn to ask others; behind nginx 11", "service", low=0)
     restart: str = _key("yes", "yes: the supervisor restarts a server that died or hangs; no: the server stays down, for systemd and Kubernetes, which restart it themselves", "service", choices=("yes", "no"))
     restart_max: int = _key(5, "limit on restarts within RESTART_WINDOW_S; beyond it the service stays down", "service", low=0)
     restart_window_s: int = _key(600, "seconds of the window in which restarts are counted", "service", low=1)
@@ -116,6 +117,11 @@ class EnvConfig:
     def engines_here(self) -> int:
         """DP copies on this host."""
         return self.dp_local or self.dp
+
+    @property
+    def drain_s(self) -> int:
+        """Seconds from TERM until the server gives calls up. The guard is what makes it wait."""
+        return self.stop_timeout_s + (self.stop_delay_s if self.guard else 0)
 
     @property
     def service_url(self) -> str:

@@ -178,6 +178,7 @@ def _guard_env(plan: Plan) -> dict[str, str]:
     env["GUARD_TAKES_INSTRUCTION"] = str(int(plan.profile.instruction))
     env["GUARD_VERSION"] = version_id(plan)
     env["GUARD_HEALTH_TIMEOUT_S"], env["GUARD_ENGINES"] = str(plan.cfg.health_timeout_s), str(plan.copies)
+    env["GUARD_STOP_DELAY_S"] = str(plan.cfg.stop_delay_s)
     # By default vLLM runs one API process for each data parallel rank.
     return env | {"GUARD_API_SERVERS": str(plan.api_servers or plan.copies)}
 
