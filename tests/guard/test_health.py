@@ -111,7 +111,7 @@ def test_the_first_scores_are_asked_for_again(monkeypatch, first):
 
     async def case():
         guard = await begun(Guard(Scores(first)))
-        while guard.health.not_ready == health.NOT_YET:
+        while guard.health.fault == health.NOT_YET:
             await asyncio.sleep(0.005)
         status, message = await probes(guard)
         assert status == [503, 200] and str(first) in message
@@ -139,7 +139,7 @@ def test_not_ready_while_the_scores_cannot_be_right(monkeypatch, inner, said):
         guard = await begun(Guard(Scores(**inner)))
         if not said:
             return await until_ready(guard)
-        while guard.health.not_ready == health.NOT_YET:
+        while guard.health.fault == health.NOT_YET:
             await asyncio.sleep(0.005)
         status, message = await probes(guard)
         assert status == [503, 200] and said in message and "the scores cannot be right" in message
@@ -310,6 +310,26 @@ def test_api_processes_know_each_others_engines(tmp_path):
     assert one.silent_s() == two.silent_s() == {1: 5}
     one.engine_waits(1, False)
     assert one.silent_s() == two.silent_s() == {}
+
+
+def test_ready_when_all_api_processes_are(monkeypatch, tmp_path):
+    """They share a port: a probe of one says what the next call may meet in another."""
+
+    async def case():
+        guards = []
+        for pid in (os.getpid(), os.getppid()):
+            guards.append(Guard(Scores()))
+            guards[-1].health.counts = Counts(str(tmp_path), 2, pid=pid)
+        await begun(guards[0])
+        while guards[0].health.fault:
+            await asyncio.sleep(0.005)
+        status, message = await probes(guards[0])
+        assert status == [503, 200] and "another API process has scored no pair yet" in message
+        await begun(guards[1])
+        for guard in guards:
+            await until_ready(guard)
+
+    run(case)
 
 
 def test_without_a_limit_nothing_hangs(monkeypatch):
