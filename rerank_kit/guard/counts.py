@@ -10,6 +10,7 @@ from rerank_kit.processes import born
 
 TOTALS = 7  # numbers of a process that do not belong to an engine
 READY = 6  # the last of them
+MISSING_S = 60.0
 
 
 class Counts:
@@ -17,9 +18,9 @@ class Counts:
 
     They share the engine, so how long a call waits depends on the pairs in all processes, and the kernel may hand one
     process most connections. Each writes seven numbers of its own (a counter that is odd while it writes, pairs in
-    flight, pairs served, pair-seconds, seconds with a pair in flight, time of the last change, whether it has scored its
-    first pairs) and reads those of the others, without locks. Two more for each engine (the time of its last scores, the time since when pairs wait for it
-    or 0) show a hang: CLOCK_MONOTONIC is the same in all processes.
+    flight, pairs served, pair-seconds, seconds with a pair in flight, time of the last change, when it had scored its
+    first pairs) and reads those of the others, without locks. Two more for each engine show a hang: the time of its
+    last scores, and since when pairs wait for it (0 = none do). CLOCK_MONOTONIC is the same in all processes.
     """
 
     def __init__(self, folder: str | None, n_processes: int, clock=time.monotonic, pid: int = 0, n_engines: int = 1):
@@ -84,13 +85,17 @@ class Counts:
                 self._others[file] = _mapped(file, self._size)
 
     def note_ready(self) -> None:
-        self._own[READY] = 1.0
+        self._own[READY] = self._clock()
 
     def others_ready(self) -> bool:
-        """Whether all other API processes have scored their first pairs: a connection may reach any of them."""
+        """Whether all other API processes have scored their first pairs: a connection may reach any of them.
+
+        One that does not appear is waited for until MISSING_S, in case vLLM started fewer than the kit expects.
+        """
         if len(self._others) < self._n_others:
             self._find_others()
-        return len(self._others) == self._n_others and all(view[READY] for view in self._others.values())
+        missing = len(self._others) < self._n_others and self._clock() - self._own[READY] < MISSING_S
+        return not missing and all(view[READY] for view in self._others.values())
 
     def engine_scored(self, engine: int) -> None:
         if engine < self.n_engines:

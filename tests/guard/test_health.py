@@ -332,6 +332,16 @@ def test_ready_when_all_api_processes_are(monkeypatch, tmp_path):
     run(case)
 
 
+def test_an_api_process_that_never_appears_is_not_waited_for_without_end(tmp_path):
+    clock = Clock()
+    counts = Counts(str(tmp_path), 2, clock)
+    counts.note_ready()
+    clock.now += 59
+    assert not counts.others_ready()
+    clock.now += 2
+    assert counts.others_ready()
+
+
 def test_without_a_limit_nothing_hangs(monkeypatch):
     async def case():
         guard = await begun(Guard(Scores()))
