@@ -156,7 +156,8 @@ class Guard:
                     call.start = message
                     return
             elif call.start:
-                start, message, call.start = *_with_callers_id(call, message), {}
+                start, message = _with_callers_id(call, message)
+                call.start = {}
                 await send(start)
             await send(message)
 

@@ -185,8 +185,8 @@ def run_checks(cfg: EnvConfig, reference: bool = False) -> Iterator[tuple[str, s
 
         pairs = [Pair(*pair) for pair in PAIRS]
         length = checkpoint.config.get("max_position_embeddings") or 4096
-        expected = reference_scores(checkpoint.path, profile.reference, pairs, cfg.instruction, min(length, 8192))
-        worst = max(abs(a - b) if isinstance(a, float) else math.inf for a, b in zip(scores, expected, strict=True))
+        by_reference = reference_scores(checkpoint.path, profile.reference, pairs, cfg.instruction, min(length, 8192))
+        worst = max(abs(a - b) if isinstance(a, float) else math.inf for a, b in zip(scores, by_reference, strict=True))
         fault = None if worst <= TOLERANCE else f"a score differs by {worst:.4f} from transformers in float32"
         yield "reference", fault, f"transformers in float32 agrees within {worst:.1e} (bf16 explains {TOLERANCE})"
 
