@@ -269,6 +269,26 @@ def test_a_pair_whose_client_left_is_asked_about(monkeypatch, hangs):
     run(case)
 
 
+def test_a_vllm_that_shows_no_engine_is_judged_by_its_calls(monkeypatch):
+    async def case():
+        guard, clock, inner = await watched(monkeypatch, core=SimpleNamespace())
+        inner.gate = asyncio.Event()
+        inner.script = [inner.gate] * 9
+        stuck = await started(guard, 1)
+        for _ in range(4):
+            await pass_s(guard, clock, 60)
+            gate, inner.gate = inner.gate, None
+            assert (await ask(guard, RERANK, documents())).status == 200
+            inner.gate = gate
+            assert (await probes(guard))[0] == [200, 200]
+        await pass_s(guard, clock, 110)
+        assert (await probes(guard))[0] == [503, 503]
+        inner.gate.set()
+        await stuck
+
+    run(case)
+
+
 def test_an_idle_service_is_never_asked_and_never_hangs(monkeypatch):
     async def case():
         guard, clock, inner = await watched(monkeypatch)
@@ -284,10 +304,10 @@ def test_one_of_several_engines_hangs(monkeypatch):
         core = Core()
         core.reqs_in_flight = {}
         guard, clock, _ = await watched(monkeypatch, n_engines=3, core=core)
-        core.reqs_in_flight |= {"a": (0).to_bytes(2, "little"), "b": (2).to_bytes(2, "little")}
+        core.reqs_in_flight |= {"a": (1).to_bytes(2, "little"), "b": (2).to_bytes(2, "little")}
         for _ in range(22):
             await pass_s(guard, clock, 5)
-            core.outputs.put_nowait(SimpleNamespace(outputs=[1], engine_index=0))
+            core.outputs.put_nowait(SimpleNamespace(outputs=[1], engine_index=1))
             await guard.health.core.get_output_async()
         status, message = await probes(guard)
         assert status == [503, 503] and message.startswith("engine 2 hangs")
