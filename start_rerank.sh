@@ -374,7 +374,9 @@ do_demo() {
   fi
   do_start || exit $?
   say ""
-  "$PY" "$KIT/main.py" || exit $?
+  # The client leaves PORT and API_KEY of the environment to the program around it, and this one is the kit's own.
+  key=$("$PY" "$KIT/env_utils.py" get API_KEY) && [ "$key" != None ] || key=
+  RERANK_BASE_URL=$SERVICE_URL RERANK_API_KEY=$key "$PY" "$KIT/main.py" || exit $?
   say ""
   case ${MODEL_PATH:-} in
     */all-MiniLM-L6-v2)
