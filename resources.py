@@ -36,7 +36,7 @@ if not TYPE_CHECKING:  # a type checker would take every misspelt name for one t
     def __getattr__(name: str) -> int | str:
         """PORT and LOCAL_BASE_URL are read on first use: importing this module does nothing."""
         if name == "PORT":
-            return settings.CFG.port
+            return settings.CLIENT.port
         if name == "LOCAL_BASE_URL":
             return base_urls()[0]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -395,13 +395,13 @@ do_stop() {
   pid=$(server_pid) || pid=$(kit serving.status server-pid) || pid=
   if [ -z "$pid" ] && [ ! -f "$PID_FILE" ]; then say "not running"; return 0; fi
   if [ -n "$pid" ]; then
-    say "stopping PID $pid: calls in flight get $STOP_TIMEOUT_S s"
+    say "stopping PID $pid: calls in flight get $((STOP_DELAY_S + STOP_TIMEOUT_S)) s"
     # TERM goes to the supervisor only, which passes it to the server only. The server drains and then ends its engine.
     # TERM to the group would lose every call in flight, and KILL on the server would orphan the GPU workers.
     if since=$(born "$pid"); then # it may have ended by itself just now
       kill -TERM "$pid"
       waited=0
-      while [ "$waited" -lt $((STOP_TIMEOUT_S + 20)) ] && [ "$(born "$pid")" = "$since" ]; do sleep 1; waited=$((waited + 1)); done
+      while [ "$waited" -lt $((STOP_DELAY_S + STOP_TIMEOUT_S + 20)) ] && [ "$(born "$pid")" = "$since" ]; do sleep 1; waited=$((waited + 1)); done
       [ -f "$PID_FILE" ] || [ "$(born "$pid")" != "$since" ] || die 1 "PID $pid does not end"
     fi
   fi
@@ -463,7 +463,9 @@ do_demo() {
   fi
   do_start || exit $?
   say ""
-  "$PY" "$KIT/main.py" || exit $?
+  # The client leaves PORT and API_KEY of the environment to the program around it, and this one is the kit's own.
+  key=$("$PY" "$KIT/env_utils.py" get API_KEY) && [ "$key" != None ] || key=
+  RERANK_BASE_URL=$SERVICE_URL RERANK_API_KEY=$key "$PY" "$KIT/main.py" || exit $?
   say ""
   case ${MODEL_PATH:-} in
     */all-MiniLM-L6-v2)

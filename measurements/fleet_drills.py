@@ -71,10 +71,8 @@ def stop_engine(replicas: list[Replica], nginx: Nginx) -> None:
 
 
 def roll(replicas: list[Replica], nginx: Nginx) -> None:
-    """Restarts one replica after the other, as in docs/fleet.md: the next when nginx uses the previous one again."""
-    for number, replica in enumerate(replicas):
-        if number:
-            time.sleep(FAIL_TIMEOUT_S)
+    """Restarts one replica after the other, as in docs/fleet.md: STOP_DELAY_S is the pause between them."""
+    for replica in replicas:
         replica.kit("restart")
 
 
@@ -125,7 +123,8 @@ def main(argv: list[str]) -> int:
     rows, chosen = {}, named or DRILLS
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        fleet = Fleet(folder, tiny_models.qwen3_reranker(folder / "Qwen3-Reranker-tiny"), HEALTH_TIMEOUT_S=12)
+        settings = {"HEALTH_TIMEOUT_S": 12, "STOP_DELAY_S": FAIL_TIMEOUT_S + 1}
+        fleet = Fleet(folder, tiny_models.qwen3_reranker(folder / "Qwen3-Reranker-tiny"), **settings)
         replicas, nginx = fleet.replicas, fleet.nginx
         try:
             fleet.start()

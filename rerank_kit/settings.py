@@ -28,6 +28,12 @@ PASSED_ON = re.compile(
 )
 
 
+# The client runs in other programs, whose environment has a PORT or an API_KEY of its own. So it has two names that come
+# first, and it reads what belongs to the service from .env alone.
+CLIENTS_OWN = {"RERANK_BASE_URL": "BASE_URL", "RERANK_API_KEY": "API_KEY"}
+FROM_FILE_ALONE = ("HOST", "PORT", "SSL_CERTFILE", "API_KEY", "API_KEY_FILE")
+
+
 class ConfigError(ValueError):
     """A setting that cannot be used. The message names the key, its source and the allowed values."""
 
@@ -57,12 +63,13 @@ class EnvConfig:
     served_model_name: str = _key("qwen3-reranker", "model name that clients send", "model")
     instruction: str | None = _key(None, "task instruction of calls that bring none. Default: the profile's own", "model")
     host: str = _key("127.0.0.1", "address to listen on; 0.0.0.0 opens the service to the network", "service")
-    port: int = _key(11438, "port of the server; client and benchmark call it too", "service", low=1, high=65535)
+    port: int = _key(11438, "port of the server; the benchmark calls it too, and a client beside this .env", "service", low=1, high=65535)
     api_key: str | None = _key(None, "key that clients must send, as Authorization: Bearer KEY", "service", secret=True)
     api_key_file: str | None = _key(None, "file that holds the key; used when API_KEY is unset", "service")
     log_dir: str = _key("log", "folder of logs and PID files; a relative path starts at the kit's folder", "service")
     start_timeout_s: int = _key(900, "seconds that start waits for the first scored probe", "service", low=1)
     stop_timeout_s: int = _key(30, "seconds that stop gives calls in flight to finish", "service", low=0)
+    stop_delay_s: int = _key(0, "seconds before that, in which a stopping service still takes calls while /ready is 503, so that balancers learn to ask others; behind nginx 11", "service", low=0)
     restart: str = _key("yes", "yes: the supervisor restarts a server that died or hangs; no: the server stays down, for systemd and Kubernetes, which restart it themselves", "service", choices=("yes", "no"))
     restart_max: int = _key(5, "limit on restarts within RESTART_WINDOW_S; beyond it the service stays down", "service", low=0)
     restart_window_s: int = _key(600, "seconds of the window in which restarts are counted", "service", low=1)
@@ -72,7 +79,7 @@ class EnvConfig:
     allow_no_key: int = _key(0, "1: serve without a key even if HOST is open to the network", "service", low=0, high=1)
     ssl_certfile: str | None = _key(None, "TLS certificate (PEM, with its chain); needs SSL_KEYFILE", "service")
     ssl_keyfile: str | None = _key(None, "private key of SSL_CERTFILE (PEM)", "service")
-    startup_check: int = _key(1, "1: start reports ready only when prompt, head and known answers are right; 0: when a probe is scored", "service", low=0, high=1)
+    startup_check: int = _key(1, "1: start and /ready report ready only when prompt, head and known answers are right; 0: when a pair is scored", "service", low=0, high=1)
     cuda_visible_devices: str | None = _key(None, "GPUs to use, e.g. 0,1. Default: the first TP x DP", "gpu")
     tp: int = _key(1, "tensor parallel size: one model over several GPUs", "gpu", low=1)
     dp: int = _key(1, "data parallel size: number of copies of the model", "gpu", low=1)
@@ -90,7 +97,7 @@ class EnvConfig:
     exact: int = _key(0, "1: a pair has the same bits in any batch, order and cache state, on any engine and after a restart; slower, NVIDIA GPUs only", "engine", low=0, high=1)
     api_server_count: int | None = _key(None, "API processes (HTTP, tokenizing) of one service. Default: chosen by model and machine", "engine", low=1)
     extra_args: str = _key("", "further arguments for vllm serve, quoted as in a shell", "engine")
-    base_url: str | None = _key(None, "URL at which clients find the service. Default: http://HOST:PORT/v1", "client")
+    base_url: str | None = _key(None, "URL at which clients find the service; RERANK_BASE_URL comes first. Default: that of the service in .env", "client")
     timeout_s: float = _key(120.0, "seconds that a client waits for an answer", "client", low=0.001)
     connect_timeout_s: float = _key(5.0, "seconds that a client waits for a connection", "client", low=0.001)
     pool_size: int = _key(150, "connections that a client keeps open; at least the number of calling threads", "client", low=1)
@@ -115,6 +122,11 @@ class EnvConfig:
     def engines_here(self) -> int:
         """DP copies on this host."""
         return self.dp_local or self.dp
+
+    @property
+    def drain_s(self) -> int:
+        """Seconds from TERM until the server gives calls up. The guard is what makes it wait."""
+        return self.stop_timeout_s + (self.stop_delay_s if self.guard else 0)
 
     @property
     def service_url(self) -> str:
@@ -230,6 +242,11 @@ def get_config(env_file: Path | str | None = None, **overrides: object) -> EnvCo
             break
     unknown = set(overrides) - set(values) - {f.name for f in FIELDS.values()}
     errors += [f"{name} is not a setting" for name in sorted(unknown)]
+    return _finished_config(values, errors)
+
+
+def _finished_config(values: dict[str, Any], errors: list[str]) -> EnvConfig:
+    """The configuration with the key of API_KEY_FILE. Raises ConfigError with all errors."""
     if not values.get("api_key") and values.get("api_key_file"):
         try:
             values["api_key"] = _read_key(values["api_key_file"])
@@ -240,6 +257,49 @@ def get_config(env_file: Path | str | None = None, **overrides: object) -> EnvCo
     if errors:
         raise ConfigError("\n".join(errors))
     return EnvConfig(**values)
+
+
+def client_config(env_file: Path | str | None = None) -> EnvConfig:
+    """The settings of a caller: RERANK_BASE_URL and RERANK_API_KEY, then group "client" and SERVED_MODEL_NAME.
+
+    Without RERANK_BASE_URL and BASE_URL the address is that of the service which .env describes; so is the key. Other
+    settings of the service are neither read nor checked.
+
+    Raises:
+        ConfigError: the message has a line for every setting that cannot be used.
+    """
+    file_values = load_env(env_file)
+    of_client = [key for key, field in FIELDS.items() if field.metadata["group"] == "client"]
+    found: dict[str, tuple[str, str, str]] = {}  # key -> (name, text, source)
+
+    def look(key: str, name: str, *sources: str) -> None:
+        for source in sources:
+            if key not in found and (text := (os.environ if source == "environment" else file_values).get(name)):
+                found[key] = (name, text, source)
+
+    for name, key in CLIENTS_OWN.items():
+        look(key, name, "environment", ".env")
+    for key in (*of_client, "SERVED_MODEL_NAME"):
+        look(key, key, "environment", ".env")
+    for key in FROM_FILE_ALONE:
+        if "BASE_URL" not in found or key in ("API_KEY", "API_KEY_FILE"):
+            look(key, key, ".env")
+    values: dict[str, Any] = {}
+    errors: list[str] = []
+    for key, (name, text, source) in found.items():
+        try:
+            values[FIELDS[key].name] = _parse(key, text, source if name == key else f"{name}, {source}")
+        except ConfigError as exc:
+            errors.append(str(exc))
+    return _finished_config(values, errors)
+
+
+def not_read_by_client() -> str:
+    """A hint for errors: variables of the environment that the client leaves to the program around it; mostly empty."""
+    names = [name for name in FROM_FILE_ALONE if os.environ.get(name)]
+    if not names:
+        return ""
+    return f"; the client does not read {', '.join(names)} of the environment: set RERANK_BASE_URL, RERANK_API_KEY"
 
 
 def _read_key(name: str) -> str:
@@ -267,7 +327,7 @@ def warnings_of(env_file: Path | str | None = None) -> list[str]:
                 out.append(
                     "PYTHON in .env has no effect, because that Python would read .env: set it in the environment"
                 )
-        elif key not in FIELDS and not PASSED_ON.search(key):
+        elif key not in FIELDS and key not in CLIENTS_OWN and not PASSED_ON.search(key):
             near = get_close_matches(key, FIELDS, 1)
             out.append(f"{key} in .env is not a setting" + (f": did you mean {near[0]}?" if near else ""))
     return out
@@ -409,15 +469,20 @@ def _shell_values() -> str:
 
 
 _cache: dict[str, EnvConfig] = {}
-CFG: EnvConfig  # these three have a type here and a value by __getattr__
+CFG: EnvConfig  # these four have a type here and a value by __getattr__
+CLIENT: EnvConfig
 MODEL_PATH: str
 MODEL_PATH_TINY: str
 if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that __getattr__ knows
 
     def __getattr__(name: str) -> EnvConfig | str:
-        """CFG, MODEL_PATH and MODEL_PATH_TINY are read on first use, so an import reads no file."""
-        if name not in ("CFG", "MODEL_PATH", "MODEL_PATH_TINY"):
+        """CFG, CLIENT, MODEL_PATH and MODEL_PATH_TINY are read on first use, so an import reads no file."""
+        if name not in ("CFG", "CLIENT", "MODEL_PATH", "MODEL_PATH_TINY"):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name == "CLIENT":
+            if name not in _cache:
+                _cache[name] = client_config()
+            return _cache[name]
         if "CFG" not in _cache:
             _cache["CFG"] = get_config()
         cfg = _cache["CFG"]

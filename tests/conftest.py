@@ -29,7 +29,7 @@ KIT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(Path(__file__).parent / "stand_ins"), str(Path(__file__).parent)]
 
 # Variables of the developer's own shell that would change what is tested.
-SETTINGS = {*settings.FIELDS, "VLLM_API_KEY", "KIT_ENV_FILE"}
+SETTINGS = {*settings.FIELDS, *settings.CLIENTS_OWN, "VLLM_API_KEY", "KIT_ENV_FILE"}
 
 
 # pytest -n 4: what uses one of these fixtures is run by one process, one fixture after the other; a file is run by one
@@ -352,7 +352,7 @@ def fleet_client(fleet, monkeypatch):
     """The kit's client of this process knows the key and trusts nginx's certificate."""
     from fleet import use_client
 
-    monkeypatch.setitem(settings._cache, "CFG", settings.CFG)
+    monkeypatch.setitem(settings._cache, "CLIENT", settings.CLIENT)
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", fleet.nginx.certificate)
     use_client()
 

@@ -8,14 +8,14 @@ import copy
 import itertools
 import math
 import operator
+import queue
 import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, overload
 
@@ -35,6 +35,10 @@ class RerankItem:
     index: int
     score: float
     doc: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"index", "score", "doc"}, for JSON."""
+        return {"index": self.index, "score": self.score, "doc": self.doc}
 
 
 Items = list[RerankItem]
@@ -86,12 +90,14 @@ def rerank(
     Returns:
         (items, scores, raw). items: min(top_n, N) RerankItem, best first, equal scores in input order.
         scores: N values; scores[i] belongs to documents[i]; None for a document that top_n excluded.
-        raw: the server's JSON plus five keys. "_cut": indices of the documents that the model saw in part, or whose
+        raw: the server's JSON plus seven keys. "_cut": indices of the documents that the model saw in part, or whose
         query it saw in part. "_windows": {index: windows} of the documents that were split. "_version": the guard's
         id of the model and settings that made the scores; "" without guard. "_client_cost_ms": wall clock.
-        "_client_calls": the number of requests. Of several requests, results and usage are merged and the ids are
-        joined by commas. With `first` also "_first": scores of all documents by the first stage, its model, _cut,
-        _version, cost and calls; None where it was not asked. Cost and calls outside are those of both stages.
+        "_client_calls": the number of requests. "_client_retries": how many were sent again, to the same address or
+        another. "_client_url": the address that answered. Of several requests, results and usage are merged, ids and
+        addresses are joined by commas.
+        With `first` also "_first": scores of all documents by the first stage, its model, _cut, _version, cost and calls;
+        None where it was not asked. Cost and calls outside are those of both stages.
 
     Raises:
         ValueError: an invalid argument; nothing was sent.
@@ -247,7 +253,7 @@ def rerank_many(
     queries, documents_lists = _as_list("queries", queries), _as_list("documents_lists", documents_lists)
     if len(queries) != len(documents_lists):
         raise ValueError(f"queries has {len(queries)} entries, documents_lists has {len(documents_lists)}")
-    n_threads = _at_least("concurrency", 1, concurrency, settings.CFG.client_concurrency)
+    n_threads = _at_least("concurrency", 1, concurrency, settings.CLIENT.client_concurrency)
     more = (model, base_url, timeout_s, instruction, long_documents, batch_size, deadline_s, max_tokens_per_doc)
     calls = []
     for i, (query, documents) in enumerate(zip(queries, documents_lists, strict=True)):
@@ -291,7 +297,7 @@ class _Call:
         deadline_s: float | None,
         max_tokens_per_doc: int | None,
     ):
-        cfg = settings.CFG
+        cfg = settings.CLIENT
         base_urls(base_url)
         self.path, self.query, self.base_url = path, _text("query", query), base_url
         self.documents = _as_list("documents", documents)
@@ -411,7 +417,8 @@ class _Call:
         # The guard's headers list the documents that were cut or split.
         cut = {part.start + index for index in _listed(reply.cut, len(part))}
         windows = {part.start + index: n for index, n in _listed(reply.windows or "", len(part)).items()}
-        return reply.data | {"_cut": cut, "_windows": windows, "_version": reply.version}
+        told = {"_cut": cut, "_windows": windows, "_version": reply.version}
+        return reply.data | told | {"_retries": reply.n_retries, "_url": reply.url.removesuffix(self.path)}
 
     def mixed(self, answers: list[dict[str, Any]], n_tries: int) -> bool:
         """True if different models scored the parts, as while a fleet changes its model. All parts are then sent again.
@@ -476,7 +483,11 @@ class _Call:
         told: dict[str, Any] = {"_cut": sorted(index for answer in answers for index in answer["_cut"])}
         told["_version"] = next((answer["_version"] for answer in answers if answer["_version"]), "")
         told["_windows"] = {index: n for answer in answers for index, n in answer["_windows"].items()}
-        return items, scores, {**raw, **told, "_client_cost_ms": cost_ms, "_client_calls": len(answers)}
+        told["_client_cost_ms"], told["_client_calls"] = cost_ms, len(answers)
+        told["_client_retries"] = sum(answer["_retries"] for answer in answers)
+        told["_client_url"] = ",".join(dict.fromkeys(answer["_url"] for answer in answers))
+        raw = {key: value for key, value in raw.items() if key not in ("_retries", "_url")}
+        return items, scores, {**raw, **told}
 
 
 def _listed(text: str, n_docs: int) -> dict[int, int]:
@@ -504,7 +515,7 @@ def _run(
     n_tries = 0
     while True:
         n_tries += 1
-        answers = _in_threads(send, call.parts, n_threads or settings.CFG.client_concurrency, given_up)
+        answers = _in_threads(send, call.parts, n_threads or settings.CLIENT.client_concurrency, given_up)
         if not call.mixed(answers, n_tries):
             return call.merge(answers)
 
@@ -533,7 +544,7 @@ async def _arun_stages(call: _Call, first: First) -> Ranked:
 
 async def _arun(call: _Call) -> tuple[Items, list[Any], dict[str, Any]]:
     call.start()
-    slots = asyncio.Semaphore(settings.CFG.client_concurrency)
+    slots = asyncio.Semaphore(settings.CLIENT.client_concurrency)
 
     async def send(part: range) -> dict[str, Any]:
         async with slots:
@@ -569,7 +580,7 @@ def _in_threads(
     """[work(job) for job in jobs] in up to n_threads threads.
 
     The first failure sets stop and drops the jobs that have not started. It is raised when the requests in flight have
-    ended. Ctrl-C is raised at once.
+    ended. Ctrl-C is raised at once, and the process may end before they have.
     """
     if len(jobs) <= 1 or n_threads == 1:  # the usual call needs no thread
         results = []
@@ -577,19 +588,39 @@ def _in_threads(
             results.append(work(job))
             tick()
         return results
-    pool = ThreadPoolExecutor(min(n_threads, len(jobs)), thread_name_prefix="rerank")
+    # Daemon threads: the interpreter joins those of a ThreadPoolExecutor at its end, so Ctrl-C would wait for answers
+    # in flight. Each job runs in a copy of the caller's context, which holds the OpenTelemetry span.
+    todo: queue.SimpleQueue[tuple[int, _Job, Context]] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[int, _Result | None, BaseException | None]] = queue.SimpleQueue()
+    for number, job in enumerate(jobs):
+        todo.put((number, job, copy_context()))
+
+    def run() -> None:
+        with suppress(queue.Empty):
+            while not stop.is_set():
+                number, job, context = todo.get_nowait()
+                try:
+                    done.put((number, context.run(work, job), None))
+                except BaseException as exc:
+                    done.put((number, None, exc))
+
+    threads = [threading.Thread(target=run, name=f"rerank_{i}", daemon=True) for i in range(min(n_threads, len(jobs)))]
+    for thread in threads:
+        thread.start()
+    by_number: dict[int, Any] = {}
     try:
-        # Each job runs in a copy of the caller's context, which holds the OpenTelemetry span.
-        futures = [pool.submit(copy_context().run, work, job) for job in jobs]
-        for future in as_completed(futures):
-            future.result()
+        while len(by_number) < len(jobs):
+            number, result, error = done.get()
+            if error:
+                raise error
+            by_number[number] = result
             tick()
     except BaseException as exc:
         stop.set()
-        pool.shutdown(wait=isinstance(exc, Exception), cancel_futures=True)
+        for thread in threads if isinstance(exc, Exception) else ():
+            thread.join()
         raise
-    pool.shutdown()
-    return [future.result() for future in futures]
+    return [by_number[number] for number in range(len(jobs))]
 
 
 @contextmanager

@@ -38,7 +38,7 @@ class RerankResponseError(RerankError, ValueError):
 def excerpt(body: bytes | str, limit: int = 200) -> str:
     """The beginning of an answer as one printable line, without the API key."""
     text = body if isinstance(body, str) else body[:ERROR_BYTES].decode("utf-8", "replace")
-    if settings.CFG.api_key:  # a server may echo the request's headers
-        text = text.replace(settings.CFG.api_key, "***")
+    if settings.CLIENT.api_key:  # a server may echo the request's headers
+        text = text.replace(settings.CLIENT.api_key, "***")
     text = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * limit]).split())
     return text if len(text) <= limit else text[:limit] + "..."

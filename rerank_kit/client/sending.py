@@ -6,6 +6,7 @@ sync and async calls behave alike.
 
 import asyncio
 import json
+import logging
 import math
 import random
 import sys
@@ -41,7 +42,11 @@ BACKOFF_S, BACKOFF_MAX_S = 0.5, 8.0  # retry n waits a random part of BACKOFF_S 
 DOWN_S = 10.0  # for this time a failed address comes last
 UNAVAILABLE = {502, 503, 504}  # another address may be able to answer
 RETRY_STATUS = {429, *UNAVAILABLE}
+MODELS_S = 5.0  # for the list of models, which only a message shows
 MAX_SECONDS = 1e6  # 11 days; a socket's timeout overflows at 25 days
+
+logger = logging.getLogger("rerank_kit")
+logger.addHandler(logging.NullHandler())  # silent unless the program around it logs
 
 
 def _encode(payload: dict[str, Any]) -> bytes:
@@ -96,6 +101,7 @@ class Reply:
     cut: str = ""
     windows: str | None = None
     version: str = ""  # id of the model and settings that made the scores
+    n_retries: int = 0  # how often it was sent again, to this address or another
 
     def error(self, what: str) -> RerankResponseError:
         return RerankResponseError(f"{self.url} answered {excerpt(what)}: {excerpt(self.body)}")
@@ -127,7 +133,7 @@ def _error(step: Step, outcome: Answer | Failure) -> RerankError:
             target = excerpt(outcome.headers.get("Location", "nowhere"))
             text = f"redirects to {target}, which is not followed: set BASE_URL to the final address"
         elif outcome.status in (401, 403):
-            text += " (check API_KEY)"
+            text += f" (check RERANK_API_KEY{settings.not_read_by_client()})"
         message = f"HTTP {outcome.status} from {step.url}: {text}"
         return RerankHTTPError(message, outcome.status, excerpt(bytes(outcome.body), MAX_BODY_CHARS))
     status, cause = 'run "sh start_rerank.sh status"', excerpt(outcome.cause)
@@ -144,13 +150,14 @@ def _error(step: Step, outcome: Answer | Failure) -> RerankError:
     if outcome.kind == "connect" and outcome.timed_out:
         return RerankTimeout(f"no connection to {step.base_url} within {step.connect_s:.3g} s: {status}")
     if outcome.kind == "connect":
+        status += settings.not_read_by_client()
         return RerankConnectionError(f"no server at {step.base_url} ({cause}): {status}")
     return RerankConnectionError(f"{step.url} broke off before its answer was complete ({cause}): {status}")
 
 
 def _shareable(exc: Exception | None) -> Exception | None:
     """exc as the cause of a RerankError; None if it shows the API key, as libraries quote what they cannot parse."""
-    key = settings.CFG.api_key
+    key = settings.CLIENT.api_key
     return None if exc and key and key in "".join(traceback.format_exception(exc)) else exc
 
 
@@ -176,6 +183,16 @@ def _choose(endpoints: list[_Endpoint]) -> _Endpoint:
     return endpoint
 
 
+def _served_names(answer: Answer | Failure | None) -> str:
+    """The models of an answer to GET /models, as a hint; empty if it is none."""
+    try:
+        rows = _decode(bytes(answer.body))["data"] if isinstance(answer, Answer) and answer.status == 200 else []
+        names = [str(row["id"]) for row in rows]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        names = []
+    return f" (it serves {excerpt(', '.join(names))}: set model or SERVED_MODEL_NAME)" if names else ""
+
+
 def _attempts(
     path: str, payload: dict[str, Any] | None, base_url: str | None, timeout_s: float | None, until: float
 ) -> Generator[Step | float, Answer | Failure | None, Reply]:
@@ -184,12 +201,13 @@ def _attempts(
     A failed connect and 429, 502, 503, 504 are retried. A request on a connection that the server had closed is sent
     again at once. A read timeout and a connection that broke later are not retried: the GPU may be busy with the call.
     """
-    cfg = settings.CFG
+    cfg = settings.CLIENT
     timeout_s = min(cfg.timeout_s if timeout_s is None else timeout_s, MAX_SECONDS)
     body = _encode(payload) if payload is not None else b""
     method = "GET" if payload is None else "POST"
     endpoints = [SharedResources._endpoint(url) for url in base_urls(base_url)]
     untried, n_retries, fresh, endpoint, budget = list(endpoints), 0, False, endpoints[0], endpoints[0]
+    n_sent = 0
     error: RerankError | None = None
     trace = _trace_headers()
     budget.earn()
@@ -200,15 +218,19 @@ def _attempts(
             raise RerankTimeout(f"deadline_s was over before {endpoint.url + path} was asked") from error
         connect_s, answer_s = min(cfg.connect_timeout_s, timeout_s, left_s), min(timeout_s, left_s)
         step = Step(endpoint.url + path, endpoint.url, body, connect_s, answer_s, until, fresh, method, trace)
+        n_sent += 1
         outcome = yield step
         assert outcome is not None  # only a sleep has no outcome
         if isinstance(outcome, Answer) and outcome.status not in UNAVAILABLE:
             endpoint.down_until = 0.0
             if 200 <= outcome.status < 300:
-                return _reply(step, outcome)
+                reply = _reply(step, outcome)
+                reply.n_retries = n_sent - 1
+                return reply
         what = outcome.status if isinstance(outcome, Answer) else outcome.kind
         fresh = what == "stale" and not step.fresh
         if fresh:
+            logger.debug("%s had closed the connection: sent again", endpoint.url)
             continue
         error = _error(step, outcome)
         unsent = what in ("connect", "tls")
@@ -216,6 +238,7 @@ def _attempts(
             endpoint.down_until = time.monotonic() + DOWN_S
             untried.remove(endpoint)
             if untried and (unsent or budget.spend()):
+                logger.warning("fail-over from %s to another address: %s", endpoint.url, error)
                 continue
         if what == "connect" or what in RETRY_STATUS:
             asked_s = _retry_after_s(outcome.headers) if isinstance(outcome, Answer) else 0.0
@@ -224,8 +247,14 @@ def _attempts(
             in_time = asked_s <= timeout_s and time.monotonic() + wait_s < until
             if n_retries <= cfg.retries and in_time and budget.spend():
                 untried = list(endpoints)
+                logger.warning("retry %d of %d in %.1f s: %s", n_retries, cfg.retries, wait_s, error)
                 yield wait_s
                 continue
+        if what == 404 and payload is not None and isinstance(error, RerankHTTPError):
+            models_s = min(MODELS_S, until - time.monotonic())
+            asks = Step(endpoint.url + "/models", endpoint.url, b"", connect_s, models_s, until, False, "GET", trace)
+            hint = _served_names((yield asks) if models_s > 0 else None)
+            error = RerankHTTPError(f"{error}{hint}", error.status_code, error.body)
         raise error from _shareable(getattr(outcome, "exc", None))
 
 

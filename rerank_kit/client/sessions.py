@@ -24,7 +24,7 @@ RETRY_SHARE, RETRY_FLOOR, RETRY_CEIL = 0.1, 10.0, 100.0
 
 @lru_cache
 def _base_urls(text: str) -> tuple[str, ...]:
-    """ "http://a:1, http://b:2/v1/" -> ("http://a:1/v1", "http://b:2/v1"). ValueError names the bad address."""
+    """ "http://a:1, http://b:2/v1/rerank" -> ("http://a:1/v1", "http://b:2/v1"). ValueError names the bad address."""
     urls = []
     for url in (part.strip() for part in text.split(",") if part.strip()):
         try:
@@ -34,10 +34,11 @@ def _base_urls(text: str) -> tuple[str, ...]:
         except ValueError:  # also a bad port and UnicodeError
             ok = False
         if "@" in url:  # the message does not quote it: it may hold a password
-            raise ValueError("base_url holds a user name or a password: set API_KEY instead")
+            raise ValueError("base_url holds a user name or a password: set RERANK_API_KEY instead")
         if not ok or parts.query or parts.fragment or re.search(r"\s", url):
             raise ValueError(f"base_url={url!r} is not like http://127.0.0.1:11438/v1")
-        urls.append(url.rstrip("/").removesuffix("/v1").rstrip("/") + "/v1")
+        # Many take the whole path of a call for the address.
+        urls.append(re.sub(r"(/+v1)?(/+(rerank|score)|/+v2/+rerank)?/*$", "", url) + "/v1")
     if not urls:
         raise ValueError(f"base_url={text!r} holds no address")
     return tuple(dict.fromkeys(urls))
@@ -47,7 +48,7 @@ def base_urls(base_url: str | None = None) -> tuple[str, ...]:
     """Addresses of the service in order of preference, each ending in /v1; None = BASE_URL of the config."""
     if base_url is None:
         try:
-            return _base_urls(settings.CFG.local_base_url)
+            return _base_urls(settings.CLIENT.local_base_url)
         except ValueError as exc:
             raise settings.ConfigError(f"BASE_URL cannot be used: {exc}") from None
     if not isinstance(base_url, str):
@@ -58,7 +59,7 @@ def base_urls(base_url: str | None = None) -> tuple[str, ...]:
 def _headers() -> dict[str, str]:
     # identity: answers are small, and an uncompressed body cannot be a decompression bomb.
     headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
-    key = settings.CFG.api_key
+    key = settings.CLIENT.api_key
     if key and not (key.isascii() and key.isprintable()):
         raise settings.ConfigError("API_KEY=*** holds characters that no HTTP header can carry")
     return headers | {"Authorization": f"Bearer {key}"} if key else headers
@@ -138,7 +139,7 @@ class SharedResources:
         if endpoint.session is None:
             with cls._lock:
                 if endpoint.session is None:
-                    endpoint.session = PooledSession(endpoint.url, _headers(), settings.CFG.pool_size)
+                    endpoint.session = PooledSession(endpoint.url, _headers(), settings.CLIENT.pool_size)
         return endpoint.session
 
     @classmethod
@@ -151,7 +152,7 @@ class SharedResources:
             for other in [known for known in list(endpoint.loops) if known.is_closed()]:
                 with suppress(KeyError, StopIteration):  # its loop is closed: close() cannot wait for anything
                     endpoint.loops.pop(other)[0].close().send(None)
-            session = new_async_session(endpoint.url, _headers(), settings.CFG.pool_size)
+            session = new_async_session(endpoint.url, _headers(), settings.CLIENT.pool_size)
             owner = cls._close_with_loop(session, endpoint.loops, loop)
             await anext(owner)
             endpoint.loops[loop] = session, owner

@@ -191,6 +191,7 @@ def _guard_env(plan: Plan) -> dict[str, str]:
     env["GUARD_HEALTH_TIMEOUT_S"], env["GUARD_ENGINES"] = str(plan.cfg.health_timeout_s), str(plan.copies)
     env["GUARD_SCORE_SCALE"] = json.dumps(score_scale(plan.profile, plan.checkpoint))
     env["GUARD_MODEL"] = cfg.served_model_name
+    env["GUARD_STOP_DELAY_S"] = str(plan.cfg.stop_delay_s)
     # By default vLLM runs one API process for each data parallel rank.
     return env | {"GUARD_API_SERVERS": str(plan.api_servers or plan.copies)}
 

@@ -8,17 +8,19 @@ from pathlib import Path
 
 from rerank_kit.processes import born
 
-TOTALS = 6  # numbers of a process that do not belong to an engine
+TOTALS = 7  # numbers of a process that do not belong to an engine
+READY = 6  # the last of them
+MISSING_S = 60.0
 
 
 class Counts:
     """What is in flight and what was served, over all API processes of a service that share a folder.
 
     They share the engine, so how long a call waits depends on the pairs in all processes, and the kernel may hand one
-    process most connections. Each writes six numbers of its own (a counter that is odd while it writes, pairs in
-    flight, pairs served, pair-seconds, seconds with a pair in flight, time of the last change) and reads those of the
-    others, without locks. Two more for each engine (the time of its last scores, the time since when pairs wait for it
-    or 0) show a hang: CLOCK_MONOTONIC is the same in all processes.
+    process most connections. Each writes seven numbers of its own (a counter that is odd while it writes, pairs in
+    flight, pairs served, pair-seconds, seconds with a pair in flight, time of the last change, when it had scored its
+    first pairs) and reads those of the others, without locks. Two more for each engine show a hang: the time of its
+    last scores, and since when pairs wait for it (0 = none do). CLOCK_MONOTONIC is the same in all processes.
     """
 
     def __init__(self, folder: str | None, n_processes: int, clock=time.monotonic, pid: int = 0, n_engines: int = 1):
@@ -67,7 +69,7 @@ class Counts:
             self._find_others()
         now, in_flight, served, pair_s, busy_s = self._clock(), 0.0, 0.0, 0.0, {}
         for file, view in ((self._own_file, self._own), *self._others.items()):
-            _, n, done, pair_seconds, seconds, last = _settled(view)[:TOTALS]
+            _, n, done, pair_seconds, seconds, last = _settled(view)[:READY]
             in_flight, served = in_flight + n, served + done
             pair_s += pair_seconds + n * (now - last)
             busy_s[file] = seconds + (n > 0) * (now - last)
@@ -81,6 +83,19 @@ class Counts:
         for file in self._folder.glob(f"{self._prefix}*.load"):
             if file != self._own_file and file not in self._others:
                 self._others[file] = _mapped(file, self._size)
+
+    def note_ready(self) -> None:
+        self._own[READY] = self._clock()
+
+    def others_ready(self) -> bool:
+        """Whether all other API processes have scored their first pairs: a connection may reach any of them.
+
+        One that does not appear is waited for until MISSING_S, in case vLLM started fewer than the kit expects.
+        """
+        if len(self._others) < self._n_others:
+            self._find_others()
+        missing = len(self._others) < self._n_others and self._clock() - self._own[READY] < MISSING_S
+        return not missing and all(view[READY] for view in self._others.values())
 
     def engine_scored(self, engine: int) -> None:
         if engine < self.n_engines:

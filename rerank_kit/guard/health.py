@@ -42,7 +42,7 @@ class Health:
         key = os.environ.get("VLLM_API_KEY")
         self.headers = [(b"content-type", b"application/json"), (b"host", b"guard")]
         self.headers += [(b"authorization", b"Bearer " + key.encode())] if key else []
-        self.not_ready = ""
+        self.fault = ""
         self.core: Any = None  # vLLM's connection to its engines
         self.exact = False  # it says which engine has which pair
         self.probe: asyncio.Task | None = None
@@ -52,7 +52,7 @@ class Health:
     def begin(self, app: Any, inner: Callable) -> None:
         """Begin to watch. app: vLLM's, for the scope of the guard's own calls; inner: what the guard wraps."""
         self.app, self.inner = app, inner
-        self.not_ready = NOT_YET
+        self.fault = NOT_YET
         self._note_scores(getattr(app.state, "engine_client", None))
         self.tasks.append(asyncio.create_task(self._first_scores()))
         if self.timeout_s:
@@ -63,6 +63,12 @@ class Health:
         self.ending = True
         for task in filter(None, (*self.tasks[:1], self.probe)):
             task.cancel()
+
+    @property
+    def not_ready(self) -> str:
+        """Why the service is not ready, as far as its first scores tell; empty = it is."""
+        others = not self.tasks or self.fault or self.counts.others_ready()
+        return self.fault if others else "another API process has scored no pair yet"
 
     @property
     def hang(self) -> str:
@@ -78,18 +84,19 @@ class Health:
     # ---- the first scores ----
 
     async def _first_scores(self) -> None:
-        while self.not_ready:
+        while self.fault:
             try:
                 fault = await self._fault()
             except NotScored as exc:
                 fault = f"the first pair was not scored: {exc}"
             except Exception as exc:
                 fault = f"the first pair was not scored: {type(exc).__name__}: {exc}"
-            if fault and fault != self.not_ready:
+            if fault and fault != self.fault:
                 logger.error("guard: not ready: %s", fault)
-            self.not_ready = fault
+            self.fault = fault
             if fault:
                 await asyncio.sleep(AGAIN_S)
+        self.counts.note_ready()
         logger.info("guard: ready: the first pairs were scored%s", ", as they should be" if self.expected else "")
 
     async def _fault(self) -> str:

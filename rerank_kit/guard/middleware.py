@@ -121,7 +121,8 @@ class Guard:
         self.takes_instruction = os.environ.get("GUARD_TAKES_INSTRUCTION", "1") != "0"
         # With several API processes the parent ends those still working after --shutdown-timeout, so finish before it.
         self.early_s = 2.0 if n_processes > 1 else 0.0
-        self.draining = False
+        self.stop_delay_s = _setting("STOP_DELAY_S", float)
+        self.leaving = self.draining = False  # leaving: /ready is 503, and calls are taken until draining
         self.tasks = set()  # of all calls, also of clients that still send or do not read their answer
         logger.info(
             "guard: %s, %s, pairs in flight %s (1/%d of the service), wait %s s, key %s (0 = off)",
@@ -321,7 +322,7 @@ class Guard:
             nonlocal status
             status = message.get("status", status)
 
-        wrong = "the server is stopping" if self.draining else self.health.not_ready
+        wrong = "the server is stopping" if self.leaving else self.health.not_ready
         if not wrong:
             inner = {**scope, "method": "GET", "path": "/health", "raw_path": b"/health"}
             await self.app(inner, receive, note_status)
@@ -362,7 +363,7 @@ class Guard:
             )  # fmt: skip
 
     def _watch_stop(self, scope) -> None:
-        """Let calls in flight finish before vLLM stops its engine; from then on new calls get 503.
+        """Let calls in flight finish before vLLM stops its engine; new calls get 503 after STOP_DELAY_S.
 
         vLLM 0.32 keeps HTTP open while it stops the engine in a thread (handle_shutdown in launcher.py), but a pooling
         pair that reaches the stopping engine fails all calls in flight (AssertionError in output_processor.py). So the
@@ -375,11 +376,13 @@ class Guard:
         self.health.begin(scope["app"], self.app)
 
         def drain_then_stop(*args, timeout=None, **kwargs):
-            self.draining = True
+            self.leaving, end_s = True, time.monotonic() + max(0.0, (timeout or 0) - self.early_s)
             loop.call_soon_threadsafe(self.health.end)
             if threading.current_thread() is threading.main_thread():  # the event loop's own: it must not wait
+                self.draining = True
                 return stop(*args, timeout=timeout, **kwargs)
-            end_s = time.monotonic() + max(0.0, (timeout or 0) - self.early_s)
+            time.sleep(min(self.stop_delay_s, timeout or 0))
+            self.draining = True
             while self.load.in_flight and time.monotonic() < end_s:
                 time.sleep(0.05)
             try:

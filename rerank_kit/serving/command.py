@@ -49,7 +49,7 @@ def serve_args(plan: Plan, group: int = 0, rpc_port: int | str = "FREE_PORT") ->
         args += ["--headless", "--data-parallel-start-rank", str(cfg.dp * group)]
     elif not is_headless(cfg):
         args += _api_args(plan)
-    args += ["--shutdown-timeout", str(cfg.stop_timeout_s)]
+    args += ["--shutdown-timeout", str(cfg.drain_s)]
     try:
         return args + shlex.split(cfg.extra_args)
     except ValueError as exc:

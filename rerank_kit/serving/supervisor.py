@@ -35,7 +35,7 @@ from rerank_kit.settings import ConfigError, EnvConfig, get_config
 
 TICK_S = 0.2
 LONGEST_BACKOFF_S = 60.0
-END_OF_ENGINE_S = 10  # beyond STOP_TIMEOUT_S, for the engine's own end
+END_OF_ENGINE_S = 10  # beyond STOP_DELAY_S and STOP_TIMEOUT_S, for the engine's own end
 END_OF_LOADING_S = 3
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
@@ -227,9 +227,9 @@ class Supervisor:
     def _stop_server(self) -> None:
         """Send TERM to the server only: it drains, then ends its engine. KILL would orphan the GPU workers."""
         # A loading server has no calls, and vLLM does not react to TERM while it imports and loads.
-        limit_s = self.cfg.stop_timeout_s + END_OF_ENGINE_S if self.state.ready_since else END_OF_LOADING_S
+        limit_s = self.cfg.drain_s + END_OF_ENGINE_S if self.state.ready_since else END_OF_LOADING_S
         self._save(state="stopping")
-        self._note(f"stopping: calls in flight get {self.cfg.stop_timeout_s} s")
+        self._note(f"stopping: calls in flight get {self.cfg.drain_s} s")
         end = time.monotonic() + limit_s
         for pid in self.servers:  # the engines of other groups follow when it has drained
             if is_alive(pid):

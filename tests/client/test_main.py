@@ -56,13 +56,13 @@ def test_main_without_a_server_says_one_line_and_exits_1(serve):
 
 
 def test_main_shows_the_servers_refusal(serve):
-    done = run(BASE_URL=serve(status(401)).url, API_KEY="sekret-123")
+    done = run(BASE_URL=serve(status(401)).url, RERANK_API_KEY="sekret-123")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.count("\n") == 1 and "told to say 401 (check API_KEY)" in done.stderr
+    assert done.stderr.count("\n") == 1 and "told to say 401 (check RERANK_API_KEY)" in done.stderr
     assert "sekret" not in done.stderr
 
 
 def test_main_with_a_bad_setting_says_which(serve):
-    done = run(PORT="eighty")
+    done = run(RETRIES="many")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("ConfigError: PORT='eighty'") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("ConfigError: RETRIES='many' (environment)") and done.stderr.count("\n") == 1

@@ -370,7 +370,7 @@ def test_other_errors_are_not_sent_again(client, serve, code):
     with pytest.raises(RerankHTTPError, match=f"HTTP {code} from") as caught:
         client.rerank("q", DOCS, base_url=server.url)
     assert len(server.requests) == 1
-    assert ("check API_KEY" in str(caught.value)) == (code == 401)
+    assert ("check RERANK_API_KEY" in str(caught.value)) == (code == 401)
 
 
 @pytest.mark.parametrize("code", [429, 502, 503, 504])
@@ -579,7 +579,7 @@ def test_no_key_no_header(client, serve):
 @pytest.mark.parametrize("key", ["schlüssel", "пароль", "a b"])
 def test_key_that_fits_in_no_header_is_a_configuration_error(client, serve, monkeypatch, key):
     """The server would have read other bytes than the client sent, or none could be sent at all."""
-    monkeypatch.setenv("API_KEY", key)
+    monkeypatch.setenv("RERANK_API_KEY", key)
     monkeypatch.setattr(settings, "_cache", {})
     server = serve()
     with pytest.raises(settings.ConfigError, match="non-ASCII") as caught:

@@ -54,7 +54,7 @@ def expected(keyed_service):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(settings, "_cache", {})
         patch.setenv("KIT_ENV_FILE", "/nonexistent")
-        patch.setenv("API_KEY", keyed_service["API_KEY"])
+        patch.setenv("RERANK_API_KEY", keyed_service["API_KEY"])
         patch.setenv("REQUESTS_CA_BUNDLE", keyed_service["SSL_CERTFILE"])
         url, found = f"https://localhost:{keyed_service['PORT']}/v1", {}
         for name, documents in {"short": DOCUMENTS, "long": LONG}.items():

@@ -111,7 +111,7 @@ def test_the_first_scores_are_asked_for_again(monkeypatch, first):
 
     async def case():
         guard = await begun(Guard(Scores(first)))
-        while guard.health.not_ready == health.NOT_YET:
+        while guard.health.fault == health.NOT_YET:
             await asyncio.sleep(0.005)
         status, message = await probes(guard)
         assert status == [503, 200] and str(first) in message
@@ -139,7 +139,7 @@ def test_not_ready_while_the_scores_cannot_be_right(monkeypatch, inner, said):
         guard = await begun(Guard(Scores(**inner)))
         if not said:
             return await until_ready(guard)
-        while guard.health.not_ready == health.NOT_YET:
+        while guard.health.fault == health.NOT_YET:
             await asyncio.sleep(0.005)
         status, message = await probes(guard)
         assert status == [503, 200] and said in message and "the scores cannot be right" in message
@@ -269,6 +269,26 @@ def test_a_pair_whose_client_left_is_asked_about(monkeypatch, hangs):
     run(case)
 
 
+def test_a_vllm_that_shows_no_engine_is_judged_by_its_calls(monkeypatch):
+    async def case():
+        guard, clock, inner = await watched(monkeypatch, core=SimpleNamespace())
+        inner.gate = asyncio.Event()
+        inner.script = [inner.gate] * 9
+        stuck = await started(guard, 1)
+        for _ in range(4):
+            await pass_s(guard, clock, 60)
+            gate, inner.gate = inner.gate, None
+            assert (await ask(guard, RERANK, documents())).status == 200
+            inner.gate = gate
+            assert (await probes(guard))[0] == [200, 200]
+        await pass_s(guard, clock, 110)
+        assert (await probes(guard))[0] == [503, 503]
+        inner.gate.set()
+        await stuck
+
+    run(case)
+
+
 def test_an_idle_service_is_never_asked_and_never_hangs(monkeypatch):
     async def case():
         guard, clock, inner = await watched(monkeypatch)
@@ -284,10 +304,10 @@ def test_one_of_several_engines_hangs(monkeypatch):
         core = Core()
         core.reqs_in_flight = {}
         guard, clock, _ = await watched(monkeypatch, n_engines=3, core=core)
-        core.reqs_in_flight |= {"a": (0).to_bytes(2, "little"), "b": (2).to_bytes(2, "little")}
+        core.reqs_in_flight |= {"a": (1).to_bytes(2, "little"), "b": (2).to_bytes(2, "little")}
         for _ in range(22):
             await pass_s(guard, clock, 5)
-            core.outputs.put_nowait(SimpleNamespace(outputs=[1], engine_index=0))
+            core.outputs.put_nowait(SimpleNamespace(outputs=[1], engine_index=1))
             await guard.health.core.get_output_async()
         status, message = await probes(guard)
         assert status == [503, 503] and message.startswith("engine 2 hangs")
@@ -310,6 +330,36 @@ def test_api_processes_know_each_others_engines(tmp_path):
     assert one.silent_s() == two.silent_s() == {1: 5}
     one.engine_waits(1, False)
     assert one.silent_s() == two.silent_s() == {}
+
+
+def test_ready_when_all_api_processes_are(monkeypatch, tmp_path):
+    """They share a port: a probe of one says what the next call may meet in another."""
+
+    async def case():
+        guards = []
+        for pid in (os.getpid(), os.getppid()):
+            guards.append(Guard(Scores()))
+            guards[-1].health.counts = Counts(str(tmp_path), 2, pid=pid)
+        await begun(guards[0])
+        while guards[0].health.fault:
+            await asyncio.sleep(0.005)
+        status, message = await probes(guards[0])
+        assert status == [503, 200] and "another API process has scored no pair yet" in message
+        await begun(guards[1])
+        for guard in guards:
+            await until_ready(guard)
+
+    run(case)
+
+
+def test_an_api_process_that_never_appears_is_not_waited_for_without_end(tmp_path):
+    clock = Clock()
+    counts = Counts(str(tmp_path), 2, clock)
+    counts.note_ready()
+    clock.now += 59
+    assert not counts.others_ready()
+    clock.now += 2
+    assert counts.others_ready()
 
 
 def test_without_a_limit_nothing_hangs(monkeypatch):

@@ -59,6 +59,21 @@ def test_bodies_together_have_a_bound_and_give_it_back():
     asyncio.run(main())
 
 
+def test_the_pieces_of_a_body_count_once():
+    async def main():
+        gate, reading = asyncio.Event(), Reading(Limits(MAX, 0, 0), 0, 1)
+        task = asyncio.create_task(reading.read(receives(*[b"x" * 1000] * 30, then=gate)))
+        while reading.held < 30_000 - MAX // FREE_SHARE:
+            await asyncio.sleep(0)
+        for _ in range(9):
+            await asyncio.sleep(0)
+        assert reading.held == 30_000 - MAX // FREE_SHARE
+        gate.set()
+        assert len(await task) == 30_000
+
+    asyncio.run(main())
+
+
 def test_many_bodies_of_any_size_stay_below_the_bound():
     """1000 bodies hold at most 8 x MAX_BODY_BYTES, whatever their sizes and pieces."""
 

@@ -101,6 +101,28 @@ def test_stop_waits_for_calls_and_refuses_new_ones(monkeypatch):
     run_admission(case, monkeypatch)
 
 
+def test_stop_takes_calls_for_stop_delay_while_ready_says_no(monkeypatch):
+    """A balancer that has just left another replica out still finds this one; the others hear it from /ready."""
+
+    async def case(guard, gate, inner):
+        engine, began = await with_lifespan(guard), time.monotonic()
+        stop = asyncio.create_task(asyncio.to_thread(engine.shutdown, timeout=20))
+        gate.set()
+        while (await ask(guard, "/ready", method="GET")).status != 503:
+            await asyncio.sleep(0.01)
+        answers = []
+        while not answers or answers[-1].status == 200:
+            assert (await ask(guard, "/live", method="GET")).status == 200
+            answers.append(await ask(guard, RERANK, documents()))
+            await asyncio.sleep(0.01)
+        assert 0.5 <= time.monotonic() - began < 0.8 and len(answers) > 5
+        assert answers[-1].status == 503 and "stopping" in answers[-1].message
+        await stop
+        assert 19 < engine.calls[0][1] < 19.6, "what is left of the timeout"
+
+    run_admission(case, monkeypatch, STOP_DELAY_S=0.5)
+
+
 def test_stop_ends_what_is_left_at_the_deadline(monkeypatch):
     async def case(guard, gate, inner):
         engine = await with_lifespan(guard)
@@ -237,8 +259,11 @@ def test_stop_does_not_answer_twice(path, n_sent):
     asyncio.run(main())
 
 
+@pytest.mark.timeout(20)
 @pytest.mark.parametrize("timeout", [0, None])
 def test_stop_without_timeout_does_not_wait(monkeypatch, timeout):
+    monkeypatch.setenv("GUARD_STOP_DELAY_S", "30")
+
     async def case(guard, gate, inner):
         engine = await with_lifespan(guard)
         call = await started(guard, 5)

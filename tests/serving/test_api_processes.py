@@ -101,7 +101,7 @@ def test_two_api_processes_keep_one_limit(checkpoints, tmp_path, monkeypatch):
         assert time.monotonic() < end_s, "pairs stay in flight though no call does"
         assert all(cpu_s(pid) > was + 0.1 for pid, was in processes.items()), "both work"
 
-        monkeypatch.setattr(settings, "_cache", {"CFG": cfg})
+        monkeypatch.setattr(settings, "_cache", {"CLIENT": cfg})
         _, scores, raw = rerank("capital", DOCUMENTS, model="second", base_url=f"{url}/v1")
         assert raw["model"] == "qwen3-reranker" and scores == pytest.approx(expected, abs=1e-5), "another name of it"
     finally:

@@ -109,7 +109,7 @@ def test_the_client_checks_the_certificate(real, monkeypatch):
     from rerank_kit.client.sessions import SharedResources
 
     monkeypatch.setattr(settings, "_cache", {})
-    monkeypatch.setenv("API_KEY", KEY)
+    monkeypatch.setenv("RERANK_API_KEY", KEY)
     url = f"https://localhost:{real['PORT']}/v1"
     with pytest.raises(RerankError, match="REQUESTS_CA_BUNDLE"):
         rerank("q", ["d"], base_url=url)

@@ -298,6 +298,7 @@ def config(monkeypatch, tmp_path):
     def use(**values):
         cfg = settings.get_config(tmp_path / "no.env", **values)
         monkeypatch.setitem(settings._cache, "CFG", cfg)
+        monkeypatch.setitem(settings._cache, "CLIENT", cfg)
         return cfg
 
     use()

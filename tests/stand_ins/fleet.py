@@ -239,7 +239,7 @@ def use_client(certificate: str = "", **changed) -> None:
     SharedResources._endpoints.clear()
     if certificate:
         os.environ["REQUESTS_CA_BUNDLE"] = certificate
-    settings._cache["CFG"] = settings.get_config("/nonexistent", api_key=KEY, client_batch_size=16, **changed)
+    settings._cache["CLIENT"] = settings.get_config("/nonexistent", api_key=KEY, client_batch_size=16, **changed)
 
 
 class Load:
