@@ -28,6 +28,11 @@ class Machine:
     memory_bytes: int  # memory that is free now
 
     @property
+    def release(self) -> tuple[int, ...]:
+        """Major and minor number of vLLM's release."""
+        return release_of(self.vllm_version)
+
+    @property
     def is_cpu(self) -> bool:
         return self.vllm_version.endswith("+cpu")
 
@@ -42,6 +47,11 @@ class NoVllm(ConfigError):
     """vLLM is missing or too old."""
 
 
+def release_of(version_text: str) -> tuple[int, ...]:
+    """Major and minor number of a version."""
+    return tuple(int(n) for n in version_text.split("+")[0].split(".")[:2] if n.isdigit())
+
+
 def vllm_version() -> str:
     """Version of the installed vLLM; the suffix `+cpu` marks the CPU build.
 
@@ -52,8 +62,7 @@ def vllm_version() -> str:
         found = version("vllm")
     except PackageNotFoundError:
         raise NoVllm('vLLM is not installed for this Python: run "sh start_rerank.sh setup"') from None
-    numbers = tuple(int(n) for n in found.split("+")[0].split(".")[:2] if n.isdigit())
-    if numbers < OLDEST_VLLM:
+    if release_of(found) < OLDEST_VLLM:
         raise NoVllm(
             f"vLLM {found} is too old: releases before {OLDEST_VLLM[0]}.{OLDEST_VLLM[1]} hang on prompts of exactly "
             'max_model_len tokens or ignore instructions; run "sh start_rerank.sh setup"'

@@ -79,6 +79,7 @@ def plan_service(cfg: EnvConfig, model: str | Path | None = None, machine: Machi
         _plan_gpu(plan, *_service_steps(plan))
         _plan_tokenizing(plan)
         _plan_light_load(plan)
+    _plan_watchdog(plan)
     if has_other_nodes(cfg):
         plan.env |= node_env(cfg)
         plan.why["node"] = describe_node(cfg)
@@ -332,6 +333,16 @@ def _plan_light_load(plan: Plan) -> None:
         sizes = graph_sizes(engine["max_num_batched_tokens"])
         engine["compilation_config"] = {"cudagraph_mode": "PIECEWISE", "cudagraph_capture_sizes": sizes}
         why["compilation_config"] = "a small model is launched slower than it computes: graphs for steps of whole calls"
+
+
+def _plan_watchdog(plan: Plan) -> None:
+    """vLLM's own watchdog, from 0.33 on: it writes the stacks of all threads of a step that stalls into LOG_DIR."""
+    cfg = plan.cfg
+    if plan.machine.release < (0, 33) or not cfg.health_timeout_s or "--watchdog" in cfg.extra_args.replace("_", "-"):
+        return
+    # Well before the supervisor kills what hangs for HEALTH_TIMEOUT_S.
+    plan.engine["watchdog_config"] = {"dump_dir": str(cfg.log_path), "timeout": max(1, cfg.health_timeout_s // 2)}
+    plan.why["watchdog_config"] = "stacks of a stalled step go to LOG_DIR after half of HEALTH_TIMEOUT_S"
 
 
 def _plan_cpu(plan: Plan) -> None:

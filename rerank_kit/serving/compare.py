@@ -19,6 +19,7 @@ from rerank_kit.serving.status import known_state, memory_of_service
 from rerank_kit.settings import ConfigError, EnvConfig, get_config, model_setting
 
 MOST_LINES = 8  # differences that are listed one by one
+FOLLOWS = ("GUARD_VERSION", "GUARD_CHECK")  # of checkpoint, template and settings
 # What the supervisor does itself; all else reaches the server as an argument or a variable. START_TIMEOUT_S is left
 # out: one start may be waited for with another one.
 SUPERVISED = ("restart", "restart_max", "restart_window_s", "health_timeout_s", "log_max_mib", "log_keep")
@@ -89,7 +90,7 @@ def differences(plan: Plan, known: dict) -> list[str]:
     for then, now in pairs:
         if then is not None:
             old, new = old | then, new | now
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and key != "GUARD_VERSION"]
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and key not in FOLLOWS]
     lines = [
         f"{key}: it runs {old.get(key, 'without')!r}, the settings say {new.get(key, 'without')!r}" for key in changed
     ]
