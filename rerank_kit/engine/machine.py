@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from rerank_kit.engine.limits import cpu_quota, free_in_cgroup
 from rerank_kit.settings import ConfigError
 
 OLDEST_VLLM = (0, 26)
@@ -24,8 +25,9 @@ class Machine:
 
     vllm_version: str
     gpus: tuple[str, ...]  # "name, MiB" of every GPU of the host
-    cores: tuple[int, ...]  # usable CPU cores
+    cores: tuple[int, ...]  # CPU cores, as many as this process may keep busy
     memory_bytes: int  # memory that is free now
+    cpu_quota: float | None = None  # cores' worth of CPU time by the cgroup's limit, if that is less than its cores
 
     @property
     def release(self) -> tuple[int, ...]:
@@ -73,8 +75,8 @@ def vllm_version() -> str:
 def probe_machine() -> Machine:
     """Describe the machine that this runs on."""
     found = vllm_version()
-    cores = tuple(sorted(os.sched_getaffinity(0)))
-    return Machine(found, () if found.endswith("+cpu") else list_gpus(), cores, free_memory())
+    cores, quota = usable_cores()
+    return Machine(found, () if found.endswith("+cpu") else list_gpus(), cores, free_memory(), quota)
 
 
 def list_gpus() -> tuple[str, ...]:
@@ -93,12 +95,16 @@ def free_memory() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
-    try:  # cgroup v2: in a container /proc/meminfo is the host's
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return free if limit == "max" else min(free, int(limit) - used)
+    limit = free_in_cgroup()  # in a container /proc/meminfo is the host's
+    return free if limit is None else min(free, limit)
+
+
+def usable_cores() -> tuple[tuple[int, ...], float | None]:
+    """(cores that this process may keep busy, the CPU limit that made them fewer than it may run on, or None)."""
+    cores, quota = tuple(sorted(os.sched_getaffinity(0))), cpu_quota()
+    if quota is None or quota >= len(cores):
+        return cores, None
+    return cores[: max(1, int(quota))], quota
 
 
 def cpu_has_bf16() -> bool:

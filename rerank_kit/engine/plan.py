@@ -373,6 +373,11 @@ def _plan_cpu(plan: Plan) -> None:
         plan.env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         plan.env["OMP_NUM_THREADS"] = str(max(1, len(cores) // workers))
         why["threads"] = f"{len(cores)} cores shared by {workers} workers"
+    elif plan.machine.cpu_quota:
+        # The limit is on time, not on cores: the same cores for every container of a host would be crowded.
+        plan.env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        plan.env["OMP_NUM_THREADS"] = str(len(cores))
+        why["threads"] = f"{len(cores)} by the cgroup's CPU limit of {plan.machine.cpu_quota:g}"
     elif len(cores) <= 4:
         # vLLM would reserve a core for the API process; with 2 cores that is half of the machine.
         plan.env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))

@@ -84,7 +84,7 @@ def probe(cfg: EnvConfig, timeout_s: float = 60.0, n_docs: int = 1) -> str | Non
 
 
 def not_ready(cfg: EnvConfig, timeout_s: float = 5.0) -> str:
-    """Why the guard's /ready is 503, as after first scores that are wrong; empty = it is ready, or there is no guard."""
+    """Why the guard's /ready is 503, as after first scores that are wrong; empty = it is ready, or GUARD=0."""
     if not cfg.guard:
         return ""
     try:
