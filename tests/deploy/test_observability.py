@@ -102,7 +102,9 @@ def test_the_operators_files_are_those_of_prometheus(tmp_path):
     labels = pod["metadata"]["labels"]
     assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
     # The operator's rule: the job is the value of that label of the pod.
-    (job,) = {c["job_name"] for c in yaml.safe_load((DEPLOY / "prometheus.yml").read_text())["scrape_configs"]} - {"gpu"}
+    (job,) = {c["job_name"] for c in yaml.safe_load((DEPLOY / "prometheus.yml").read_text())["scrape_configs"]} - {
+        "gpu"
+    }
     assert labels[monitor["spec"]["jobLabel"]] == job
     (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
     assert endpoint["port"] in {p["name"] for p in pod["spec"]["containers"][0]["ports"]}
