@@ -18,6 +18,7 @@
 # Settings: environment > .env > default, see .env.example. Write them there, not into this script.
 # Exit codes: 0 done, 1 failed, 2 usage, 5 vllm not installed, 6 not configured.
 # Exit codes of status: 0 ready, 1 dead with a PID file, 3 not running, 4 of another host or user, 150 not ready yet.
+# Exit codes of wait: 0 ready, 1 dead, 3 not running, 150 not ready after START_TIMEOUT_S.
 # Exit codes of check: 0 nothing wrong, 1 the scores cannot be right, 4 the check could not be made.
 set -u
 
