@@ -1,5 +1,6 @@
 """deploy/nginx*.conf and switch_model.sh: real nginx, two real services, load by the kit's client."""
 
+import fcntl
 import json
 import re
 import subprocess
@@ -138,6 +139,16 @@ def test_switch_refuses_what_is_not_ready(nginx):
     assert (nginx.folder / "nginx-switch.conf").read_text() == before
     shown = nginx.switch("show").stdout
     assert "default rerank_a" in shown and shown.count(" 000 -") == 3
+
+
+def test_two_switches_exclude_each_other(nginx):
+    with (nginx.folder / "nginx-switch.conf.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for args in (("to", "b"), ("canary", "b", "5")):
+            done = nginx.switch(*args)
+            assert done.returncode == 1 and "another switch_model.sh is under way: nothing was changed" in done.stderr
+        assert nginx.switch("show").returncode == 0
+    assert "is not ready" in nginx.switch("to", "b").stderr
 
 
 # --- two real services ------------------------------------------------------------------------------------------------
