@@ -464,7 +464,7 @@ act() {
   wait "$child"
 }
 
-# The processes that an action started, without the service, as lines.
+# The processes that an action started, without the service, in one line.
 descendants() {
   read_pid_file || pid=
   family=" $1 " service=$pid
@@ -501,7 +501,11 @@ interrupted() {
     born "$child" >/dev/null && kill -KILL $all 2>/dev/null
   fi
   case $acting in
-    do_start | do_restart | do_demo) server_pid >/dev/null && warn "interrupted; the server continues to load, \"stop\" ends it" ;;
+    do_start | do_restart | do_demo)
+      if server_pid >/dev/null && ! grep -q '"state": "\(ready\|stopping\)"' "$STATE_FILE" 2>/dev/null; then
+        warn "interrupted; the server continues to load, \"stop\" ends it"
+      fi
+      ;;
   esac
   exit "$1"
 }

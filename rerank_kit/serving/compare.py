@@ -14,7 +14,7 @@ from rerank_kit.engine.nodes import is_headless
 from rerank_kit.engine.plan import Plan, plan_service
 from rerank_kit.models.download import locate
 from rerank_kit.serving.command import serve_args, server_env, shown_args, shown_env
-from rerank_kit.serving.network import check_network
+from rerank_kit.serving.network import check_address, check_network
 from rerank_kit.serving.status import known_state, memory_of_service
 from rerank_kit.settings import ConfigError, EnvConfig, get_config, model_setting
 
@@ -137,6 +137,7 @@ def main(argv: list[str]) -> int:
         serve_args(plan)
         if not is_headless(cfg):
             check_network(cfg)
+            check_address(cfg)
     except NoVllm as exc:
         print(f"ConfigError: {exc}", file=sys.stderr)
         return 5
