@@ -29,6 +29,7 @@
 # Settings: environment > .env > default, see .env.example. Write them there, not into this script.
 # Exit codes: 0 done, 1 failed, 2 usage, 5 vllm not installed, 6 not configured.
 # Exit codes of status: 0 ready, 1 dead with a PID file, 3 not running, 4 of another host or user, 150 not ready yet.
+# Exit codes of wait: 0 ready, 1 dead, 3 not running, 150 not ready after START_TIMEOUT_S.
 # Exit codes of check: 0 nothing wrong, 1 the scores cannot be right, 4 the check could not be made.
 set -u
 
@@ -491,7 +492,7 @@ act() {
   wait "$child"
 }
 
-# The processes that an action started, without the service, as lines.
+# The processes that an action started, without the service, in one line.
 descendants() {
   read_pid_file || pid=
   family=" $1 " service=$pid
@@ -528,7 +529,11 @@ interrupted() {
     born "$child" >/dev/null && kill -KILL $all 2>/dev/null
   fi
   case $acting in
-    do_start | do_restart | do_demo) server_pid >/dev/null && warn "interrupted; the server continues to load, \"stop\" ends it" ;;
+    do_start | do_restart | do_demo)
+      if server_pid >/dev/null && ! grep -q '"state": "\(ready\|stopping\)"' "$STATE_FILE" 2>/dev/null; then
+        warn "interrupted; the server continues to load, \"stop\" ends it"
+      fi
+      ;;
   esac
   exit "$1"
 }

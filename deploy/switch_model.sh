@@ -75,6 +75,14 @@ apply() {
   fi
 }
 
+# One change at a time: two would take each other's old choice for the one to go back to.
+lock() {
+  command -v flock >/dev/null 2>&1 || return 0
+  (: >>"$FILE.lock") 2>/dev/null || die 1 "$FILE.lock cannot be written: run it as root"
+  exec 9>>"$FILE.lock"
+  flock -n 9 || die 1 "another switch_model.sh is under way: nothing was changed"
+}
+
 other() { case $1 in a) say b ;; *) say a ;; esac; }
 
 main() {
@@ -96,10 +104,12 @@ main() {
       done
       ;;
     to)
+      lock
       require_ready "$2"
       apply "map \"\" \$rerank_pool { default rerank_$2; }" "all calls to rerank_$2"
       ;;
     canary)
+      lock
       require_ready "$2"
       require_ready "$(other "$2")"
       apply "split_clients \$remote_addr \$rerank_pool { $3% rerank_$2; * rerank_$(other "$2"); }" \

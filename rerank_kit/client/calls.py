@@ -95,9 +95,8 @@ def rerank(
         id of the model and settings that made the scores; "" without guard. "_client_cost_ms": wall clock.
         "_client_calls": the number of requests. "_client_retries": how many were sent again, to the same address or
         another. "_client_url": the address that answered. Of several requests, results and usage are merged, ids and
-        addresses are joined by commas.
-        With `first` also "_first": scores of all documents by the first stage, its model, _cut, _version, cost and calls;
-        None where it was not asked. Cost and calls outside are those of both stages.
+        addresses are joined by commas. With `first` also "_first": scores of all documents by the first stage, its
+        model, _cut, _version, cost and calls; None where it was not asked. Cost and calls outside are those of both.
 
     Raises:
         ValueError: an invalid argument; nothing was sent.

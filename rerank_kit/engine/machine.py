@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from rerank_kit.engine.limits import cpu_quota, free_in_cgroup
 from rerank_kit.settings import ConfigError
 
 OLDEST_VLLM = (0, 26)
@@ -26,8 +27,14 @@ class Machine:
 
     vllm_version: str
     gpus: tuple[str, ...]  # "name, MiB" of every GPU of the host
-    cores: tuple[int, ...]  # usable CPU cores
+    cores: tuple[int, ...]  # CPU cores, as many as this process may keep busy
     memory_bytes: int  # memory that is free now
+    cpu_quota: float | None = None  # cores' worth of CPU time by the cgroup's limit, if that is less than its cores
+
+    @property
+    def release(self) -> tuple[int, ...]:
+        """Major and minor number of vLLM's release."""
+        return release_of(self.vllm_version)
 
     @property
     def is_cpu(self) -> bool:
@@ -44,6 +51,11 @@ class NoVllm(ConfigError):
     """vLLM is missing or too old."""
 
 
+def release_of(version_text: str) -> tuple[int, ...]:
+    """Major and minor number of a version."""
+    return tuple(int(n) for n in version_text.split("+")[0].split(".")[:2] if n.isdigit())
+
+
 def vllm_version() -> str:
     """Version of the installed vLLM; the suffix `+cpu` marks the CPU build.
 
@@ -54,8 +66,7 @@ def vllm_version() -> str:
         found = version("vllm")
     except PackageNotFoundError:
         raise NoVllm('vLLM is not installed for this Python: run "sh start_rerank.sh setup"') from None
-    numbers = tuple(int(n) for n in found.split("+")[0].split(".")[:2] if n.isdigit())
-    if numbers < OLDEST_VLLM:
+    if release_of(found) < OLDEST_VLLM:
         raise NoVllm(
             f"vLLM {found} is too old: releases before {OLDEST_VLLM[0]}.{OLDEST_VLLM[1]} hang on prompts of exactly "
             'max_model_len tokens or ignore instructions; run "sh start_rerank.sh setup"'
@@ -66,8 +77,8 @@ def vllm_version() -> str:
 def probe_machine() -> Machine:
     """Describe the machine that this runs on."""
     found = vllm_version()
-    cores = tuple(sorted(os.sched_getaffinity(0)))
-    return Machine(found, () if found.endswith("+cpu") else list_gpus(), cores, free_memory())
+    cores, quota = usable_cores()
+    return Machine(found, () if found.endswith("+cpu") else list_gpus(), cores, free_memory(), quota)
 
 
 def list_gpus() -> tuple[str, ...]:
@@ -112,12 +123,16 @@ def free_memory() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
-    try:  # cgroup v2: in a container /proc/meminfo is the host's
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return free if limit == "max" else min(free, int(limit) - used)
+    limit = free_in_cgroup()  # in a container /proc/meminfo is the host's
+    return free if limit is None else min(free, limit)
+
+
+def usable_cores() -> tuple[tuple[int, ...], float | None]:
+    """(cores that this process may keep busy, the CPU limit that made them fewer than it may run on, or None)."""
+    cores, quota = tuple(sorted(os.sched_getaffinity(0))), cpu_quota()
+    if quota is None or quota >= len(cores):
+        return cores, None
+    return cores[: max(1, int(quota))], quota
 
 
 def cpu_has_bf16() -> bool:

@@ -84,6 +84,7 @@ def plan_service(cfg: EnvConfig, model: str | Path | None = None, machine: Machi
         _plan_gpu(plan, *_service_steps(plan))
         _plan_tokenizing(plan)
         _plan_light_load(plan)
+    _plan_watchdog(plan)
     if has_other_nodes(cfg):
         plan.env |= node_env(cfg)
         plan.why["node"] = describe_node(cfg)
@@ -386,6 +387,16 @@ def _plan_whole_graphs(plan: Plan) -> None:
         engine["attention_config"] = {"flash_attn_max_num_splits_for_cuda_graph": 1}
 
 
+def _plan_watchdog(plan: Plan) -> None:
+    """vLLM's own watchdog, from 0.33 on: it writes the stacks of all threads of a step that stalls into LOG_DIR."""
+    cfg = plan.cfg
+    if plan.machine.release < (0, 33) or not cfg.health_timeout_s or "--watchdog" in cfg.extra_args.replace("_", "-"):
+        return
+    # Well before the supervisor kills what hangs for HEALTH_TIMEOUT_S.
+    plan.engine["watchdog_config"] = {"dump_dir": str(cfg.log_path), "timeout": max(1, cfg.health_timeout_s // 2)}
+    plan.why["watchdog_config"] = "stacks of a stalled step go to LOG_DIR after half of HEALTH_TIMEOUT_S"
+
+
 def _plan_cpu(plan: Plan) -> None:
     """CPU build: all cores, a KV cache that fits, no compilation (which costs 25 s at every first start)."""
     cfg, engine, why, cores = plan.cfg, plan.engine, plan.why, plan.machine.cores
@@ -414,6 +425,11 @@ def _plan_cpu(plan: Plan) -> None:
         plan.env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         plan.env["OMP_NUM_THREADS"] = str(max(1, len(cores) // workers))
         why["threads"] = f"{len(cores)} cores shared by {workers} workers"
+    elif plan.machine.cpu_quota:
+        # The limit is on time, not on cores: the same cores for every container of a host would be crowded.
+        plan.env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        plan.env["OMP_NUM_THREADS"] = str(len(cores))
+        why["threads"] = f"{len(cores)} by the cgroup's CPU limit of {plan.machine.cpu_quota:g}"
     elif len(cores) <= 4:
         # vLLM would reserve a core for the API process; with 2 cores that is half of the machine.
         plan.env["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))

@@ -107,7 +107,8 @@ def explain(plan: Plan) -> str:
     lines += [
         "# machine",
         f"vllm={plan.machine.vllm_version} gpus={gpus} cores={len(plan.machine.cores)} "
-        f"free_memory_gib={plan.machine.memory_bytes / GIB:.1f}",
+        f"free_memory_gib={plan.machine.memory_bytes / GIB:.1f}"
+        + (f" cpu_limit={plan.machine.cpu_quota:g}" if plan.machine.cpu_quota else ""),
         "# model",
         f"path={plan.checkpoint.path}",
         f"profile={plan.profile.name}: {plan.profile.title}",

@@ -14,11 +14,12 @@ from rerank_kit.engine.nodes import is_headless
 from rerank_kit.engine.plan import Plan, plan_service
 from rerank_kit.models.download import locate
 from rerank_kit.serving.command import serve_args, server_env, shown_args, shown_env
-from rerank_kit.serving.network import check_network
+from rerank_kit.serving.network import check_address, check_network
 from rerank_kit.serving.status import known_state, memory_of_service
 from rerank_kit.settings import ConfigError, EnvConfig, get_config, model_setting
 
 MOST_LINES = 8  # differences that are listed one by one
+FOLLOWS = ("GUARD_VERSION", "GUARD_CHECK")  # of checkpoint, template and settings
 # What the supervisor does itself; all else reaches the server as an argument or a variable. START_TIMEOUT_S is left
 # out: one start may be waited for with another one.
 SUPERVISED = ("restart", "restart_max", "restart_window_s", "health_timeout_s", "log_max_mib", "log_keep")
@@ -89,7 +90,7 @@ def differences(plan: Plan, known: dict) -> list[str]:
     for then, now in pairs:
         if then is not None:
             old, new = old | then, new | now
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and key != "GUARD_VERSION"]
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and key not in FOLLOWS]
     lines = [
         f"{key}: it runs {old.get(key, 'without')!r}, the settings say {new.get(key, 'without')!r}" for key in changed
     ]
@@ -136,6 +137,7 @@ def main(argv: list[str]) -> int:
         serve_args(plan)
         if not is_headless(cfg):
             check_network(cfg)
+            check_address(cfg)
     except NoVllm as exc:
         print(f"ConfigError: {exc}", file=sys.stderr)
         return 5

@@ -25,6 +25,8 @@ READY, DIED, LOADING = 0, 1, 4  # exit codes
 WARMING = "warming up"  # the supervisor's state between the first score and ready
 BUSY = "busy: it scores, and refuses further calls for now (429)"
 
+WRONG_SCORES = "the scores cannot be right"  # how the guard begins the fault of its own check (GUARD_CHECK)
+
 PROBE_PAIRS = 4  # pairs that the supervisor scores on each of several engines, every 10 s
 
 
@@ -79,6 +81,19 @@ def probe(cfg: EnvConfig, timeout_s: float = 60.0, n_docs: int = 1) -> str | Non
     except (ValueError, LookupError, TypeError) as exc:
         return f"the probe's answer is not a rerank answer ({type(exc).__name__})"
     return None
+
+
+def not_ready(cfg: EnvConfig, timeout_s: float = 5.0) -> str:
+    """Why the guard's /ready is 503, as after first scores that are wrong; empty = it is ready, or GUARD=0."""
+    if not cfg.guard:
+        return ""
+    try:
+        status, data = request(cfg, "GET", "/ready", timeout_s=timeout_s)
+        return str(json.loads(data)["error"]["message"]) if status == 503 else ""
+    except (OSError, http.client.HTTPException) as exc:
+        return f"no answer from {cfg.service_url} ({type(exc).__name__})"
+    except (ValueError, LookupError, TypeError):
+        return "/ready answers 503"
 
 
 def warm_up(cfg: EnvConfig, n_calls: int = 32, n_docs: int = 64, timeout_s: float = 120.0) -> int:
@@ -248,6 +263,11 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
         spent[now] = spent.get(now, 0.0) + looked - since
         if open_now:  # a loading server must not be asked for scores
             last = probe(cfg)
+            if last in (None, BUSY) and (unready := not_ready(cfg)):
+                last = unready
+                if WRONG_SCORES in last and supervised_state(cfg, pid) is None:  # `run`: nobody else ends the wait
+                    print(f"[ERR] it answers after {waited:.0f} s, but {last}", file=sys.stderr)
+                    return DIED
             answered = answered or (time.monotonic() if last in (None, BUSY) else 0.0)
             # The supervisor must have seen the score too, because it takes an earlier death for a failed start. If it
             # cannot write its state (full disk), this waits 5 s for it.

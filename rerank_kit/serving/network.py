@@ -43,6 +43,16 @@ def tls_files(cfg: EnvConfig) -> tuple[str, str]:
     return certificate, key
 
 
+def check_address(cfg: EnvConfig) -> None:
+    """Raise ConfigError if HOST is no address of this host. Its port may be taken, by the service that is replaced."""
+    family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((cfg.host, 0))
+        except OSError as exc:
+            raise ConfigError(_not_bound(cfg, exc)) from exc
+
+
 def check_port(cfg: EnvConfig) -> None:
     """Raise ConfigError if the address cannot be bound: it is in use, not of this host, or not permitted."""
     family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rerank_kit.engine.nodes import is_headless
 from rerank_kit.processes import born, session_pids, this_machine
-from rerank_kit.serving.health import BUSY, WARMING, log_file, metrics, pid_file, probe, state_file
+from rerank_kit.serving.health import BUSY, WARMING, log_file, metrics, not_ready, pid_file, probe, state_file
 from rerank_kit.serving.log_causes import phase, read_log, root_cause
 from rerank_kit.settings import ConfigError, EnvConfig, get_config
 
@@ -81,8 +81,10 @@ def gather(cfg: EnvConfig, probe_timeout_s: float = 30.0) -> dict:
         out["uptime_s"] = round(time.time() - known["ready_since"])
         return out | {"state": "ready", "exit_code": READY}
     wrong = probe(cfg, probe_timeout_s)
+    unready = not_ready(cfg) if wrong in (None, BUSY) else ""
+    wrong = unready or wrong
     if wrong and not known.get("ready_since"):
-        return out | {"state": "loading", "why": phase(read_log(log_file(cfg)))}
+        return out | {"state": "loading", "why": unready or phase(read_log(log_file(cfg)))}
     out["uptime_s"] = round(time.time() - (known.get("ready_since") or time.time()))
     counted = metrics(cfg)
     for name in ("requests_running", "requests_waiting"):

@@ -202,6 +202,9 @@ class Supervisor:
                         peers.watch()
                     self._save(state="ready", ready_since=time.time())
                     self._note(f"ready after {time.time() - self.state.server_began:.0f} s")
+                if isinstance(watch, Watch) and watch.fault:
+                    kill_rest()
+                    return f"{watch.fault} (STARTUP_CHECK=0 serves them), killed"
                 if hung := (peers and peers.lost()) or self._hangs(watch):
                     kill_rest()
                     return hung

@@ -3,7 +3,16 @@
 import threading
 import time
 
-from rerank_kit.serving.health import BUSY, PROBE_PAIRS, listens, probe, progress, warm_up
+from rerank_kit.serving.health import (
+    BUSY,
+    PROBE_PAIRS,
+    WRONG_SCORES,
+    listens,
+    not_ready,
+    probe,
+    progress,
+    warm_up,
+)
 from rerank_kit.settings import EnvConfig
 
 PROBE_EVERY_S = 10.0
@@ -25,6 +34,7 @@ class Watch(threading.Thread):
         limit = cfg.health_timeout_s or 10 * PROBE_EVERY_S
         self.every_s = min(PROBE_EVERY_S, limit / 4)
         self.warming = self.ready = False
+        self.fault = ""  # what is wrong with the first scores after this start
         self.suspect_since: dict[str, float] = {}  # by engine; monotonic
         self.stopped = threading.Event()
         self.start()
@@ -44,6 +54,10 @@ class Watch(threading.Thread):
         wrong = probe(self.cfg, self.every_s if self.ready else 60.0, self.n_docs)
         if self.ready:
             return self._judge(progress(self.cfg), seen, wrong is None, asked_at)
+        if wrong in (None, BUSY) and (unready := not_ready(self.cfg)):
+            # The guard scores a few known pairs after each start, so a restart with wrong scores is seen too.
+            self.fault = unready if WRONG_SCORES in unready else ""
+            return seen
         if self.warm and wrong is None:
             self.warming = True
             warm_up(self.cfg)

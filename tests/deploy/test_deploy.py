@@ -564,6 +564,27 @@ def test_pod_asks_for_the_gpus_of_its_settings():
     assert container()["resources"]["limits"]["nvidia.com/gpu"] == str(wanted)
 
 
+def test_the_model_changes_without_an_outage(tmp_path):
+    """The commands of README.md: the new ConfigMap fits, and the patch changes the one name that the pods read."""
+    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="pip install -r requirements-dev.txt")
+    text = (DEPLOY / "README.md").read_text()
+    pipe = re.search(r"(sed -n '/\^kind: ConfigMap.*?) \| kubectl apply -f -", text, re.S)[1]
+    done = run("sh", "-c", pipe, cwd=KIT)
+    new, old = yaml.safe_load(done.stdout), manifests()["ConfigMap"]
+    kubernetes_validate.validate(new, "1.34", strict=True)
+    assert new["metadata"] == {**old["metadata"], "name": "rerank-2"}
+    assert new["data"] == {**old["data"], "MODEL_PATH": "Qwen/Qwen3-Reranker-4B"} != old["data"]
+    (patch,) = json.loads(re.search(r"--patch \\\n  '(.*?)'", text)[1])
+    target = manifests()["Deployment"]
+    *way, last = [int(part) if part.isdigit() else part for part in patch["path"].split("/")[1:]]
+    for part in way:
+        target = target[part]
+    assert target == {"name": old["metadata"]["name"]} and last == "name"
+    assert (patch["op"], patch["value"]) == ("replace", new["metadata"]["name"])
+    rolling = manifests()["Deployment"]["spec"]["strategy"]["rollingUpdate"]
+    assert rolling == {"maxSurge": 1, "maxUnavailable": 0}, "an old pod ends when a new one is ready"
+
+
 def test_autoscaler_follows_a_metric_that_exists():
     from prometheus_client import REGISTRY
 

@@ -1,5 +1,6 @@
 """deploy/nginx*.conf and switch_model.sh: real nginx, two real services, load by the kit's client."""
 
+import fcntl
 import json
 import re
 import subprocess
@@ -61,7 +62,6 @@ def test_numbers_fit_those_of_the_kit():
     # A call that hangs in one replica is answered by another one while the client still waits.
     assert 2 * seconds("proxy_read_timeout") + seconds("proxy_connect_timeout") < DEFAULTS.timeout_s
     assert seconds("proxy_read_timeout") < seconds("proxy_next_upstream_timeout")
-    assert seconds("worker_shutdown_timeout") >= 2 * seconds("proxy_read_timeout")
     assert "non_idempotent" in setting("proxy_next_upstream") and "429" not in setting("proxy_next_upstream")
 
 
@@ -84,6 +84,32 @@ def test_errors_of_nginx_have_the_form_of_the_service(nginx):
     line = nginx.line("abc-1")
     assert (line["status"], line["path"], line["replica_status"]) == (502, "/v1/score", "502, 502")
     assert KEY not in nginx.access_log.read_text() and "secret" not in nginx.access_log.read_text()
+
+
+def test_other_sites_of_the_host_stay_as_they_are(nginx):
+    """nginx.conf is a part of the host's configuration, not all of it."""
+    nginx.start()
+    answer = http("GET", f"http://127.0.0.1:{nginx.other_port}/metrics")
+    assert answer == (200, "other") and not nginx.access_log.read_text()
+    text = (KIT / "deploy/nginx.conf").read_text()
+    depth, outside = 0, []
+    for line in text.splitlines():
+        code = re.sub(r"'[^']*'|#.*", "", line).strip()
+        if not depth and code:
+            outside.append(code.split()[0])
+        depth += code.count("{") - code.count("}")
+    assert depth == 0 and set(outside) <= {
+        "log_format",
+        "map",
+        "include",
+        "limit_conn_zone",
+        "limit_req_zone",
+        "server",
+        "}",
+        ";",
+    }
+    for name in re.findall(r"^map \S+ \$(\w+)|zone=(\w+):|^log_format (\w+)", text, re.M):
+        assert "".join(name).startswith("rerank"), "no name of another site's"
 
 
 def test_one_client_cannot_take_all_of_nginx(tmp_path):
@@ -113,6 +139,16 @@ def test_switch_refuses_what_is_not_ready(nginx):
     assert (nginx.folder / "nginx-switch.conf").read_text() == before
     shown = nginx.switch("show").stdout
     assert "default rerank_a" in shown and shown.count(" 000 -") == 3
+
+
+def test_two_switches_exclude_each_other(nginx):
+    with (nginx.folder / "nginx-switch.conf.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for args in (("to", "b"), ("canary", "b", "5")):
+            done = nginx.switch(*args)
+            assert done.returncode == 1 and "another switch_model.sh is under way: nothing was changed" in done.stderr
+        assert nginx.switch("show").returncode == 0
+    assert "is not ready" in nginx.switch("to", "b").stderr
 
 
 # --- two real services ------------------------------------------------------------------------------------------------

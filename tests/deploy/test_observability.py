@@ -84,6 +84,34 @@ def test_every_alert_is_tested(tmp_path):
     assert done.returncode == 1 and failed == {rule["alert"] for rule in rules()}
 
 
+def test_the_operators_files_are_those_of_prometheus(tmp_path):
+    """podmonitor.yaml and prometheusrule.yaml beside prometheus.yml, alerts.yml and the pods of kubernetes.yaml."""
+    rule = yaml.safe_load((DEPLOY / "prometheusrule.yaml").read_text())
+    assert rule["kind"] == "PrometheusRule" and rule["spec"] == yaml.safe_load((DEPLOY / "alerts.yml").read_text())
+    command = re.search(r"^#   (sed .*) alerts\.yml$", (DEPLOY / "prometheusrule.yaml").read_text(), re.M)[1]
+    made = subprocess.run(f"{command} alerts.yml", shell=True, cwd=DEPLOY, capture_output=True, text=True).stdout
+    assert (DEPLOY / "prometheusrule.yaml").read_text().endswith(made) and made.startswith("  groups:")
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump(rule["spec"], allow_unicode=True))
+    done = promtool("check", "rules", tmp_path / "rules.yml")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    monitor = yaml.safe_load((DEPLOY / "podmonitor.yaml").read_text())
+    assert (monitor["kind"], monitor["apiVersion"]) == ("PodMonitor", rule["apiVersion"])
+    pods = yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())
+    pod = next(m for m in pods if m["kind"] == "Deployment")["spec"]["template"]
+    labels = pod["metadata"]["labels"]
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    # The operator's rule: the job is the value of that label of the pod.
+    (job,) = {c["job_name"] for c in yaml.safe_load((DEPLOY / "prometheus.yml").read_text())["scrape_configs"]} - {
+        "gpu"
+    }
+    assert labels[monitor["spec"]["jobLabel"]] == job
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] in {p["name"] for p in pod["spec"]["containers"][0]["ports"]}
+    secret = next(v["secret"] for v in pod["spec"]["volumes"] if "secret" in v)
+    assert endpoint["authorization"]["credentials"] == {"name": secret["secretName"], "key": "api_key"}
+
+
 def test_dashboard_has_grafanas_structure():
     """Every field survives the way through Grafana's own schema types: a name that they do not know would be lost."""
     sdk = pytest.importorskip("grafana_foundation_sdk.models.dashboard")

@@ -337,3 +337,14 @@ def test_content_id_samples_large_files(tmp_path, place):
         file.seek(place)
         file.write(b"x")
     assert content_id(tmp_path, n_blocks=65, block_bytes=4096) != before
+
+
+def test_vllms_watchdog_where_the_release_has_one(checkpoints, tmp_path):
+    old, new = Machine("0.32.0+cpu", (), (0, 1), 2**37), Machine("0.33.0+cpu", (), (0, 1), 2**37)
+    assert "--watchdog-config" not in serve_args(plan(checkpoints, old, log_dir=str(tmp_path)))
+    args = serve_args(plan(checkpoints, new, log_dir=str(tmp_path), health_timeout_s=50))
+    assert json.loads(flag(args, "--watchdog-config")) == {"dump_dir": str(tmp_path), "timeout": 25}
+    assert "--watchdog-config" not in serve_args(plan(checkpoints, new, health_timeout_s=0))
+    own = serve_args(plan(checkpoints, new, extra_args="--watchdog_config {}"))
+    assert "--watchdog-config" not in own and own[-2:] == ["--watchdog_config", "{}"]
+    assert (old.release, new.release) == ((0, 32), (0, 33))

@@ -10,7 +10,7 @@ from fake_kit import alive
 from tiny_models import bert_cross_encoder
 
 from rerank_kit.serving import status as status_module
-from rerank_kit.serving.compare import compare_running, differences, flags_of, key_mark
+from rerank_kit.serving.compare import compare_running, differences, flags_of, key_mark, main
 from rerank_kit.serving.status import memory_of_service, one_line
 from rerank_kit.settings import EnvConfig
 
@@ -23,7 +23,9 @@ from rerank_kit.settings import EnvConfig
         ({"MODEL_PROFILE": "none"}, "MODEL_PROFILE='none' is unknown"),
         ({"MAX_MODEL_LEN": 999999}, "MAX_MODEL_LEN=999999 is more than"),
         ({"HOST": "0.0.0.0"}, "opens the service to the network"),
+        ({"HOST": "203.0.113.9", "API_KEY": "k"}, "HOST=203.0.113.9 (environment) is no address of this host"),
         ({"EXTRA_ARGS": "'open"}, "is not valid shell syntax"),
+        ({"EXTRA_ARGS": "--host 0.0.0.0"}, "EXTRA_ARGS holds --host: take it out, set HOST"),
         ({"SSL_CERTFILE": "/no/such.pem"}, "belong together: set both"),
         ({"SSL_CERTFILE": "/no/such.pem", "SSL_KEYFILE": "/no/such.pem"}, "cannot be used: No such file"),
     ],
@@ -60,24 +62,31 @@ def test_start_says_that_another_model_runs(kit, tmp_path, shells):
     assert f"({other}, profile cross_encoder, version " in status.stdout
 
 
-def test_start_compares_what_is_neither_a_flag_nor_the_guards(kit):
+def test_start_compares_what_is_neither_a_flag_nor_the_guards(kit, monkeypatch, capsys):
     """Variables of vLLM, what the supervisor follows, the key; and a GUARD_ variable of one's own is no difference."""
     same = {"API_KEY": "first-key", "GUARD_MAX_DOCS_PER_CALL": 5, "VLLM_LOGGING_LEVEL": "INFO"}
     assert kit("start", **same).returncode == 0
     same_again = kit("start", **same)
     assert same_again.returncode == 0, same_again.stderr
     assert "first-key" not in json.dumps(kit.state)
-    for setting, said in (
-        ({"VLLM_LOGGING_LEVEL": "DEBUG"}, "VLLM_LOGGING_LEVEL: it runs 'INFO', the settings say 'DEBUG'"),
-        ({"OMP_NUM_THREADS": "1"}, "OMP_NUM_THREADS: it runs 'without', the settings say '1'"),
-        ({"HEALTH_TIMEOUT_S": 7}, "HEALTH_TIMEOUT_S: it runs '120', the settings say '7'"),
-        ({"RESTART": "no"}, "RESTART: it runs 'yes', the settings say 'no'"),
-        ({"API_KEY": "second-key"}, "API_KEY: it runs with another one"),
-        ({"API_KEY": ""}, "API_KEY: it runs with one, the settings have none"),
+    for key, value in {**kit.settings, **same}.items():
+        monkeypatch.setenv(key, str(value))
+    assert main(["running"]) == 0, "the same in this process"
+    for key, value, said in (
+        ("VLLM_LOGGING_LEVEL", "DEBUG", "VLLM_LOGGING_LEVEL: it runs 'INFO', the settings say 'DEBUG'"),
+        ("OMP_NUM_THREADS", "1", "OMP_NUM_THREADS: it runs 'without', the settings say '1'"),
+        ("HEALTH_TIMEOUT_S", "7", "HEALTH_TIMEOUT_S: it runs '120', the settings say '7'"),
+        ("RESTART", "no", "RESTART: it runs 'yes', the settings say 'no'"),
+        ("API_KEY", "second-key", "API_KEY: it runs with another one"),
+        ("API_KEY", "", "API_KEY: it runs with one, the settings have none"),
     ):
-        done = kit("start", **{**same, **setting})
-        lines = [line for line in done.stderr.splitlines() if line.startswith("[ERR]")]
-        assert (done.returncode, lines[0]) == (1, f"[ERR] {said}") and len(lines) == 2, done.stderr
+        with monkeypatch.context() as changed:
+            changed.setenv(key, value)
+            assert main(["running"]) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert f"[ERR] {said}" in lines and len(lines) == 1 + (key == "HEALTH_TIMEOUT_S") * lines[-1].count(
+            "GUARD_HEALTH"
+        )
 
 
 def test_start_beside_a_running_service_asks_no_hub(kit):

@@ -2,12 +2,13 @@
 
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import until
+from conftest import KIT, kit_environment, until
 from fake_kit import alive
 
 from rerank_kit.serving import supervisor
@@ -61,6 +62,53 @@ def test_a_first_start_that_cannot_begin_says_why(kit):
     assert "died after" in errors[0] and f"it could not be started: {file}: Is a directory" in errors[0]
     assert "the log names no error" not in done.stderr and "stays down" not in errors[0]
     assert kit("status").returncode == 3
+
+
+WRONG = "the scores cannot be right: every score is 0.5: the head was not loaded"
+
+
+def test_a_start_with_wrong_scores_ends_at_once_and_says_why(kit, tmp_path):
+    """What the guard finds in its own first scores; it asks for them again and again meanwhile."""
+    (tmp_path / "unready").write_text(WRONG)
+    done = kit("start", FAKE_UNREADY=tmp_path / "unready")
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("[ERR]")]
+    assert f"{WRONG} (STARTUP_CHECK=0 serves them), killed" in errors[0], done.stderr
+    assert kit("status").returncode == 3
+
+
+def test_a_restart_with_wrong_scores_is_a_failed_attempt(kit, tmp_path):
+    unready = tmp_path / "unready"
+    assert kit("start", FAKE_UNREADY=unready).returncode == 0
+    pid, server = kit.pid, kit.server_pid
+    unready.write_text(WRONG)
+    os.kill(server, signal.SIGKILL)
+    state = until(lambda: kit.state if kit.state["state"] == "backoff" and WRONG in kit.state["why"] else None)
+    assert state["restarts"] == 2 and alive(pid)
+    unready.write_text("no pair was scored yet")  # that alone is no fault
+    until(lambda: kit.state["state"] == "starting")
+    until(lambda: kit("status").stdout.startswith("loading: no pair was scored yet"))
+    assert kit.state["state"] == "starting"
+    unready.unlink()
+    until(lambda: kit.state["state"] == "ready", 60)
+    status = kit("status").stdout
+    assert "2 restarts" in status and f"last death {status.split('last death ')[1].split(': ')[0]}: {WRONG}" in status
+
+
+def test_the_wait_of_systemd_ends_at_wrong_scores(kit, tmp_path):
+    """`run` has no supervisor that would end it."""
+    (tmp_path / "unready").write_text(WRONG)
+    env = kit_environment(**kit.settings, FAKE_UNREADY=tmp_path / "unready")
+    with subprocess.Popen(["dash", str(KIT / "start_rerank.sh"), "run"], env=env, stdout=subprocess.DEVNULL) as server:
+        try:
+            began = time.monotonic()
+            waited = kit("wait-for", str(server.pid))
+            assert waited.returncode == 1 and f"but {WRONG}" in waited.stderr and time.monotonic() - began < 20
+            (tmp_path / "unready").unlink()
+            assert kit("wait-for", str(server.pid)).returncode == 0
+        finally:
+            server.terminate()
+            server.wait(10)
 
 
 def test_a_stop_while_the_server_dies_leaves_nothing(monkeypatch, tmp_path):

@@ -122,7 +122,7 @@ def test_nobody_waits_for_a_process_that_is_gone(tmp_path, shell):
     gone.wait()
     script = (KIT / "start_rerank.sh").read_text().replace('main "$@"\n', "")
     script += f"""
-LOG_DIR={tmp_path} PORT=1 STOP_TIMEOUT_S=30
+LOG_DIR={tmp_path} PORT=1 STOP_TIMEOUT_S=30 STOP_DELAY_S=0
 PID_FILE=$LOG_DIR/pid STATE_FILE=$LOG_DIR/state LOCK_FILE=$LOG_DIR/lock
 server_pid() {{ echo {gone.pid}; }}
 born "" && echo "an empty PID has a start time"

@@ -226,6 +226,7 @@ def test_ready_waits_for_the_burst(monkeypatch, state, ready):
     monkeypatch.setattr(processes, "is_alive", lambda pid: True)
     monkeypatch.setattr(health, "listens", lambda cfg: True)
     monkeypatch.setattr(health, "probe", lambda cfg: None)
+    monkeypatch.setattr(health, "not_ready", lambda cfg: "")
     monkeypatch.setattr(health, "supervised_state", lambda cfg, pid: state)
     ended = health.wait(EnvConfig(), 1, KIT / "nothing", 60)
     assert ended == (health.READY if ready else health.LOADING)

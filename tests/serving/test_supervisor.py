@@ -161,6 +161,7 @@ def test_watch_judges_each_engine_by_its_own_counter(monkeypatch, looks, suspect
 
 def test_watch_outlives_an_error_of_its_own(monkeypatch, capfd):
     monkeypatch.setattr(serving_watch, "listens", lambda cfg: True)
+    monkeypatch.setattr(serving_watch, "not_ready", lambda cfg: "")
     left = [RuntimeError("can't start new thread")]
 
     def failing_once(*_):
@@ -359,6 +360,7 @@ def test_a_gpu_service_is_warm_before_it_is_ready(monkeypatch, warm):
     """The burst comes after the first score and before anyone is told that the service is ready; not on a CPU."""
     order, watches = [], []
     monkeypatch.setattr(serving_watch, "listens", lambda cfg: True)
+    monkeypatch.setattr(serving_watch, "not_ready", lambda cfg: "")
     monkeypatch.setattr(serving_watch, "probe", lambda cfg, timeout_s, n_docs: order.append("probe"))
     monkeypatch.setattr(serving_watch, "warm_up", lambda cfg: order.append(f"warm, ready={watches[0].ready}"))
     watches.append(serving_watch.Watch(get_config(health_timeout_s=2), warm))

@@ -4,7 +4,7 @@ FAKE_WARM_S: each call of 64 documents, as in the burst before ready, takes that
 FAKE_LOAD_S: it binds the port at once and listens that many seconds later, as vLLM does while it loads; FAKE_LOADS:
 it listens when that file is gone.
 It dies at start while the file FAKE_DIE exists, and refuses calls with 429 while the file FAKE_BUSY exists; its
-counters grow then only if that file says so."""
+counters grow then only if that file says so. /ready is 503 with the text of the file FAKE_UNREADY while that exists."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 MODE = os.environ.get("FAKE_MODE", "ok")
-DIE, BUSY = (os.environ.get(name, "/nonexistent") for name in ("FAKE_DIE", "FAKE_BUSY"))
+DIE, BUSY, UNREADY = (os.environ.get(name, "/nonexistent") for name in ("FAKE_DIE", "FAKE_BUSY", "FAKE_UNREADY"))
 pairs = 0
 
 
@@ -32,6 +32,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         global pairs
+        if self.path == "/ready" and os.path.exists(UNREADY):
+            return self.answer(503, {"error": {"message": Path(UNREADY).read_text()}})
         if self.path != "/metrics":
             return self.answer(200, {})
         if os.path.exists(BUSY) and "grow" in Path(BUSY).read_text():

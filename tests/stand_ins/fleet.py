@@ -109,19 +109,19 @@ class Replica:
 
 
 class Nginx:
-    """The files of deploy/ with other ports and folders, run by the nginx of this machine."""
+    """The files of deploy/ with other ports and folders, run by the nginx of this machine.
+
+    host.conf is the host's own configuration, with another site; it includes nginx.conf, that of deploy/.
+    """
 
     def __init__(self, folder: Path, a: list[int], b: list[int], *, tls: bool = True, **changes: str):
-        self.folder, self.port, self.tls_port = folder, free_port(), free_port()
+        self.folder, self.port, self.tls_port, self.other_port = folder, free_port(), free_port(), free_port()
         folder.mkdir(parents=True, exist_ok=True)
         self.access_log, self.error_log = folder / "access.log", folder / "error.log"
         self.certificate = self_signed(folder)["SSL_CERTFILE"]
         text = (KIT / "deploy/nginx.conf").read_text()
         own = {
-            "user www-data;": "",
-            "pid /run/nginx.pid;": f"pid {folder}/nginx.pid;",
-            "/var/log/nginx/error.log": str(self.error_log),
-            "/var/log/nginx/access.log": str(self.access_log),
+            "/var/log/nginx/rerank.log": str(self.access_log),
             "127.0.0.1:8080": f"127.0.0.1:{self.port}",
         }
         for old, new in {**own, **changes}.items():
@@ -130,7 +130,13 @@ class Nginx:
         # Debian's compiled-in folders for bodies and answers are root's.
         kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         paths = "".join(f"\n    {kind}_temp_path {folder}/{kind};" for kind in kinds)
-        (folder / "nginx.conf").write_text(text.replace("http {", "http {" + paths, 1))
+        (folder / "nginx.conf").write_text(text)
+        (folder / "host.conf").write_text(
+            f"worker_processes auto;\npid {folder}/nginx.pid;\nerror_log {self.error_log} warn;\n"
+            f"events {{ worker_connections 8192; }}\nhttp {{{paths}\n    access_log {folder}/host.log;\n"
+            f"    server {{ listen 127.0.0.1:{self.other_port}; location / {{ return 200 other; }} }}\n"
+            "    include nginx.conf;\n}\n"
+        )
         self.set_upstreams(a, b)
         shutil.copy(KIT / "deploy/nginx-switch.conf", folder)
         if tls:
@@ -155,7 +161,7 @@ class Nginx:
     def command(self) -> list[str]:
         program = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
         assert program, "nginx is not installed: apt install nginx-light"
-        return [program, "-p", str(self.folder), "-c", str(self.folder / "nginx.conf")]
+        return [program, "-p", str(self.folder), "-c", str(self.folder / "host.conf")]
 
     def run(self, *args: str) -> subprocess.CompletedProcess:
         return subprocess.run([*self.command, *args], capture_output=True, text=True, timeout=30)
