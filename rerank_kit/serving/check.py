@@ -18,7 +18,7 @@ from rerank_kit.engine.machine import GIB, free_memory, vllm_version
 from rerank_kit.engine.nodes import is_headless
 from rerank_kit.models.chat_template import render, special_tokens
 from rerank_kit.models.checkpoint import Checkpoint, load_tokenizer, read_checkpoint
-from rerank_kit.models.library import NotComparable, library_scores, version
+from rerank_kit.models.library import compare
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.profiles import find_profile
 from rerank_kit.models.published import DOCUMENTS, QUERY, Published, distance, logit, published
@@ -40,8 +40,6 @@ PAIRS += [("code", "if (a <| b) { x |> f }\n\n<think> edge ")]
 REAL_MODEL = 256
 # Largest difference from the float32 reference that bf16 explains; docs/scores.md has the measurements.
 TOLERANCE = 0.02
-# Two references in float32 differ by rounding alone.
-TOLERANCE_FLOAT32 = 1e-4
 
 
 PATIENCE_S = 30.0  # how long a refused call (429, 503) is repeated
@@ -226,24 +224,9 @@ def check_references(
     worst = max(abs(a - b) if isinstance(a, float) else math.inf for a, b in zip(scores, expected, strict=True))
     fault = None if worst <= TOLERANCE else f"a score differs by {worst:.4f} from transformers in float32"
     yield "reference", fault, f"transformers in float32 agrees within {worst:.1e} (bf16 explains {TOLERANCE})"
-    yield check_library(checkpoint, settled, pairs, cfg.instruction, expected)
-
-
-def check_library(
-    checkpoint: Checkpoint, settled: Settled, pairs: list[Pair], instruction: str | None, expected: list[float]
-) -> tuple[str, str | None, str]:
-    """(name, fault, seen). The kit's recipe beside sentence-transformers, which loads the folder by its own rules."""
-    try:
-        theirs = library_scores(checkpoint, settled.profile, pairs, instruction)
-    except NotComparable as exc:
-        return "library", None, f"not compared with sentence-transformers: {exc}"
-    worst = max(abs(a - b) for a, b in zip(theirs, expected, strict=True))
-    what = f"sentence-transformers {version()} in float32"
-    if not worst <= TOLERANCE_FLOAT32:
-        shown = [f"{score:.4f}" for score in theirs]
-        fault = f"{what} gives {', '.join(shown)}, which differs from the kit's recipe by {worst:.4f}: the files say "
-        return "library", fault + "something that the profile does not follow", ""
-    return "library", None, f"{what} and the kit's recipe agree within {worst:.1e}"
+    # The recipe beside the library, which loads the folder by rules of its own.
+    agrees, said = compare(checkpoint, profile, pairs, cfg.instruction, expected)
+    yield "library", None if agrees else said, said
 
 
 def main(argv: list[str]) -> int:

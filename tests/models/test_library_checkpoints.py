@@ -134,7 +134,7 @@ needs_library = pytest.mark.skipif(not library.FOLDER.is_dir(), reason=library.I
 
 
 @needs_library
-@pytest.mark.parametrize("name", ["own_default_prompt", "ms-marco", "bert_embedding-plain"])
+@pytest.mark.parametrize("name", ["own_default_prompt", "bert_embedding-plain"])
 def test_the_library_is_asked_in_a_process_of_its_own(folders, name):
     folder = next(f for f in reversed(folders) if f.name == name)
     found = opened(folder, get_config())
@@ -142,6 +142,25 @@ def test_the_library_is_asked_in_a_process_of_its_own(folders, name):
     assert scores == pytest.approx(recorded(folder), abs=1e-4)
     assert library.version() == "6.2.0"
     assert "sentence_transformers" not in sys.modules
+
+
+def test_a_difference_between_recipe_and_library_is_said(monkeypatch):
+    def theirs(*_):
+        if isinstance(answers[-1], Exception):
+            raise answers[-1]
+        return answers[-1]
+
+    answers = []
+    monkeypatch.setattr(library, "library_scores", theirs)
+    for answer, agrees, said in (
+        ([0.5, 0.70005], True, "agree within 5.0e-05"),
+        ([0.5, 0.71], False, "DIFFERS from the kit's own recipe by 0.0100 (it gives 0.5000, 0.7100)"),
+        ([0.5, float("nan")], False, "DIFFERS"),
+        (library.NotComparable("it is not installed"), True, "not compared with sentence-transformers: it is not"),
+    ):
+        answers.append(answer)
+        found, text = library.compare(None, None, [], None, [0.5, 0.7])
+        assert found is agrees and said in text
 
 
 def test_the_library_says_why_it_cannot_compare(folders, monkeypatch, tmp_path):
