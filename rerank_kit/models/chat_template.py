@@ -55,6 +55,10 @@ def pair_template(checkpoint: Checkpoint) -> PairTemplate | None:
     said = checkpoint.chat_template
     if said is None:
         return None
+    # Many checkpoints inherit a template that prints any role. Where sentence-transformers did not save the model, only
+    # one that names the two roles was made for pairs.
+    if not checkpoint.has_modules and not ("query" in said.value and "document" in said.value):
+        return None
     structured = checkpoint.message_format == "structured" or (
         checkpoint.message_format == "auto" and any(pattern in said.value for pattern in STRUCTURED)
     )

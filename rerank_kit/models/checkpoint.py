@@ -173,7 +173,7 @@ def _base_model(path: Path, config: dict) -> Said | None:
         with card.open(encoding="utf-8", errors="replace") as text:
             head = text.read(20_000)
         front = head.split("---")[1] if head.startswith("---") else ""
-        found = re.search(r"^base_model:\s*(?:\n\s*-\s*)?['\"]?([^\s'\"]+)", front, re.MULTILINE)
+        found = re.search(r"^base_model:[ \t]*(?:\n[ \t]*-[ \t]*)?['\"]?([^\s'\"]+)", front, re.MULTILINE)
         places.append((found[1] if found else None, f"{card.name}: base_model"))
     places.append((config.get("_name_or_path"), "config.json: _name_or_path"))
     return next((Said(name, source) for name, source in places if isinstance(name, str) and name), None)

@@ -194,6 +194,37 @@ def test_model_profile_is_the_users_own_word(folders, tmp_path):
     assert "no file of the checkpoint says" in opened(named, get_config()).why["template"]
 
 
+def test_an_inherited_chat_template_that_prints_any_role_is_no_prompt_for_pairs(folders, tmp_path):
+    """Without sentence-transformers' files nobody scored through it: it came with the base model."""
+    folder = shutil.copytree(next(f for f in folders if f.name == "Qwen3-Reranker-plain"), tmp_path / "Qwen3-Reranker")
+    text = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    (folder / "chat_template.jinja").write_text(text)
+    found = opened(folder, get_config())
+    assert found.template == found.profile.template_text()
+    named = "{% for m in messages if m.role in ('query', 'document') %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (folder / "chat_template.jinja").write_text(named)
+    assert named in opened(folder, get_config()).template
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("README.md", "---\nlicense: mit\nbase_model:\n- Qwen/Qwen3-Reranker-0.6B\n---\n# A fine-tune\n"),
+        ("README.md", "---\nbase_model: Qwen/Qwen3-Reranker-4B\n---\n"),
+        ("args.json", '{"model": "/models/Qwen3-Reranker-8B/", "task_type": "generative_reranker"}'),
+    ],
+)
+def test_a_fine_tune_is_known_by_its_base_in_a_folder_of_any_name(folders, tmp_path, file, text):
+    for name, profile in (("plain", "qwen3_reranker"), ("seq-cls-plain", "qwen3_reranker_seq_cls")):
+        source = next(f for f in folders if f.name == f"Qwen3-Reranker-{name}")
+        folder = shutil.copytree(source, tmp_path / profile / "checkpoint-500")
+        with pytest.raises(ConfigError, match="fits no profile"):
+            opened(folder, get_config())
+        (folder / file).write_text(text)
+        found = opened(folder, get_config())
+        assert found.profile.name == profile and f"({file}: " in found.why["template"]
+
+
 def test_instruction_takes_precedence_over_the_saved_prompt(folders):
     own = next(folder for folder in folders if folder.name == "own_default_prompt")
     found = opened(own, get_config(instruction="mine"))
@@ -202,7 +233,7 @@ def test_instruction_takes_precedence_over_the_saved_prompt(folders):
 
 
 def change(folder: Path, name: str, **values) -> None:
-    data = json.loads((folder / name).read_text())
+    data = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
     (folder / name).write_text(json.dumps({**data, **values}))
 
 
