@@ -105,7 +105,8 @@ class Checkpoint:
         if self.logit_tokens is None or not (self.path / "tokenizer.json").is_file():
             return None
         tokenizer = load_tokenizer(self.path)
-        first, second = (t if t is None else tokenizer.id_to_token(t) for t in self.logit_tokens)
+        # An id beyond 32 bits is no token either.
+        first, second = (None if t is None else tokenizer.id_to_token(min(t, 2**32 - 1)) for t in self.logit_tokens)
         return first, second
 
 

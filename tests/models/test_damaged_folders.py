@@ -66,7 +66,7 @@ def damage(folder: Path, rng: random.Random) -> str:
     kind = rng.choice(("value", "value", "value", "cut", "text", "delete", "swap", "dangle", "folder", "bytes"))
     data = file.read_bytes()
     if kind == "value" and file.suffix == ".json":
-        with suppress(ValueError):  # damaged before
+        with suppress(ValueError, RecursionError):  # damaged before
             tree = json.loads(data)
             where = change(tree, rng) if isinstance(tree, (dict, list)) else ""
             file.write_text(json.dumps(tree))

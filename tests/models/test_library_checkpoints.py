@@ -134,7 +134,7 @@ needs_library = pytest.mark.skipif(not library.FOLDER.is_dir(), reason=library.I
 
 
 @needs_library
-@pytest.mark.parametrize("name", ["own_default_prompt", "bert_embedding-plain"])
+@pytest.mark.parametrize("name", ["own_default_prompt", pytest.param("bert_embedding-plain", marks=pytest.mark.soak)])
 def test_the_library_is_asked_in_a_process_of_its_own(folders, name):
     folder = next(f for f in reversed(folders) if f.name == name)
     found = opened(folder, get_config())
