@@ -30,7 +30,8 @@ def check(plan: Plan, reranker: OfflineReranker, pairs: list[Pair]) -> bool:
     tolerance = TOLERANCE[dtype]
     scores = [result.score for result in reranker.score(pairs)]
     length = plan.engine["max_model_len"]
-    expected = reference_scores(plan.checkpoint.path, plan.profile.reference, pairs, plan.cfg.instruction, length)
+    profile, divisor = plan.profile, plan.profile.pooler_config.get("logit_sigma", 1)
+    expected = reference_scores(plan.checkpoint.path, profile.reference, pairs, plan.cfg.instruction, length, divisor)
     print(f"vLLM {plan.machine.vllm_version} in {dtype} against transformers in float32, tolerance {tolerance:g}")
     worst = 0.0
     for index, (score, wanted) in enumerate(zip(scores, expected, strict=True)):

@@ -220,7 +220,8 @@ def check_references(
         return
     pairs = [Pair(*pair) for pair in PAIRS]
     length = min(checkpoint.max_length, 8192)
-    expected = reference_scores(checkpoint.path, profile.reference, pairs, cfg.instruction, length)
+    divisor = profile.pooler_config.get("logit_sigma", 1)
+    expected = reference_scores(checkpoint.path, profile.reference, pairs, cfg.instruction, length, divisor)
     worst = max(abs(a - b) if isinstance(a, float) else math.inf for a, b in zip(scores, expected, strict=True))
     fault = None if worst <= TOLERANCE else f"a score differs by {worst:.4f} from transformers in float32"
     yield "reference", fault, f"transformers in float32 agrees within {worst:.1e} (bf16 explains {TOLERANCE})"

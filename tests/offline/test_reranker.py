@@ -556,7 +556,7 @@ def test_check_fails_when_scores_differ(monkeypatch, capsys):
         machine=SimpleNamespace(vllm_version="0"),
         cfg=SimpleNamespace(instruction=None),
         checkpoint=SimpleNamespace(path=None),
-        profile=SimpleNamespace(reference="x"),
+        profile=SimpleNamespace(reference="x", pooler_config={}),
     )
     config = SimpleNamespace(model_config=SimpleNamespace(dtype="torch.float32"))
     reranker = SimpleNamespace(llm=SimpleNamespace(llm_engine=config), score=lambda pairs: [Result(0.5), Result(0.7)])
