@@ -222,7 +222,8 @@ def check_references(
     length = min(checkpoint.max_length, 8192)
     divisor = profile.pooler_config.get("logit_sigma", 1)
     expected = reference_scores(checkpoint.path, profile.reference, pairs, cfg.instruction, length, divisor)
-    worst = max(abs(a - b) if isinstance(a, float) else math.inf for a, b in zip(scores, expected, strict=True))
+    differences = [abs(a - b) if isinstance(a, float) else math.inf for a, b in zip(scores, expected, strict=True)]
+    worst = max(math.inf if math.isnan(value) else value for value in differences)  # max() passes over NaN
     fault = None if worst <= TOLERANCE else f"a score differs by {worst:.4f} from transformers in float32"
     yield "reference", fault, f"transformers in float32 agrees within {worst:.1e} (bf16 explains {TOLERANCE})"
     # The recipe beside the library, which loads the folder by rules of its own.
