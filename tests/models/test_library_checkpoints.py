@@ -278,6 +278,29 @@ def test_an_instruction_for_a_template_without_place_is_refused(folders, tmp_pat
         opened(folder, get_config())
 
 
+def test_what_vllm_is_told_is_what_the_files_say(folders):
+    def told(name: str) -> dict:
+        return opened(next(f for f in reversed(folders) if f.name == name), get_config()).profile.hf_overrides
+
+    assert told("Qwen3-Reranker-seq-cls-labels")["problem_type"] is None
+    assert "problem_type" not in told("Qwen3-Reranker-seq-cls-plain")
+    assert told("ms-marco")["sentence_transformers"] == {"activation_fn": "torch.nn.modules.linear.Identity"}
+    assert "sentence_transformers" not in told("bert-plain")
+    for name, tokens, method in (
+        ("Qwen3-Reranker-true_false", ["false", "true"], "from_2_way_softmax"),
+        ("Qwen3-Reranker-yes_only", ["yes"], "no_post_processing"),
+        ("Yes_only", ["Yes"], "no_post_processing"),
+    ):
+        found = told(name)
+        assert (found["classifier_from_token"], found["method"]) == (tokens, method)
+        assert found["architectures"] == ["Qwen3ForSequenceClassification"]
+    assert told("official")["classifier_from_token"] == ["no", "yes"]
+    # The family's sigmoid stays, where the library gives the logit; `cfg` says so.
+    identity = opened(next(f for f in folders if f.name == "seq_cls-identity"), get_config())
+    assert "sentence-transformers gives Identity of the logit" in identity.why["activation"]
+    assert told("xlmr_embedding-plain")["position_embedding_type"] == "absolute"
+
+
 def test_max_model_len_above_a_tokenizers_limit_is_the_users_choice_with_a_decoder(folders):
     from rerank_kit.engine.machine import Machine
     from rerank_kit.engine.plan import plan_service
