@@ -204,6 +204,18 @@ def test_model_profile_is_the_users_own_word(folders, tmp_path):
     assert "no file of the checkpoint says" in opened(named, get_config()).why["template"]
 
 
+def test_a_template_is_the_profiles_only_with_an_instruction_too(folders, tmp_path):
+    official = next(f for f in folders if f.name == "official")
+    found = opened(official, get_config())
+    assert found.template == found.profile.template_text() and found.profile.instruction
+    assert found.why["template"].endswith("which makes the prompts of the checkpoint's chat_template.jinja")
+    folder = shutil.copytree(official, tmp_path / "mine")
+    text = (folder / "chat_template.jinja").read_text().replace('"system"', '"nobody"').replace("'system'", "'nobody'")
+    (folder / "chat_template.jinja").write_text(text)
+    found = opened(folder, get_config())
+    assert text in found.template and not found.profile.instruction
+
+
 def test_an_inherited_chat_template_that_prints_any_role_is_no_prompt_for_pairs(folders, tmp_path):
     """Without sentence-transformers' files nobody scored through it: it came with the base model."""
     folder = shutil.copytree(next(f for f in folders if f.name == "Qwen3-Reranker-plain"), tmp_path / "Qwen3-Reranker")
