@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -111,20 +112,30 @@ class Checkpoint:
 
 
 def load_tokenizer(path: Path):
-    """The `tokenizers.Tokenizer` in tokenizer.json.
+    """The `tokenizers.Tokenizer` in a folder's tokenizer.json, which neither cuts nor pads.
 
     Raises:
-        ConfigError: the file is damaged.
+        ConfigError: the file is missing or damaged.
     """
-    from tokenizers import Tokenizer
-
     file = path / "tokenizer.json"
     try:
-        return Tokenizer.from_file(str(file))
+        found = file.stat()
+        return _loaded(file, found.st_mtime_ns, found.st_size)
     except Exception as exc:  # tokenizers raises plain Exception
         read_json(file)  # says more of a file that is no JSON
         line = str(exc).splitlines()[0][:160] if str(exc) else type(exc).__name__
         raise ConfigError(f"{file} is no tokenizer that this Python can load ({line}): take the original file") from exc
+
+
+@lru_cache(4)
+def _loaded(file: Path, mtime_ns: int, size: int):
+    """One that large models have takes half a second to load, and several questions are asked about it."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -95,8 +95,6 @@ def prompt_tokens(checkpoint: Checkpoint, settled: Settled, query: str, document
     This needs `tokenizers` and `jinja2` only: importing transformers would add seconds to every start.
     """
     tokenizer = load_tokenizer(checkpoint.path)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     if settled.template is not None:
         chat = [{"role": "query", "content": query}, {"role": "document", "content": document}]
         return len(tokenizer.encode(render(settled.template, chat, special_tokens(checkpoint))).ids)
