@@ -69,6 +69,8 @@ class Checkpoint:
     has_modules: bool = field(default=False)
     # The model that this one was trained from.
     base_model: Said | None = None
+    # How sentence-transformers compares two embeddings of this model, where its files say so.
+    similarity: Said | None = None
 
     @property
     def name(self) -> str:
@@ -173,7 +175,16 @@ def read_checkpoint(path: Path) -> Checkpoint:
         message_format=layout,
         has_modules=bool(modules),
         base_model=_base_model(path, config),
+        similarity=_similarity(path, more),
     )
+
+
+def _similarity(path: Path, more: dict) -> Said | None:
+    name, key = more.get("similarity_fn_name"), "similarity_fn_name"
+    if name is None:
+        return None
+    file = path / "config_sentence_transformers.json"
+    return Said(typed(name, str, file, key), f"{file.name}: {key}")
 
 
 def _base_model(path: Path, config: dict) -> Said | None:

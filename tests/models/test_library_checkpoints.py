@@ -313,6 +313,14 @@ def test_what_vllm_is_told_is_what_the_files_say(folders):
     assert told("xlmr_embedding-plain")["position_embedding_type"] == "absolute"
 
 
+def test_a_similarity_other_than_cosine_is_said(folders, tmp_path):
+    for name, said in (("bert_embedding-plain", False), ("xlmr_embedding-plain", True)):  # the second has no Normalize
+        folder = shutil.copytree(next(f for f in reversed(folders) if f.name == name), tmp_path / name)
+        assert "similarity" not in opened(folder, get_config()).why
+        change(folder, "config_sentence_transformers.json", similarity_fn_name="dot")
+        assert ("similarity" in opened(folder, get_config()).why) is said
+
+
 def test_max_model_len_above_a_tokenizers_limit_is_the_users_choice_with_a_decoder(folders):
     from rerank_kit.engine.machine import Machine
     from rerank_kit.engine.plan import plan_service
