@@ -25,10 +25,7 @@ sys.path.insert(0, str(KIT / "measurements"))
 from library_checkpoints import PAIRS
 
 # One checkpoint for each thing that only the engine can show; the soak test takes all.
-ENGINE = (
-    *("own_default_prompt", "max_length", "Qwen3-Reranker-true_false", "Qwen3-Reranker-seq-cls-labels", "ms-marco"),
-    "bert-max_length",
-)
+ENGINE = ("max_length", "Qwen3-Reranker-true_false", "Qwen3-Reranker-seq-cls-labels", "ms-marco")
 # sentence-transformers 3.4 wants transformers below 5, and 6.2 wants 5.
 ENVIRONMENTS = (
     *("transformers-4.57-st-3.4", "transformers-4.57-st-5.3"),
@@ -144,7 +141,8 @@ needs_library = pytest.mark.skipif(not library.FOLDER.is_dir(), reason=library.I
 
 
 @needs_library
-@pytest.mark.parametrize("name", ["own_default_prompt", pytest.param("bert_embedding-plain", marks=pytest.mark.soak)])
+@pytest.mark.soak  # test_families.py has own_template, by check on a service
+@pytest.mark.parametrize("name", ["own_default_prompt", "ms-marco", "bert_embedding-plain"])
 def test_the_library_is_asked_in_a_process_of_its_own(folders, name):
     folder = next(f for f in reversed(folders) if f.name == name)
     found = opened(folder, get_config())
