@@ -13,7 +13,7 @@ import sys
 
 from rerank_kit import settings
 from rerank_kit.engine.plan import Plan, plan_engine
-from rerank_kit.models.library import NotComparable, library_scores, version
+from rerank_kit.models.library import compare
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.reference import reference_scores
 from rerank_kit.offline.program import arguments, example_pairs, leave, print_example, run_file
@@ -30,7 +30,8 @@ def check(plan: Plan, reranker: OfflineReranker, pairs: list[Pair]) -> bool:
     tolerance = TOLERANCE[dtype]
     scores = [result.score for result in reranker.score(pairs)]
     length = plan.engine["max_model_len"]
-    expected = reference_scores(plan.checkpoint.path, plan.profile.reference, pairs, plan.cfg.instruction, length)
+    profile, divisor = plan.profile, plan.profile.pooler_config.get("logit_sigma", 1)
+    expected = reference_scores(plan.checkpoint.path, profile.reference, pairs, plan.cfg.instruction, length, divisor)
     print(f"vLLM {plan.machine.vllm_version} in {dtype} against transformers in float32, tolerance {tolerance:g}")
     worst = 0.0
     for index, (score, wanted) in enumerate(zip(scores, expected, strict=True)):
@@ -40,20 +41,9 @@ def check(plan: Plan, reranker: OfflineReranker, pairs: list[Pair]) -> bool:
         verdict = "ok" if difference <= tolerance else "DIFFERS"
         print(f"- idx={index} | vllm={score} | reference={wanted:.6f} | difference={difference:.2e} | {verdict}")
     print(f"largest difference {worst:.2e}: {'agrees' if worst <= tolerance else 'DOES NOT AGREE'}")
-    return check_library(plan, pairs, expected) and worst <= tolerance
-
-
-def check_library(plan: Plan, pairs: list[Pair], expected: list[float]) -> bool:
-    """Print how far the recipe behind `expected` is from sentence-transformers itself; False when they differ."""
-    try:
-        theirs = library_scores(plan.checkpoint, plan.profile, pairs, plan.cfg.instruction)
-    except NotComparable as exc:
-        print(f"not compared with sentence-transformers: {exc}")
-        return True
-    worst = max(abs(a - b) for a, b in zip(theirs, expected, strict=True))
-    agrees = worst <= TOLERANCE["float32"]
-    print(f"sentence-transformers {version()} against that reference: {'agrees' if agrees else 'DIFFERS'}, {worst:.2e}")
-    return agrees
+    agrees, said = compare(plan.checkpoint, plan.profile, pairs, plan.cfg.instruction, expected)
+    print(said)
+    return agrees and worst <= tolerance
 
 
 def main() -> int:

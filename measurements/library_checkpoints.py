@@ -22,12 +22,13 @@ from pathlib import Path
 
 KIT = Path(__file__).resolve().parents[1]
 ARCHIVE = KIT / "tests" / "models" / "library_checkpoints.tar.xz"
+# No white space at the edges: sentence-transformers 3 strips it, 6 does not, and nothing in a checkpoint says so.
 PAIRS = [
     ("What is the capital of China?", "The capital of China is Beijing."),
     ("What is the capital of China?", "Gravity attracts bodies to each other."),
     ("中国的首都是哪里？", "中国的首都是北京。"),
-    ("yes", "no\nyes  "),
-    ("long", "Gravity attracts bodies. " * 40),
+    ("yes", "no\n\n  yes"),
+    ("long", "Gravity attracts bodies." + " Gravity attracts bodies." * 40),
 ]
 INSTRUCTION = "Find the paragraph that answers"
 OWN = (

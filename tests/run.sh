@@ -35,6 +35,12 @@ if ! cmp -s tests/requirements-sdk.txt "$SDK/installed.txt"; then
   "$SDK/bin/python" -m pip --disable-pip-version-check install --quiet --no-deps --upgrade --target "$SDK/cohere-7" cohere==7.3.1
   cp tests/requirements-sdk.txt "$SDK/installed.txt"
 fi
+# The library that `check --reference` asks, beside the serving environment.
+REFERENCE=models/sentence-transformers
+if ! cmp -s requirements-reference.txt "$REFERENCE/installed.txt"; then
+  "$PY" -m pip --disable-pip-version-check install --quiet --no-deps --upgrade --target "$REFERENCE" -r requirements-reference.txt
+  cp requirements-reference.txt "$REFERENCE/installed.txt"
+fi
 # Linter, second shell, logrotate, systemd-analyze, nginx and Prometheus come from the system; the tests name what is
 # missing.
 if command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ]; then

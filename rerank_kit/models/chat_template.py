@@ -6,7 +6,7 @@ A training library renders a pair as messages of role "query" and "document", wi
 
 import datetime
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -37,6 +37,13 @@ class PairTemplate:
     structured: bool
     names: tuple[tuple[str, str], ...]  # bos_token and the like, by tokenizer_config.json
     instruction: bool  # it uses a message of role system
+    added: tuple[str, ...] = ()  # tokens that the tokenizer puts around every text
+
+    def prompt(self, query: str, document: str, instruction: str | None = None) -> str:
+        """render(), without a <bos> that the tokenizer puts there on the server."""
+        bos = dict(self.names).get("bos_token", "")
+        text = self.render(query, document, instruction)
+        return text.removeprefix(bos) if self.added == (bos,) else text
 
     def render(self, query: str, document: str, instruction: str | None = None) -> str:
         """The prompt as transformers' apply_chat_template() makes it for sentence-transformers."""
@@ -55,6 +62,10 @@ def pair_template(checkpoint: Checkpoint) -> PairTemplate | None:
     said = checkpoint.chat_template
     if said is None:
         return None
+    # Many checkpoints inherit a template that prints any role. Where sentence-transformers did not save the model, only
+    # one that names the two roles was made for pairs.
+    if not checkpoint.has_modules and not ("query" in said.value and "document" in said.value):
+        return None
     structured = checkpoint.message_format == "structured" or (
         checkpoint.message_format == "auto" and any(pattern in said.value for pattern in STRUCTURED)
     )
@@ -64,10 +75,15 @@ def pair_template(checkpoint: Checkpoint) -> PairTemplate | None:
         prompt = own.render(QUERY, DOCUMENT)
         if QUERY not in prompt or DOCUMENT not in prompt:
             return None
-        instructed = own.render(QUERY, DOCUMENT, INSTRUCTION)
     except Exception:  # a template may raise what it likes, and does for roles that it does not know
         return None
-    return PairTemplate(said.value, said.source, structured, names, instruction=INSTRUCTION in instructed)
+    try:
+        instructed = own.render(QUERY, DOCUMENT, INSTRUCTION)
+    except Exception:  # it knows no system message
+        instructed = ""
+    added = tuple(load_tokenizer(checkpoint.path).encode("").tokens)
+    takes = all(mark in instructed for mark in (QUERY, DOCUMENT, INSTRUCTION))
+    return replace(own, instruction=takes, added=added)
 
 
 def render(template: str, messages: list[dict], names: dict[str, str] | None = None, **more: Any) -> str:
@@ -112,7 +128,7 @@ def agrees(own: PairTemplate, profile_text: str, instruction: bool) -> bool:
             for asked in INSTRUCTIONS if instruction or own.instruction else (None,):
                 chat = [{"role": "query", "content": query}, {"role": "document", "content": document}]
                 more = {"instruction": asked} if asked else {}
-                if own.render(query, document, asked) != render(profile_text, chat, dict(own.names), **more):
+                if own.prompt(query, document, asked) != render(profile_text, chat, dict(own.names), **more):
                     return False
     except Exception:  # some templates refuse some texts
         return False
@@ -136,17 +152,16 @@ def served_text(own: PairTemplate, checkpoint: Checkpoint, instruction: str | No
             f"{where} does not put the query once before the document: a long pair could not be cut so that the query "
             f"stays. It renders {prompt!r}; such a prompt is not served"
         )
-    added = load_tokenizer(checkpoint.path).encode("").tokens
-    if added:
+    if own.added and own.added != (dict(own.names).get("bos_token"),):
         raise ConfigError(
-            f"{where} is rendered as the whole prompt by the library that wrote it, and the tokenizer puts {added} "
-            "around every text on the server: such a prompt is not served"
+            f"{where} is rendered as the whole prompt by the library that wrote it, and the tokenizer puts "
+            f"{list(own.added)} around every text on the server: such a prompt is not served"
         )
     for query, document in PROBES:
         for asked in INSTRUCTIONS if own.instruction else (None,):
             chat = [{"role": "query", "content": query}, {"role": "document", "content": document}]
             more = {"instruction": asked} if asked else {}
-            wanted = own.render(query, document, asked or instruction)
+            wanted = own.prompt(query, document, asked or instruction)
             if render(text, chat, dict(own.names), **more) != wanted:
                 raise ConfigError(
                     f"{where} cannot be served: with control tokens taken out of the texts it renders other prompts "
@@ -184,6 +199,8 @@ def _front(own: PairTemplate, control: list[str], instruction: str | None) -> st
             f'  {{%- set messages = [{{"role": "system", "content": {value % "instruct"}}}] + messages -%}}',
             "{%- endif -%}",
         ]
+    if own.added:  # the tokenizer puts it there
+        parts.append('{%- set bos_token = "" -%}')
     # Jinja's trim_blocks takes the line's end away, so the checkpoint's first line begins a line, as it does alone.
     return "\n".join([*parts, "{%- set tools = none %}\n"])
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ class Checkpoint:
     has_modules: bool = field(default=False)
     # The model that this one was trained from.
     base_model: Said | None = None
+    # How sentence-transformers compares two embeddings of this model, where its files say so.
+    similarity: Said | None = None
 
     @property
     def name(self) -> str:
@@ -105,25 +108,36 @@ class Checkpoint:
         if self.logit_tokens is None or not (self.path / "tokenizer.json").is_file():
             return None
         tokenizer = load_tokenizer(self.path)
-        first, second = (t if t is None else tokenizer.id_to_token(t) for t in self.logit_tokens)
+        # An id beyond 32 bits is no token either.
+        first, second = (None if t is None else tokenizer.id_to_token(min(t, 2**32 - 1)) for t in self.logit_tokens)
         return first, second
 
 
 def load_tokenizer(path: Path):
-    """The `tokenizers.Tokenizer` in tokenizer.json.
+    """The `tokenizers.Tokenizer` in a folder's tokenizer.json, which neither cuts nor pads.
 
     Raises:
-        ConfigError: the file is damaged.
+        ConfigError: the file is missing or damaged.
     """
-    from tokenizers import Tokenizer
-
     file = path / "tokenizer.json"
     try:
-        return Tokenizer.from_file(str(file))
+        found = file.stat()
+        return _loaded(file, found.st_mtime_ns, found.st_size)
     except Exception as exc:  # tokenizers raises plain Exception
         read_json(file)  # says more of a file that is no JSON
         line = str(exc).splitlines()[0][:160] if str(exc) else type(exc).__name__
         raise ConfigError(f"{file} is no tokenizer that this Python can load ({line}): take the original file") from exc
+
+
+@lru_cache(4)
+def _loaded(file: Path, mtime_ns: int, size: int):
+    """One that large models have takes half a second to load, and several questions are asked about it."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -161,7 +175,16 @@ def read_checkpoint(path: Path) -> Checkpoint:
         message_format=layout,
         has_modules=bool(modules),
         base_model=_base_model(path, config),
+        similarity=_similarity(path, more),
     )
+
+
+def _similarity(path: Path, more: dict) -> Said | None:
+    name, key = more.get("similarity_fn_name"), "similarity_fn_name"
+    if name is None:
+        return None
+    file = path / "config_sentence_transformers.json"
+    return Said(typed(name, str, file, key), f"{file.name}: {key}")
 
 
 def _base_model(path: Path, config: dict) -> Said | None:
@@ -173,7 +196,7 @@ def _base_model(path: Path, config: dict) -> Said | None:
         with card.open(encoding="utf-8", errors="replace") as text:
             head = text.read(20_000)
         front = head.split("---")[1] if head.startswith("---") else ""
-        found = re.search(r"^base_model:\s*(?:\n\s*-\s*)?['\"]?([^\s'\"]+)", front, re.MULTILINE)
+        found = re.search(r"^base_model:[ \t]*(?:\n[ \t]*-[ \t]*)?['\"]?([^\s'\"]+)", front, re.MULTILINE)
         places.append((found[1] if found else None, f"{card.name}: base_model"))
     places.append((config.get("_name_or_path"), "config.json: _name_or_path"))
     return next((Said(name, source) for name, source in places if isinstance(name, str) and name), None)

@@ -4,6 +4,7 @@ It runs in a process of its own, because the serving environment does without th
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from rerank_kit.settings import KIT_DIR
 FOLDER = KIT_DIR / "models" / "sentence-transformers"
 INSTALL = f"pip install --no-deps --target {FOLDER.relative_to(KIT_DIR)} -r requirements-reference.txt"
 TIMEOUT_S = 1800
+TOLERANCE = 1e-4  # two references in float32 differ by rounding alone
 
 
 class NotComparable(Exception):
@@ -65,6 +67,30 @@ def library_scores(checkpoint: Checkpoint, profile: Profile, pairs: list[Pair], 
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
         raise NotComparable(f"it cannot load or score the folder: {(lines or ['no reason given'])[-1][:300]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(
+    checkpoint: Checkpoint, profile: Profile, pairs: list[Pair], instruction: str | None, expected: list[float]
+) -> tuple[bool, str]:
+    """Whether the library's scores are those of the kit's own recipe (`expected`), and one line about it.
+
+    What cannot be compared is no difference.
+    """
+    try:
+        theirs = library_scores(checkpoint, profile, pairs, instruction)
+    except NotComparable as exc:
+        return True, f"not compared with sentence-transformers: {exc}"
+    differences = [abs(a - b) for a, b in zip(theirs, expected, strict=True)]
+    worst = max(math.inf if math.isnan(value) else value for value in differences)  # max() passes over NaN
+    what = f"sentence-transformers {version()} in float32"
+    if worst <= TOLERANCE:
+        return True, f"{what} and the kit's own recipe agree within {worst:.1e}"
+    shown = ", ".join(f"{score:.4f}" for score in theirs)
+    return (
+        False,
+        f"{what} DIFFERS from the kit's own recipe by {worst:.4f} (it gives {shown}): one of them reads the "
+        + ("checkpoint's files wrong"),
+    )
 
 
 def main() -> None:

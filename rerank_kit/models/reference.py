@@ -105,7 +105,7 @@ CAUSAL = {
 
 
 def reference_scores(
-    model: Path, kind: str, pairs: list[Pair], instruction: str | None, max_length: int
+    model: Path, kind: str, pairs: list[Pair], instruction: str | None, max_length: int, divisor: float = 1
 ) -> list[float]:
     """Scores by transformers in float32 on the CPU.
 
@@ -118,6 +118,7 @@ def reference_scores(
         pairs: N pairs.
         instruction: default instruction; None = the checkpoint's saved default prompt, else the model card's.
         max_length: tokens of the longest prompt.
+        divisor: of the logit before the sigmoid, with chat_template; the other kinds have their family's.
 
     Returns:
         N scores.
@@ -133,7 +134,7 @@ def reference_scores(
         for pair in pairs:
             if kind == "chat_template":
                 ids = torch.tensor([_chat_ids(tokenizer, model, pair, instruction, max_length)])
-                scores.append(torch.sigmoid(_own_logit(network, ids, tokenizer, model)).item())
+                scores.append(torch.sigmoid(_own_logit(network, ids, tokenizer, model) / divisor).item())
             elif kind in CAUSAL:
                 prompt_ids, yes, no, divisor = CAUSAL[kind]
                 ids = torch.tensor([prompt_ids(tokenizer, pair, instruction, max_length)])

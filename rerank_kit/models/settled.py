@@ -42,11 +42,20 @@ def settle(checkpoint: Checkpoint, profile: Profile, cfg: EnvConfig) -> Settled:
         why["score_tokens"] = _score_tokens(checkpoint, profile, overrides, explicit=cfg.model_profile is not None)
     if profile.convert is None:
         _activation(checkpoint, profile, overrides, why)
+    said = checkpoint.similarity
+    if profile.convert == "embed" and said and said.value not in ("cosine", "dot" if _normalizes(checkpoint) else ""):
+        why["similarity"] = (
+            f"cosine, as for every embedding model; {said.source} is {said.value}, which ranks otherwise"
+        )
     if "XLMRobertaModel" in checkpoint.architectures and "position_embedding_type" not in checkpoint.config:
         # transformers 5 leaves it out, and vLLM 0.32 dies without it ('XLMRobertaConfig' object has no attribute ...).
         overrides["position_embedding_type"] = "absolute"
         why["position_embedding_type"] = "absolute: transformers 5 no longer writes it, and vLLM asks for it"
     return Settled(replace(profile, hf_overrides=overrides), template, why)
+
+
+def _normalizes(checkpoint: Checkpoint) -> bool:
+    return "Normalize" in checkpoint.modules
 
 
 def _prompt(

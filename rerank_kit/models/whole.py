@@ -7,6 +7,7 @@ import json
 import math
 import re
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from rerank_kit.models.checkpoint import Checkpoint, load_tokenizer
@@ -21,8 +22,8 @@ MOST_HEADER = 100_000_000  # the limit of safetensors itself
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "sentencepiece.bpe.model", "spiece.model", "vocab.json")
 # Names of the token embedding: vLLM wants exactly config.json's size for it.
 EMBEDDING = re.compile(r"(^|\.)(embed_tokens|word_embeddings|tok_embeddings)\.weight$")
-# Methods that vLLM 0.32 reads from quantization_config; a GPU is needed for nearly all of them.
-QUANTIZED = ("awq", "gptq", "compressed-tensors", "fp8", "bitsandbytes", "modelopt", "mxfp4", "auto-round", "torchao")
+# Methods that the installed vLLM may not have; what else a config.json names is left to it.
+QUANTIZED = ("aqlm", "bitsandbytes", "eetq", "exl2", "exl3", "higgs", "hqq", "quanto", "spqr", "vptq")
 
 
 def check_whole(checkpoint: Checkpoint) -> None:
@@ -150,7 +151,7 @@ def _check_tokenizer(path: Path) -> None:
             f"MODEL_PATH={str(path)!r} has no tokenizer (tokenizer.json, tokenizer.model or vocab.txt): a merge or a "
             "Trainer saved the model alone; copy tokenizer.json and tokenizer_config.json of the base model into it"
         )
-    if "tokenizer.json" in found:
+    if "tokenizer.json" in found and find_spec("tokenizers"):
         load_tokenizer(path)
     kind = read_object(path / "tokenizer_config.json").get("tokenizer_class")
     if kind is not None:
@@ -163,8 +164,18 @@ def _check_quantization(checkpoint: Checkpoint) -> None:
         return
     file = checkpoint.path / "config.json"
     method = typed(stated.get("quant_method", ""), str, file, "quantization_config.quant_method")
-    if method not in QUANTIZED:
+    if method in QUANTIZED and f'"{method}"' not in _vllm_methods():
         raise ConfigError(
-            f"{file} has quantization_config.quant_method={shown(method)}, and vLLM serves {', '.join(QUANTIZED)}: "
-            "take the checkpoint that is not quantised"
+            f"{file} has quantization_config.quant_method={shown(method)}, which the installed vLLM does not serve: "
+            "take the checkpoint that is not quantised, or one in AWQ, GPTQ or compressed-tensors"
         )
+
+
+def _vllm_methods() -> str:
+    """The source text in which vLLM lists its methods; importing it would take seconds."""
+    found = find_spec("vllm")
+    for folder in (found.submodule_search_locations or []) if found else []:
+        file = Path(folder, "model_executor", "layers", "quantization", "__init__.py")
+        if file.is_file():
+            return file.read_text("utf-8")
+    return ""

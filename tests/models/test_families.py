@@ -19,11 +19,15 @@ import tiny_hub_models
 import tiny_models
 from conftest import KIT, free_port, http, kit_environment, run_kit
 
+from rerank_kit.engine.machine import Machine
+from rerank_kit.engine.plan import plan_engine
 from rerank_kit.models.checkpoint import Checkpoint, read_checkpoint
+from rerank_kit.models.library import FOLDER as LIBRARY
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.profiles import PROFILE_DIR, all_profiles, find_profile, load_profiles
-from rerank_kit.models.reference import CAUSAL, reference_scores
+from rerank_kit.models.reference import BGE_TASK, CAUSAL, _chat_ids, reference_scores
 from rerank_kit.models.settled import settle
+from rerank_kit.offline.prompts import PairEncoder
 from rerank_kit.serving import check
 from rerank_kit.settings import ConfigError, get_config
 
@@ -333,12 +337,16 @@ def test_scores_are_those_of_the_model_card(name, folder_of, fork_server, forked
             body = {"model": "qwen3-reranker", "query": "q", "documents": ["d"], "instruction": INSTRUCTION}
             status, answer = http("POST", f"{url}/rerank", body)
             assert status == 422 and "takes no instruction" in answer["error"]["message"]
-        if profile.config_changes:  # what is served is a folder of links: check looks at the checkpoint behind it
+        # What is served may be a folder of links: check looks at the checkpoint behind it. own_template: the one family
+        # here that sentence-transformers can score too.
+        if profile.config_changes or name == "own_template":
             monkeypatch.setenv("MODEL_PATH", str(model))
             monkeypatch.setenv("PORT", str(urlsplit(url).port))
             assert check.main(["--reference"]) == 0
             said = capsys.readouterr().out
             assert f"{model}, profile {profile.name}" in said and "float32 agrees within" in said
+            if name == "own_template" and LIBRARY.is_dir():
+                assert "in float32 and the kit's own recipe agree within" in said
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -381,6 +389,36 @@ def test_the_tokens_of_the_score_name_the_family_in_a_folder_of_any_name(make, t
     other = logit_score(make(tmp_path / "other"), "yes", false)
     with pytest.raises(ConfigError, match="fits no profile"):
         find_profile(read_checkpoint(other))
+
+
+GEMMA_OWN = (
+    "{{ bos_token }}{%- for m in messages -%}{%- if m.role == 'system' -%}T: {{ m.content }}\n{% endif -%}{% endfor -%}"
+    "A: {{ messages[-2].content }}\nB: {{ messages[-1].content }}\nIs B an answer?"
+)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_chat_template_that_writes_bos_itself_gets_it_once(own, tmp_path):
+    """transformers adds no token to what a chat template renders; the server's tokenizer puts <bos> before a text."""
+    folder = logit_score(tiny_models.bge_reranker_v2_gemma(tmp_path / "my-model"), "Yes", None)
+    change_modules = json.loads((folder / "modules.json").read_text())
+    change_modules.insert(0, {"path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"})
+    (folder / "modules.json").write_text(json.dumps(change_modules))
+    (folder / "sentence_bert_config.json").write_text('{"modality_config": {"message": {"format": "flat"}}}')
+    card = "{{ bos_token }}A: {{ messages[0].content }}\nB: {{ messages[1].content }}\n" + BGE_TASK
+    (folder / "chat_template.jinja").write_text(GEMMA_OWN if own else card)
+    plan = plan_engine(get_config(), folder, Machine("0.32.0+cpu", (), (0, 1), 2**34))
+    assert plan.profile.name == "bge_reranker_v2_gemma" and plan.profile.instruction == own
+    encoder = PairEncoder(plan)
+    pairs = [Pair("a query", "a document"), Pair("two\nlines", "<eos> is broken")][: 2 - own]
+    pairs += [Pair("q", "d", "find it")] * own
+    ids = [prompt.ids for prompt in encoder.encode(pairs)]
+    broken = [replace(pair, document=pair.document.replace("<eos>", "< eos>")) for pair in pairs]
+    assert ids == [_chat_ids(encoder.tokenizer, folder, pair, None, 2048) for pair in broken]
+    assert (
+        plan.why["template"]
+        == "the checkpoint's own: chat_template.jinja; profile bge_reranker_v2_gemma has another prompt"
+    ) == own
 
 
 def checkpoint(name, architectures, modules=(), pooling=None, **config):

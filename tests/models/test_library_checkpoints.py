@@ -25,9 +25,11 @@ sys.path.insert(0, str(KIT / "measurements"))
 from library_checkpoints import PAIRS
 
 # One checkpoint for each thing that only the engine can show; the soak test takes all.
-ENGINE = (
-    *("own_default_prompt", "parts", "max_length", "Qwen3-Reranker-true_false", "Yes_only", "seq_cls-own_template"),
-    *("Qwen3-Reranker-seq-cls-labels", "ms-marco", "bert-max_length", "xlmr_embedding-plain"),
+ENGINE = ("max_length", "Qwen3-Reranker-true_false", "Qwen3-Reranker-seq-cls-labels", "ms-marco")
+# sentence-transformers 3.4 wants transformers below 5, and 6.2 wants 5.
+ENVIRONMENTS = (
+    *("transformers-4.57-st-3.4", "transformers-4.57-st-5.3"),
+    *("transformers-5.19-st-5.3", "transformers-5.19-st-6.2"),
 )
 OFFLINE = """
 import json, os, sys
@@ -64,30 +66,34 @@ def shown(folder: Path) -> str:
 
 
 def test_the_matrix_is_whole(folders):
-    environments = {folder.parent.name for folder in folders}
-    assert environments == {
-        *("transformers-4.57-st-3.4", "transformers-4.57-st-5.3"),
-        *("transformers-5.19-st-5.3", "transformers-5.19-st-6.2"),
-    }
+    assert {folder.parent.name for folder in folders} == set(ENVIRONMENTS)
     assert len(folders) > 80
     for folder in folders:
         scores = record(folder)["scores"]
         assert max(scores) - min(scores) > 0.01, f"{shown(folder)}: scores that do not differ prove nothing"
 
 
-def test_the_files_decide_and_the_reference_has_the_librarys_scores(folders):
+def test_every_checkpoint_gets_its_profile_or_a_reason(folders):
     wrong = []
     for folder in folders:
         made = record(folder)
         try:
-            found = opened(folder, get_config())
+            name, said = opened(folder, get_config()).profile.name, ""
         except ConfigError as exc:
-            if made["profile"] is not None or made["refused"] not in str(exc):
-                wrong.append(f"{shown(folder)}: refused: {exc}")
+            name, said = None, str(exc)
+        if name != made["profile"] or made.get("refused", "") not in said:
+            wrong.append(f"{shown(folder)}: profile {name}, not {made['profile']}: {said}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("all_environments", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_the_reference_has_the_librarys_scores(folders, all_environments):
+    newest = {folder.name: folder for folder in folders}
+    wrong = []
+    for folder in folders if all_environments else newest.values():
+        if not record(folder)["profile"]:
             continue
-        if found.profile.name != made["profile"]:
-            wrong.append(f"{shown(folder)}: profile {found.profile.name}, not {made['profile']}")
-            continue
+        found = opened(folder, get_config())
         pairs, length = [Pair(*pair) for pair in PAIRS], found.checkpoint.max_length
         scores = reference_scores(folder, found.profile.reference, pairs, None, length)
         if scores != pytest.approx(recorded(folder), abs=1e-4):
@@ -124,8 +130,9 @@ def test_the_engine_has_the_librarys_scores(folders, fork_server, tmp_path):
 
 @pytest.mark.server
 @pytest.mark.soak
-def test_the_engine_has_the_librarys_scores_for_all(folders, fork_server, tmp_path):
-    compare(fork_server, [folder for folder in folders if record(folder)["profile"]], tmp_path)
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_the_engine_has_the_librarys_scores_for_all(folders, environment, fork_server, tmp_path):
+    compare(fork_server, [f for f in folders if f.parent.name == environment and record(f)["profile"]], tmp_path)
 
 
 # --- the library itself as reference (requirements-reference.txt) ---
@@ -134,6 +141,7 @@ needs_library = pytest.mark.skipif(not library.FOLDER.is_dir(), reason=library.I
 
 
 @needs_library
+@pytest.mark.soak  # test_families.py has own_template, by check on a service
 @pytest.mark.parametrize("name", ["own_default_prompt", "ms-marco", "bert_embedding-plain"])
 def test_the_library_is_asked_in_a_process_of_its_own(folders, name):
     folder = next(f for f in reversed(folders) if f.name == name)
@@ -142,6 +150,25 @@ def test_the_library_is_asked_in_a_process_of_its_own(folders, name):
     assert scores == pytest.approx(recorded(folder), abs=1e-4)
     assert library.version() == "6.2.0"
     assert "sentence_transformers" not in sys.modules
+
+
+def test_a_difference_between_recipe_and_library_is_said(monkeypatch):
+    def theirs(*_):
+        if isinstance(answers[-1], Exception):
+            raise answers[-1]
+        return answers[-1]
+
+    answers = []
+    monkeypatch.setattr(library, "library_scores", theirs)
+    for answer, agrees, said in (
+        ([0.5, 0.70005], True, "agree within 5.0e-05"),
+        ([0.5, 0.71], False, "DIFFERS from the kit's own recipe by 0.0100 (it gives 0.5000, 0.7100)"),
+        ([0.5, float("nan")], False, "DIFFERS"),
+        (library.NotComparable("it is not installed"), True, "not compared with sentence-transformers: it is not"),
+    ):
+        answers.append(answer)
+        found, text = library.compare(None, None, [], None, [0.5, 0.7])
+        assert found is agrees and said in text
 
 
 def test_the_library_says_why_it_cannot_compare(folders, monkeypatch, tmp_path):
@@ -175,6 +202,49 @@ def test_model_profile_is_the_users_own_word(folders, tmp_path):
     assert "no file of the checkpoint says" in opened(named, get_config()).why["template"]
 
 
+def test_a_template_is_the_profiles_only_with_an_instruction_too(folders, tmp_path):
+    official = next(f for f in folders if f.name == "official")
+    found = opened(official, get_config())
+    assert found.template == found.profile.template_text() and found.profile.instruction
+    assert found.why["template"].endswith("which makes the prompts of the checkpoint's chat_template.jinja")
+    folder = shutil.copytree(official, tmp_path / "mine")
+    text = (folder / "chat_template.jinja").read_text().replace('"system"', '"nobody"').replace("'system'", "'nobody'")
+    (folder / "chat_template.jinja").write_text(text)
+    found = opened(folder, get_config())
+    assert text in found.template and not found.profile.instruction
+
+
+def test_an_inherited_chat_template_that_prints_any_role_is_no_prompt_for_pairs(folders, tmp_path):
+    """Without sentence-transformers' files nobody scored through it: it came with the base model."""
+    folder = shutil.copytree(next(f for f in folders if f.name == "Qwen3-Reranker-plain"), tmp_path / "Qwen3-Reranker")
+    text = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    (folder / "chat_template.jinja").write_text(text)
+    found = opened(folder, get_config())
+    assert found.template == found.profile.template_text()
+    named = "{% for m in messages if m.role in ('query', 'document') %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (folder / "chat_template.jinja").write_text(named)
+    assert named in opened(folder, get_config()).template
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("README.md", "---\nlicense: mit\nbase_model:\n- Qwen/Qwen3-Reranker-0.6B\n---\n# A fine-tune\n"),
+        ("README.md", "---\nbase_model: Qwen/Qwen3-Reranker-4B\n---\n"),
+        ("args.json", '{"model": "/models/Qwen3-Reranker-8B/", "task_type": "generative_reranker"}'),
+    ],
+)
+def test_a_fine_tune_is_known_by_its_base_in_a_folder_of_any_name(folders, tmp_path, file, text):
+    for name, profile in (("plain", "qwen3_reranker"), ("seq-cls-plain", "qwen3_reranker_seq_cls")):
+        source = next(f for f in folders if f.name == f"Qwen3-Reranker-{name}")
+        folder = shutil.copytree(source, tmp_path / profile / "checkpoint-500")
+        with pytest.raises(ConfigError, match="fits no profile"):
+            opened(folder, get_config())
+        (folder / file).write_text(text)
+        found = opened(folder, get_config())
+        assert found.profile.name == profile and f"({file}: " in found.why["template"]
+
+
 def test_instruction_takes_precedence_over_the_saved_prompt(folders):
     own = next(folder for folder in folders if folder.name == "own_default_prompt")
     found = opened(own, get_config(instruction="mine"))
@@ -183,7 +253,7 @@ def test_instruction_takes_precedence_over_the_saved_prompt(folders):
 
 
 def change(folder: Path, name: str, **values) -> None:
-    data = json.loads((folder / name).read_text())
+    data = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
     (folder / name).write_text(json.dumps({**data, **values}))
 
 
@@ -216,6 +286,37 @@ def test_an_instruction_for_a_template_without_place_is_refused(folders, tmp_pat
     change(folder, "config_sentence_transformers.json", prompts={"a": "Find"}, default_prompt_name="a")
     with pytest.raises(ConfigError, match="the default prompt 'Find'"):
         opened(folder, get_config())
+
+
+def test_what_vllm_is_told_is_what_the_files_say(folders):
+    def told(name: str) -> dict:
+        return opened(next(f for f in reversed(folders) if f.name == name), get_config()).profile.hf_overrides
+
+    assert told("Qwen3-Reranker-seq-cls-labels")["problem_type"] is None
+    assert "problem_type" not in told("Qwen3-Reranker-seq-cls-plain")
+    assert told("ms-marco")["sentence_transformers"] == {"activation_fn": "torch.nn.modules.linear.Identity"}
+    assert "sentence_transformers" not in told("bert-plain")
+    for name, tokens, method in (
+        ("Qwen3-Reranker-true_false", ["false", "true"], "from_2_way_softmax"),
+        ("Qwen3-Reranker-yes_only", ["yes"], "no_post_processing"),
+        ("Yes_only", ["Yes"], "no_post_processing"),
+    ):
+        found = told(name)
+        assert (found["classifier_from_token"], found["method"]) == (tokens, method)
+        assert found["architectures"] == ["Qwen3ForSequenceClassification"]
+    assert told("official")["classifier_from_token"] == ["no", "yes"]
+    # The family's sigmoid stays, where the library gives the logit; `cfg` says so.
+    identity = opened(next(f for f in folders if f.name == "seq_cls-identity"), get_config())
+    assert "sentence-transformers gives Identity of the logit" in identity.why["activation"]
+    assert told("xlmr_embedding-plain")["position_embedding_type"] == "absolute"
+
+
+def test_a_similarity_other_than_cosine_is_said(folders, tmp_path):
+    for name, said in (("bert_embedding-plain", False), ("xlmr_embedding-plain", True)):  # the second has no Normalize
+        folder = shutil.copytree(next(f for f in reversed(folders) if f.name == name), tmp_path / name)
+        assert "similarity" not in opened(folder, get_config()).why
+        change(folder, "config_sentence_transformers.json", similarity_fn_name="dot")
+        assert ("similarity" in opened(folder, get_config()).why) is said
 
 
 def test_max_model_len_above_a_tokenizers_limit_is_the_users_choice_with_a_decoder(folders):

@@ -560,11 +560,18 @@ def test_check_fails_when_scores_differ(monkeypatch, capsys):
         machine=SimpleNamespace(vllm_version="0"),
         cfg=SimpleNamespace(instruction=None),
         checkpoint=SimpleNamespace(path=None),
-        profile=SimpleNamespace(reference="x"),
+        profile=SimpleNamespace(reference="x", pooler_config={}),
     )
     config = SimpleNamespace(model_config=SimpleNamespace(dtype="torch.float32"))
     reranker = SimpleNamespace(llm=SimpleNamespace(llm_engine=config), score=lambda pairs: [Result(0.5), Result(0.7)])
-    for expected, agrees in (([0.5, 0.70005], True), ([0.5, 0.7002], False), ([0.5, float("nan")], False)):
+
+    for expected, library, agrees in (
+        ([0.5, 0.70005], True, True),
+        ([0.5, 0.7002], True, False),
+        ([0.5, float("nan")], True, False),
+        ([0.5, 0.7], False, False),
+    ):
+        monkeypatch.setattr(vllm_usage_tiny, "compare", lambda *_, library=library: (library, "what it says"))
         monkeypatch.setattr(vllm_usage_tiny, "reference_scores", lambda *_, expected=expected: expected)
         assert vllm_usage_tiny.check(plan, reranker, [None, None]) is agrees
-        capsys.readouterr()
+        assert capsys.readouterr().out.endswith("what it says\n")
