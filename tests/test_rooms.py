@@ -19,7 +19,7 @@ MAY_USE = {
     "guard": ("models.fitting", "processes"),  # it lives inside vLLM and reads GUARD_*, never the settings
     "serving": ("settings", "processes", "models", "engine"),
     "offline": ("settings", "models", "engine"),
-    "benchmark": ("settings", "processes", "engine", "serving"),
+    "benchmark": ("settings", "processes", "engine", "serving", "offline.records"),  # one reader of users' files
 }
 DOORS = {path.stem for path in KIT.glob("*.py")}
 
