@@ -162,6 +162,14 @@ TABLE = (
     _only("return_embeddings", "Jina", (False,), "only false", (True,)),
     # --- the call ---
     Field("model", "all", "vllm", "404 for another name than SERVED_MODEL_NAME", ("qwen3-reranker",)),
+    Field(
+        "timeout_ms",
+        "this kit",
+        "guard",
+        "as the header `X-Request-Timeout-Ms`: how long the caller waits; 429 if it cannot be met, 504 when it is over",
+        (60000, 1500.5),
+        (0, -1, "soon", True),
+    ),
     Field("user", "vLLM", "vllm", "no effect", ("me",)),
     Field("request_id", "vLLM", "vllm", "id in the answer and in the log", ("mine",)),
     Field("priority", "vLLM, Cohere v2", "vllm", "0; vLLM refuses others unless --scheduling-policy priority", (0,)),

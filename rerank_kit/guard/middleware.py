@@ -71,6 +71,8 @@ class Call:
         self.status = 0  # 0 = no answer yet
         self.pairs = self.n_bytes = 0
         self.in_flight = self.aborted = self.has_own_id = self.answered = False
+        self.deadline_s = math.inf  # of time.perf_counter(); the caller waits no longer
+        self.is_late = False
 
     @property
     def engine_id(self) -> bytes:
@@ -138,6 +140,11 @@ class Guard:
             if call.answered:  # in vLLM's place
                 return
             if message["type"] == "http.response.start":
+                if call.is_late and message["status"] != 504:
+                    await _send_refusal(answer, _late(), call.asked.dialect)
+                    self.metrics.refusals.labels("deadline").inc()
+                    call.answered = True
+                    return
                 if message["status"] == 500 and call.scoring and _engine_is_dead(scope):
                     text = "the engine died: send the call to another server, or retry when this one is back"
                     await _send_refusal(answer, Refusal(503, "dead", text, retry_s=DRAIN_RETRY_S), call.asked.dialect)
@@ -157,7 +164,12 @@ class Guard:
             await send(message)
 
         async def watched_receive():
-            message = await receive()
+            try:
+                left_s = call.deadline_s - time.perf_counter()
+                message = await (receive() if left_s == math.inf else asyncio.wait_for(receive(), max(0.0, left_s)))
+            except TimeoutError:
+                call.is_late = True  # vLLM cancels the call as if the client had left
+                return {"type": "http.disconnect"}
             if message["type"] == "http.disconnect" and not call.status:
                 call.aborted = True  # vLLM cancels the call; nobody reads the answer
             return message
@@ -172,11 +184,13 @@ class Guard:
                 return await self._info(scope, answer)
             if call.scoring:
                 body = await self._admit(scope, call, watched_receive)
-                if body is None:  # the client left while it sent
-                    return None
-                body = await self.long.fit(scope, call, body, watched_receive)
-                self.metrics.cut.inc(len(call.cut))
-                if body is None:
+                if body is not None:
+                    body = await self.long.fit(scope, call, body, watched_receive)
+                    self.metrics.cut.inc(len(call.cut))
+                if call.is_late:
+                    call.aborted = False
+                    raise _late()
+                if body is None:  # the client left
                     return None
                 scope = {**scope, "headers": _inner_headers(scope["headers"], call, len(body))}
                 if call.asked.inner_path != call.path:
@@ -221,6 +235,7 @@ class Guard:
         """Read, check and complete one scoring call, and count its pairs in. None = the client left. Raises Refusal."""
         if self.draining:
             raise self._stopping()
+        call.deadline_s = _deadline(call, call.headers.get(b"x-request-timeout-ms", b"").decode("latin-1") or None)
         self.limits.check_length(call.headers.get(b"content-length", b"0"))
         self.load.check(1)  # too busy for any call, so the body is not read; uvicorn discards it
         body = await self.limits.read(receive)
@@ -245,6 +260,9 @@ class Guard:
         pairs = max([1, *(len(field) for field in fields if isinstance(field, list))])
         if self.draining:  # since the body began
             raise self._stopping()
+        if call.asked.timeout_ms is not None:
+            call.deadline_s = min(call.deadline_s, _deadline(call, call.asked.timeout_ms))
+        self.load.check_deadline(pairs, call.deadline_s - time.perf_counter())
         self.load.take(pairs)
         call.pairs, call.in_flight, call.payload = pairs, True, payload
         self._show_load()
@@ -370,6 +388,22 @@ class Guard:
                     loop.call_soon_threadsafe(task.cancel)
 
         engine.shutdown = drain_then_stop
+
+
+def _late() -> Refusal:
+    return Refusal(504, "deadline", "the time that the call gave (X-Request-Timeout-Ms, timeout_ms) is over")
+
+
+def _deadline(call: Call, sent: str | float | None) -> float:
+    """time.perf_counter() at which the caller stops waiting. Raises Refusal (422) for what is no time."""
+    try:
+        timeout_ms = math.inf if sent is None else float(sent)
+    except ValueError:
+        timeout_ms = 0.0
+    if not timeout_ms > 0:
+        name = "timeout_ms" if call.asked.timeout_ms is not None else "X-Request-Timeout-Ms"
+        raise Refusal(422, "field", f"{name}: {ascii(sent)[:40]} is not a number of milliseconds above 0", param=name)
+    return call.start_s + timeout_ms / 1000
 
 
 def _cleaned(path: str, known) -> str:
