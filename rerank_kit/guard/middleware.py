@@ -25,6 +25,7 @@ from rerank_kit.guard.admission import FIRST_PAIRS, Load
 from rerank_kit.guard.answers import Refusal, _send_json, _send_refusal, whole
 from rerank_kit.guard.asked import NVIDIA_PATHS, RERANK_PATHS, SCORE_PATHS, Asked, understand
 from rerank_kit.guard.body import Limits, parse
+from rerank_kit.guard.cache import Lookup, ResultCache
 from rerank_kit.guard.counts import Counts
 from rerank_kit.guard.long_bodies import LIMITS, Split, as_int
 from rerank_kit.guard.long_documents import LongDocuments, served_length
@@ -66,6 +67,7 @@ class Call:
         self.mode = ""  # what happens to pairs that are too long: one of MODES; "" = vLLM's 400
         self.cut: list[int] = []  # documents of which the model sees a part only
         self.split: Split | None = None
+        self.lookup: Lookup | None = None  # what the result cache knows of the call's pairs
         self.start_s = time.perf_counter()
         self.taken_s = 0.0  # until the answer began, since a client that reads slowly is not a slow call
         self.status = 0  # 0 = no answer yet
@@ -113,7 +115,10 @@ class Guard:
         self.metrics.version.labels(self.version.decode()).set(1)
         logging.getLogger(SCORE_LOGGER).addFilter(_once(SCORE_WARNING))
         self.long = LongDocuments(self.limits.max_docs, self.encode, self._take_windows)
+        mib = _setting("RESULT_CACHE_MIB", float)
+        self.cache = ResultCache(mib, self.version) if mib else None
         self.scale = json.loads(os.environ.get("GUARD_SCORE_SCALE") or "null")
+        self.model = os.environ.get("GUARD_MODEL", "")
         self.takes_instruction = os.environ.get("GUARD_TAKES_INSTRUCTION", "1") != "0"
         # With several API processes the parent ends those still working after --shutdown-timeout, so finish before it.
         self.early_s = 2.0 if n_processes > 1 else 0.0
@@ -184,6 +189,8 @@ class Guard:
                 return await self._info(scope, answer)
             if call.scoring:
                 body = await self._admit(scope, call, watched_receive)
+                if call.lookup and not call.lookup.missing:
+                    return await self._answer_known(call, call.lookup, answer)
                 if body is not None:
                     body = await self.long.fit(scope, call, body, watched_receive)
                     self.metrics.cut.inc(len(call.cut))
@@ -249,6 +256,13 @@ class Guard:
         understand(call.asked, call.path, payload, self.limits.max_docs)
         changed = payload != before
         changed |= self._complete(call, payload, served_length(scope))
+        if self.cache is not None:
+            rules = call.mode, call.asked.max_windows
+            call.lookup = self.cache.look_up(payload, call.asked.inner_path, rules)
+            changed |= call.lookup is not None
+            if call.lookup and not call.lookup.missing:
+                call.payload = payload
+                return b""
         if changed or b"\\u" in body:
             try:
                 encoded = self.encode(payload)
@@ -307,7 +321,21 @@ class Guard:
     def _edited(self, call: Call, status: int, body: bytes) -> bytes:
         is_raw = call.payload.get("use_activation") is False and self.scale and self.scale.get("name") == "probability"
         scale = {"name": "logit"} if is_raw else self.scale
-        return dialects.edit(call.asked, call.split, status, body, self.encode, scale)
+        complete = functools.partial(self._with_known, call, call.lookup) if call.lookup else None
+        return dialects.edit(call.asked, call.split, status, body, self.encode, scale, complete)
+
+    def _with_known(self, call: Call, lookup: Lookup, answer: dict) -> dict:
+        """vLLM's answer with the pairs that the result cache knows."""
+        windows = call.split.counts if call.split else {}
+        answer = lookup.complete(answer, call.cut, windows)
+        call.cut = lookup.cut
+        self.metrics.cached.inc(len(lookup.found))
+        return answer
+
+    async def _answer_known(self, call: Call, lookup: Lookup, answer) -> None:
+        """Answer a call of which the result cache knows every pair."""
+        whole_answer = lookup.empty(call.request_id.decode(), call.payload.get("model") or self.model)
+        await _send_json(answer, 200, None, body=self._edited(call, 200, self.encode(whole_answer)))
 
     async def _info(self, scope, answer) -> None:
         """TEI's /info; GET only."""
@@ -315,8 +343,9 @@ class Guard:
             raise Refusal(404, "path", "/info is read with GET")
         truncates = self.long.default in ("truncate", "chunk")
         limits = served_length(scope), self.limits.max_docs
-        model = os.environ.get("GUARD_MODEL", "")
-        await _send_json(answer, 200, dialects.tei_info(model, *limits, self.version.decode(), self.scale, truncates))
+        await _send_json(
+            answer, 200, dialects.tei_info(self.model, *limits, self.version.decode(), self.scale, truncates)
+        )
 
     async def _ready(self, scope, receive, answer) -> None:
         """200 while the engine is healthy (vLLM's /health) and no stop is under way."""

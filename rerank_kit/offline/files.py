@@ -191,12 +191,13 @@ def _same(one: Any) -> str:
 
 def _table_done(output: Path) -> Earlier:
     """What a finished table holds. Raises ConfigError: it is no table of scores."""
-    done, failed, row = 0, 0, {}
+    done = failed = 0
+    last: dict = {}
     for _, row in read_records(output, columns=()):
         if isinstance(row, Broken) or not {"line", "score", "error"} <= row.keys():
             raise ConfigError(f"{output} is not a table of scores: choose another --output")
-        done, failed = done + 1, failed + (row["error"] is not None)
-    return Earlier(done, failed, int(row.get("line") or 0), row.get("id"))
+        done, failed, last = done + 1, failed + (row["error"] is not None), row
+    return Earlier(done, failed, int(last.get("line") or 0), last.get("id"))
 
 
 def shard_files(source: Path, output: Path, part: tuple[int, int] = (1, 1)) -> list[tuple[Path, Path]]:
