@@ -73,7 +73,9 @@ def from_schema(schema: dict, parts: dict, depth: int = 0):
     if kind == "array":
         return st.lists(from_schema(schema.get("items", {}), parts, depth + 1), max_size=4)
     if kind == "object":
-        fields = {name: from_schema(of, parts, depth + 1) for name, of in schema.get("properties", {}).items()}
+        known = schema.get("properties", {}).items()
+        # The guard's own fields have no schema: in_dialect() sends them.
+        fields = {name: from_schema(of, parts, depth + 1) for name, of in known if of.keys() - {"title", "description"}}
         needed = {name: of for name, of in fields.items() if name in schema.get("required", ())}
         others = {name: of for name, of in fields.items() if name not in needed}
         if not fields:

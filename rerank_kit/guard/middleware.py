@@ -30,6 +30,7 @@ from rerank_kit.guard.counts import Counts
 from rerank_kit.guard.long_bodies import LIMITS, Split, as_int
 from rerank_kit.guard.long_documents import LongDocuments, served_length
 from rerank_kit.guard.metrics import _metrics
+from rerank_kit.guard.openapi import with_dialects
 
 RERANK_FIELDS = ("documents",)
 # The four spellings that vLLM's score routes take. All are counted: a body may hold several.
@@ -204,6 +205,9 @@ class Guard:
                     scope |= {"path": call.asked.inner_path, "raw_path": call.asked.inner_path.encode()}
                 reply = whole(answer, functools.partial(self._edited, call))
                 return await self.app(scope, _replay(body, watched_receive), reply)
+            if call.path == "/openapi.json":
+                described = whole(answer, lambda status, body: with_dialects(body))
+                return await self.app(scope, watched_receive, described)
             return await self.app(scope, watched_receive, answer)
         except Refusal as exc:
             self.metrics.refusals.labels(exc.reason).inc()

@@ -427,6 +427,36 @@ def test_the_length_is_read_from_vllms_app():
     assert served_length({"app": app}) == 512 and served_length({}) == 0 and served_length({"app": None}) == 0
 
 
+# ---- the description of the API ----
+
+
+def test_openapi_shows_the_dialects(monkeypatch):
+    monkeypatch.setenv("GUARD_ALLOW_PATHS", "/openapi.json")
+    schema = {"type": "object", "properties": {"query": {"type": "string"}, "padding": {"type": "string"}}}
+    post = {"post": {"requestBody": {"content": {"application/json": {"schema": {"$ref": "#/x"}}}}}}
+    page = {"paths": {"/v1/rerank": post}, "components": {"schemas": {"RerankRequest": schema}}}
+    said = []
+
+    class Page(Inner):
+        async def __call__(self, scope, receive, send):
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1")]})
+            await send({"type": "http.response.body", "body": said[-1]})
+
+    said.append(json.dumps(page).encode())
+    answer = one(Guard(Page()), "/openapi.json", method="GET")
+    got = json.loads(answer.body)
+    assert {"/ranking", "/v1/ranking", "/info"} <= got["paths"].keys()
+    assert int(answer.headers["content-length"]) == len(answer.body)
+    properties = got["components"]["schemas"]["RerankRequest"]["properties"]
+    assert {"min_score", "rank_fields", "timeout_ms", "raw_scores"} <= properties.keys()
+    assert "do_not_pad" in properties["padding"]["description"] and properties["padding"]["type"] == "string"
+    for other in (b"{}", b"[]", b"no JSON", b'{"paths": 1, "components": []}'):
+        said.append(other)
+        assert one(Guard(Page()), "/openapi.json", method="GET").body == other
+    monkeypatch.delenv("GUARD_ALLOW_PATHS")
+    assert one(Guard(Page()), "/openapi.json", method="GET").status == 404
+
+
 # ---- any body ----
 
 some = st.sampled_from(["q", "", "a", 0, 1, -1, 0.5, True, False, None, [], ["a"], [["a"], ["b"]], [{"text": "a"}], {}])
@@ -520,3 +550,6 @@ def test_every_dialect_gets_the_scores_of_rerank(service):
     )
     assert error.status_code == 404 and error.json()["message"] == error.json()["error"]["message"]
     assert requests.get(service.url + "/info", timeout=60).json()["max_input_length"] == 1024
+    page = requests.get(service.url + "/openapi.json", timeout=60).json()
+    assert "/v1/ranking" in page["paths"]
+    assert {"min_score", "padding"} <= page["components"]["schemas"]["RerankRequest"]["properties"].keys()
