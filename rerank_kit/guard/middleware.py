@@ -23,24 +23,16 @@ import uuid
 from rerank_kit.guard import dialects
 from rerank_kit.guard.admission import FIRST_PAIRS, Load
 from rerank_kit.guard.answers import Refusal, _send_json, _send_refusal, whole
-from rerank_kit.guard.asked import NVIDIA_PATHS, RERANK_PATHS, SCORE_PATHS, Asked, understand
+from rerank_kit.guard.asked import Asked, understand
 from rerank_kit.guard.body import Limits, parse
 from rerank_kit.guard.cache import Lookup, ResultCache
 from rerank_kit.guard.counts import Counts
+from rerank_kit.guard.deadline import deadline_s, late
 from rerank_kit.guard.long_bodies import LIMITS, Split, as_int
 from rerank_kit.guard.long_documents import LongDocuments, served_length
 from rerank_kit.guard.metrics import _metrics
 from rerank_kit.guard.openapi import with_dialects
-
-RERANK_FIELDS = ("documents",)
-# The four spellings that vLLM's score routes take. All are counted: a body may hold several.
-SCORE_FIELDS = ("queries", "documents", "items", "text_1", "text_2", "data_1", "data_2")
-SCORING = {
-    **dict.fromkeys((*RERANK_PATHS, *NVIDIA_PATHS), RERANK_FIELDS),
-    **dict.fromkeys(SCORE_PATHS, SCORE_FIELDS),
-}
-NO_KEY_PATHS = frozenset(("/health", "/live", "/ready"))
-PATHS = NO_KEY_PATHS | {"/ping", "/version", "/metrics", "/load", "/v1/models", "/info", *SCORING}
+from rerank_kit.guard.paths import NO_KEY_PATHS, PATHS, SCORING, cleaned, closed
 
 DRAIN_RETRY_S = 5
 
@@ -56,7 +48,7 @@ class Call:
         # The first of a repeated header counts, as in vLLM's own key check.
         self.headers = dict(reversed(scope["headers"]))
         self.sent_path = scope["path"].removeprefix(scope.get("root_path", ""))
-        self.path = _cleaned(self.sent_path, known)
+        self.path = cleaned(self.sent_path, known)
         self.scoring = scope["method"] == "POST" and self.path in SCORING
         given = self.headers.get(b"x-request-id", b"")
         self.has_clients_id = bool(re.fullmatch(rb"[!-~]{1,128}", given))
@@ -147,7 +139,7 @@ class Guard:
                 return
             if message["type"] == "http.response.start":
                 if call.is_late and message["status"] != 504:
-                    await _send_refusal(answer, _late(), call.asked.dialect)
+                    await _send_refusal(answer, late(), call.asked.dialect)
                     self.metrics.refusals.labels("deadline").inc()
                     call.answered = True
                     return
@@ -197,7 +189,7 @@ class Guard:
                     self.metrics.cut.inc(len(call.cut))
                 if call.is_late:
                     call.aborted = False
-                    raise _late()
+                    raise late()
                 if body is None:  # the client left
                     return None
                 scope = {**scope, "headers": _inner_headers(scope["headers"], call, len(body))}
@@ -234,19 +226,14 @@ class Guard:
             if scheme.lower() != b"bearer" or not right:
                 raise Refusal(401, "key", "wrong or missing API key: send the header 'Authorization: Bearer <key>'")
         if call.path not in self.paths:
-            shown, paths = ascii(call.path[:100]), ", ".join(sorted(SCORING))
-            meant = [path for path in sorted(SCORING, key=len) if call.path.rstrip("/").endswith(path)]
-            advice = "ALLOW_PATHS opens further paths"
-            if meant:
-                advice = f"set the client's address so that the whole path is {meant[-1]}"
-            text = f"{shown} is not served here (this server scores: {paths}); {advice}"
-            raise Refusal(404, "path", text)
+            raise Refusal(404, "path", closed(call.path))
 
     async def _admit(self, scope, call: Call, receive) -> bytes | None:
         """Read, check and complete one scoring call, and count its pairs in. None = the client left. Raises Refusal."""
         if self.draining:
             raise self._stopping()
-        call.deadline_s = _deadline(call, call.headers.get(b"x-request-timeout-ms", b"").decode("latin-1") or None)
+        timeout = call.headers.get(b"x-request-timeout-ms", b"")
+        call.deadline_s = deadline_s(call.start_s, timeout, None)
         self.limits.check_length(call.headers.get(b"content-length", b"0"))
         self.load.check(1)  # too busy for any call, so the body is not read; uvicorn discards it
         body = await self.limits.read(receive)
@@ -278,8 +265,7 @@ class Guard:
         pairs = max([1, *(len(field) for field in fields if isinstance(field, list))])
         if self.draining:  # since the body began
             raise self._stopping()
-        if call.asked.timeout_ms is not None:
-            call.deadline_s = min(call.deadline_s, _deadline(call, call.asked.timeout_ms))
+        call.deadline_s = deadline_s(call.start_s, timeout, call.asked.timeout_ms)
         self.load.check_deadline(pairs, call.deadline_s - time.perf_counter())
         self.load.take(pairs)
         call.pairs, call.in_flight, call.payload = pairs, True, payload
@@ -421,31 +407,6 @@ class Guard:
                     loop.call_soon_threadsafe(task.cancel)
 
         engine.shutdown = drain_then_stop
-
-
-def _late() -> Refusal:
-    return Refusal(504, "deadline", "the time that the call gave (X-Request-Timeout-Ms, timeout_ms) is over")
-
-
-def _deadline(call: Call, sent: str | float | None) -> float:
-    """time.perf_counter() at which the caller stops waiting. Raises Refusal (422) for what is no time."""
-    try:
-        timeout_ms = math.inf if sent is None else float(sent)
-    except ValueError:
-        timeout_ms = 0.0
-    if not timeout_ms > 0:
-        name = "timeout_ms" if call.asked.timeout_ms is not None else "X-Request-Timeout-Ms"
-        raise Refusal(422, "field", f"{name}: {ascii(sent)[:40]} is not a number of milliseconds above 0", param=name)
-    return call.start_s + timeout_ms / 1000
-
-
-def _cleaned(path: str, known) -> str:
-    """The served path that a client means: its address ended in a slash, or had /v1 although the client adds it."""
-    if path in known:
-        return path
-    short = re.sub("/{2,}", "/", path).rstrip("/")
-    again = short.removeprefix("/v1") if short.startswith(("/v1/v1/", "/v1/v2/")) else short
-    return next((one for one in (short, again) if one in known), path)
 
 
 def _names(names: list[str]) -> bytes:
