@@ -4,7 +4,6 @@ understand() changes the body in place: other APIs' names and shapes become vLLM
 taken out and kept in Asked. What would be ignored, or would change the score, is refused (docs/guard.md).
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,8 +63,10 @@ def understand(asked: Asked, path: str, payload: dict, max_docs: int = 0) -> Non
     asked.min_score = payload.pop("min_score", None)
     asked.timeout_ms = payload.pop("timeout_ms", None)
     raw = "raw_scores" in payload
-    if (raw and payload.pop("raw_scores")) or (not raw and asked.dialect == "nvidia"):
-        _put(payload, "use_activation", False, "raw_scores" if raw else "use_activation")
+    if raw and payload.pop("raw_scores"):
+        _put(payload, "use_activation", False, "raw_scores")
+    elif not raw and asked.dialect == "nvidia":
+        payload.setdefault("use_activation", False)  # NIM answers with logits
     _lengths(payload, asked)
     if route == "score" and "query" in payload:
         payload["queries"] = payload.pop("query")
@@ -126,7 +127,8 @@ def _is_bool(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that a float can hold; JSON's integers have up to 4300 digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def _is_count(value: Any) -> bool:

@@ -104,7 +104,8 @@ def _table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict | B
         if missing := [name for name in columns if name not in header]:
             found = ", ".join(header)[:200] or "an empty line"
             raise OSError(None, f"its first line names no column {missing[0]!r}: {found}", str(path))
-        rows, number = csv.reader(file, delimiter=mark), 0
+        # strict: a quote in the middle of a cell is an error, where the text would lose its quotes in silence.
+        rows, number = csv.reader(file, delimiter=mark, strict=True), 0
         while True:
             try:
                 cells = next(rows, None)

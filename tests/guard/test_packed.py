@@ -3,6 +3,7 @@
 import asyncio
 import gzip
 import json
+import time
 import tracemalloc
 import zlib
 from types import SimpleNamespace as Names
@@ -67,6 +68,13 @@ def test_a_packed_bomb_is_not_unpacked(monkeypatch):
         asyncio.run(Limits(1_000_000, 0, 0).unpack(bomb, b"gzip"))
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
     tracemalloc.stop()
+
+
+def test_a_body_of_many_parts_is_refused_soon():
+    began = time.perf_counter()
+    with pytest.raises(Refusal, match="more than 100 parts"):
+        asyncio.run(Limits(33_554_432, 0, 0).unpack(gzip.compress(b"") * 1_000_000, b"gzip"))
+    assert time.perf_counter() - began < 5
 
 
 def test_a_byte_order_mark_is_dropped():

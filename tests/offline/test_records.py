@@ -107,7 +107,7 @@ BROKEN = {
         b'{"query": "q", "document": "d"}\n',
         [b"{", b'{"query": "\xff"}', b"[1]", b"\0\0\0", b'{"query": "q"}'],
     ),
-    "x.csv": (b"q,d,1\n", [b"q,d\n", b"q,d,1,2\n", b"\xff,d,1\n", b"q,,1\n", b",d,1\n"]),
+    "x.csv": (b"q,d,1\n", [b"q,d\n", b"q,d,1,2\n", b"\xff,d,1\n", b"q,,1\n", b",d,1\n", b'q,"d" x,1\n']),
 }
 
 
