@@ -17,7 +17,16 @@ from typing import Any
 
 from rerank_kit.models.pair import Pair
 from rerank_kit.offline.feeding import ahead
-from rerank_kit.offline.records import SUFFIXES, UNREADABLE, Broken, kind_of, parse_json, read_records, write_table
+from rerank_kit.offline.records import (
+    SUFFIXES,
+    UNREADABLE,
+    Broken,
+    check_table,
+    kind_of,
+    parse_json,
+    read_records,
+    write_table,
+)
 from rerank_kit.settings import ConfigError
 
 CHUNK = 512  # pairs that are tokenized at a time, and between two writes
@@ -156,9 +165,10 @@ def find_shard(source: Path, output: Path) -> Shard:
     try:
         next(read_records(source), None)  # before the output is touched
         output.parent.mkdir(parents=True, exist_ok=True)
-        earlier = (
-            _table_done(output) if kind_of(output) != "jsonl" and output.exists() else lines_done(_lines_of(output))
-        )
+        is_table = kind_of(output) != "jsonl"
+        if is_table:
+            check_table(output)
+        earlier = _table_done(output) if is_table and output.exists() else lines_done(_lines_of(output))
         for total, (line, record) in enumerate(read_records(source), 1):
             if total == earlier.lines:
                 last, number = as_pair(record, line), line

@@ -169,6 +169,14 @@ def _open(path: Path) -> Any:
 # --- tables out ---
 
 
+def check_table(path: Path) -> None:
+    """Raise OSError for an output that write_table() cannot write: found before anything is scored."""
+    if path.suffix == ".gz":
+        raise OSError(None, "a table is written without gzip: leave .gz out", str(path))
+    if kind_of(path) == "parquet":
+        _pyarrow(path)
+
+
 def write_table(rows: list[dict], path: Path) -> None:
     """Rows of scores as CSV, TSV or Parquet; the columns are COLUMNS. Raises OSError."""
     names = [name for name in COLUMNS if name in ("line", "id", "score", "error") or any(name in row for row in rows)]

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,18 @@ def test_a_finished_but_unconverted_table_is_made_by_the_next_run(tmp_path):
     assert (shard.skip, shard.total) == (1, 1)
     assert score_shards(LengthReranker(), [shard]) == (0, 0, [])
     assert output.read_text().splitlines() == ["line,id,score,error", "1,,0.5,"]
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_scored(tmp_path, monkeypatch):
+    source = tmp_path / "x.jsonl"
+    source.write_text(JSON_LINES)
+    with pytest.raises(ConfigError, match=r"out\.csv\.gz: a table is written without gzip"):
+        find_shard(source, tmp_path / "out.csv.gz")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for paths in ((source, tmp_path / "out.parquet"), (tmp_path / "in.parquet", tmp_path / "out.jsonl")):
+        paths[0].touch()
+        with pytest.raises(ConfigError, match="needs pyarrow: pip install pyarrow"):
+            find_shard(*paths)
 
 
 def test_parquet_ids_of_other_types(tmp_path):
