@@ -7,6 +7,7 @@ SDKs: their requirements do not go together with vLLM's.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from rerank_kit.client.sessions import SharedResources
 KIT = Path(__file__).resolve().parents[2]
 PAGE = (KIT / "docs" / "integrations.md").read_text()
 SDK_PYTHON = Path(os.environ.get("SDK_VENV", KIT / ".venv-sdk"), "bin", "python")
+SDK_JS = SDK_PYTHON.parents[1] / "js"
 NEWER_COHERE = SDK_PYTHON.parents[1] / "cohere-7"
 
 
@@ -58,6 +60,14 @@ CLIENTS = {
     "LiteLLM, other providers": Client("litellm", "R or R/v1", "litellm.AuthenticationError"),
     "OpenAI SDK": Client("openai", "R/v1", "openai.AuthenticationError"),
 }
+AI_ERROR = "AI_APICallError"
+JS_CLIENTS = {
+    "Vercel AI SDK, cohere": Client("@ai-sdk/cohere", "R/v2", AI_ERROR),
+    "Vercel AI SDK, togetherai": Client("@ai-sdk/togetherai", "R/v1", AI_ERROR),
+    "Vercel AI SDK, voyage": Client("@ai-sdk/voyage", "R/v1", AI_ERROR),
+    "cohere-ai, v2": Client("cohere-ai", "R", "UnauthorizedError"),
+    "cohere-ai, v1": Client("cohere-ai", "R", "UnauthorizedError"),
+}
 QUERY = "What is the capital of China?"
 DOCUMENTS = ["Gravity attracts bodies.", "The capital of China is Beijing.", "首都是北京。", "a "]
 LONG = [*DOCUMENTS, "word " * 8000]  # 40,000 characters, far more than MAX_MODEL_LEN
@@ -68,7 +78,7 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 def program(title: str) -> tuple[str, str]:
     """(text, code) of a section."""
     section = PAGE.partition(f"### {title}\n")[2].partition("\n##")[0]
-    text, _, rest = section.partition("```python\n")
+    text, _, rest = section.partition("```js\n" if title in JS_CLIENTS else "```python\n")
     return text, rest.partition("```")[0]
 
 
@@ -134,11 +144,36 @@ def test_client_ranks_as_the_kits_own(title, keyed_service, expected):
     check(run(title, keyed_service), expected, CLIENTS[title])
 
 
+def run_js(title: str, settings: dict, folder: Path) -> dict:
+    """As run(), for a program in JavaScript."""
+    (folder / "node_modules").symlink_to(SDK_JS / "node_modules")
+    url, calls = f"https://localhost:{settings['PORT']}", {"short": DOCUMENTS, "long": LONG, "wrong": DOCUMENTS}
+    for name in calls:
+        key = "wrong-key" if name == "wrong" else settings["API_KEY"]
+        code = program(title)[1].replace("http://127.0.0.1:11438", url).replace("your-key", key)
+        (folder / f"{name}.mjs").write_text(code)
+    (folder / "calls.json").write_text(json.dumps({"query": QUERY, "calls": calls}))
+    driver = folder / "driver.mjs"
+    driver.write_text((KIT / "tests" / "stand_ins" / "sdk_driver.mjs").read_text())
+    env = {**os.environ, "NODE_EXTRA_CA_CERTS": str(settings["SSL_CERTFILE"])}
+    done = subprocess.run(["node", driver, folder], env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not shutil.which("npm"), reason="npm is not installed")
+@pytest.mark.parametrize("title", JS_CLIENTS)
+def test_client_in_javascript_ranks_as_the_kits_own(title, keyed_service, expected, tmp_path):
+    assert (SDK_JS / "node_modules").is_dir(), "run tests/run.sh: it installs them"
+    check(run_js(title, keyed_service, tmp_path), expected, JS_CLIENTS[title])
+
+
 def table() -> str:
     """The table of docs/integrations.md."""
     pins = dict(re.findall(r"(?m)^([\w-]+)==(\S+)$", (KIT / "tests" / "requirements-sdk.txt").read_text()))
+    pins |= json.loads((KIT / "tests" / "sdk-js" / "package.json").read_text())["dependencies"]
     lines = ["| client | version | address | a wrong key gives |", "|---|---|---|---|"]
-    for title, client in CLIENTS.items():
+    for title, client in (CLIENTS | JS_CLIENTS).items():
         anchor = re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
         version = f"{client.package} {pins[client.package]}"
         error = client.error.removeprefix("builtins.")
@@ -157,7 +192,7 @@ def test_the_newest_cohere_sdk_too(title, keyed_service, expected):
 
 def test_the_page_names_every_error_and_version():
     titles = re.findall(r"(?m)^### (.+)$", PAGE.partition("## Run by the tests")[2].partition("## Read, not run")[0])
-    assert titles == [*CLIENTS, "TLS"]
+    assert titles == [*CLIENTS, *JS_CLIENTS, "TLS"]
     assert table() in PAGE, table()
-    for title, client in CLIENTS.items():
+    for title, client in (CLIENTS | JS_CLIENTS).items():
         assert f"`{client.error.removeprefix('builtins.')}`" in program(title)[0]
