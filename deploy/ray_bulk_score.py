@@ -72,7 +72,9 @@ def actor_settings(fields: dict) -> dict[str, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, required=True, metavar="FOLDER", help="*.jsonl and *.jsonl.gz")
+    parser.add_argument(
+        "--input", type=Path, required=True, metavar="FOLDER", help="of *.jsonl, *.csv, *.tsv, *.parquet"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--model", help="folder or hub id; default: the configured one")
     parser.add_argument("--address", help="Ray cluster (HOST:6379, ray://..., auto); default: Ray on this machine")

@@ -3,7 +3,8 @@
     python measurements/fuzz.py [--bodies 20000] [--seed 1] [--model FOLDER | --url http://127.0.0.1:11438 --key KEY]
 
 Starts a service of its own (without --model, of a seeded tiny Qwen3-Reranker) and sends over real sockets: bodies
-built from the OpenAPI description of /v1/rerank and /v1/score, most of them with one or two faults, and each of the
+built from the OpenAPI description of /v1/rerank and /v1/score, half of the rerank bodies as clients of TEI, Voyage
+and NVIDIA or with several queries, most of them with one or two faults, and each of the
 hand-made ones in HORRORS. Every answer must come whole, in time and as JSON: 200 with one finite score for each
 document, an error below 500, or a deliberate refusal (429 or 503 with Retry-After). A probe is scored before and
 after, and its scores must be bit-identical. Exit code 1 and the smallest body found when something is wrong.
@@ -30,6 +31,7 @@ from hypothesis import strategies as st
 
 KIT = Path(__file__).resolve().parents[1]
 ROUTES = {"/v1/rerank": "results", "/v1/score": "data", "/rerank": "results", "/v2/rerank": "results", "/score": "data"}
+DIALECTS = ["nvidia", "tei", "voyage", "queries", "plain"]
 ANSWER_S = 60  # a body without an answer for that long counts as a hang
 PROBE = {"query": "What is the capital of China?", "documents": ["Beijing.", "Gravity attracts bodies.", "首都 😀"]}
 JSON_TYPE = "application/json"
@@ -71,7 +73,9 @@ def from_schema(schema: dict, parts: dict, depth: int = 0):
     if kind == "array":
         return st.lists(from_schema(schema.get("items", {}), parts, depth + 1), max_size=4)
     if kind == "object":
-        fields = {name: from_schema(of, parts, depth + 1) for name, of in schema.get("properties", {}).items()}
+        known = schema.get("properties", {}).items()
+        # The guard's own fields have no schema: in_dialect() sends them.
+        fields = {name: from_schema(of, parts, depth + 1) for name, of in known if of.keys() - {"title", "description"}}
         needed = {name: of for name, of in fields.items() if name in schema.get("required", ())}
         others = {name: of for name, of in fields.items() if name not in needed}
         if not fields:
@@ -80,6 +84,39 @@ def from_schema(schema: dict, parts: dict, depth: int = 0):
         return few.flatmap(lambda names: st.fixed_dictionaries(needed | {name: others[name] for name in names}))
     simple = {"string": texts, "integer": st.integers(0, 9) | numbers, "number": numbers, "boolean": st.booleans()}
     return {**simple, "null": st.none()}.get(kind, junk)
+
+
+def in_dialect(path: str, body: dict, dialect: str, rng: random.Random) -> tuple[str, dict]:
+    """A rerank body as clients of another API send it, with some of that API's fields."""
+    query, documents = body.pop("query", "q"), body.pop("documents", ["a"])
+    some = {name: rng.choice(values) for name, values in OTHER_FIELDS.items() if rng.random() < 0.15}
+    if dialect == "nvidia":
+        items = documents if isinstance(documents, list) else [documents]
+        passages = [{"text": text} for text in items]
+        return "/v1/ranking", body | some | {"query": {"text": query}, "passages": passages}
+    if dialect == "tei":
+        return "/rerank", body | some | {"query": query, "texts": documents}
+    if dialect == "queries":
+        lists = rng.choice([documents, [documents, documents]])
+        return path, body | some | {"queries": [query, query], "documents": lists}
+    more = {"top_k": rng.choice([None, 1, 2])} if dialect == "voyage" else {"return_documents": False}
+    return path, body | some | more | {"query": query, "documents": documents}
+
+
+# Fields of other APIs, with values that are right or wrong.
+OTHER_FIELDS = {
+    "truncate": [True, False, "END", "NONE", "START"],
+    "truncation": [True, False, 1],
+    "raw_scores": [True, False, "x"],
+    "return_text": [True, False],
+    "rank_fields": [["text"], ["a", "b"], "text"],
+    "min_score": [0, 0.5, -1e300, "x"],
+    "max_chunks_per_doc": [1, 2, 10**9, 0],
+    "padding": ["do_not_pad", "max_length"],
+    "instruct": ["Judge.", 7],
+    "timeout_ms": [60000, 1e300, 0.0001, -1],
+    "top_k": [1, 0, "2"],
+}
 
 
 def with_fault(body: dict, rng: random.Random, value) -> dict:
@@ -120,6 +157,8 @@ def bodies(openapi: dict):
             body |= {fields[0]: draw(texts), fields[1]: draw(st.lists(texts, min_size=1, max_size=4))}
         if draw(st.integers(0, 3)):
             body.pop("model", None)  # a wrong model name would end the call early
+        if ROUTES[path] == "results" and (dialect := draw(st.sampled_from([""] * 4 + DIALECTS))):
+            path, body = in_dialect(path, dict(body), dialect, draw(st.randoms(use_true_random=False)))
         for _ in range(draw(st.sampled_from([0, 1, 1, 2]))):
             value = draw(junk | st.sampled_from(sorted(RAW)))
             body = with_fault(body, draw(st.randoms(use_true_random=False)), value)
@@ -213,6 +252,23 @@ def horrors() -> list[tuple[str, str, bytes]]:
 # --- the service --------------------------------------------------------------------------------------------------
 
 
+SCORE_NAMES = ("relevance_score", "score", "logit")
+
+
+def rows_of(answer) -> list[list[dict]]:
+    """The lists of rows in an answer of any dialect; several for several queries."""
+    if isinstance(answer, list):
+        return [answer]
+    rows = next(answer[name] for name in ("rankings", "data", "results") if name in answer)
+    return rows if rows and isinstance(rows[0], list) else [rows]
+
+
+def said_in(answer: dict) -> str:
+    """The text of an error of any dialect."""
+    error = answer.get("error")
+    return error["message"] if isinstance(error, dict) else error or answer.get("detail")
+
+
 class Wrong(AssertionError):
     """An answer that the service must not give."""
 
@@ -261,15 +317,17 @@ class Sender:
         except ValueError as exc:
             raise Wrong(f"{status} without JSON: {body[:200]!r}") from exc
         if status == 200:
-            rows = answer[ROUTES[path]]
-            values = [row["relevance_score" if "relevance_score" in row else "score"] for row in rows]
-            if not values or not all(isinstance(value, float) and math.isfinite(value) for value in values):
-                raise Wrong(f"200 with the scores {values[:9]}")
-            if len({row["index"] for row in rows}) != len(rows):
-                raise Wrong("200 with a duplicate index")
-        elif not (400 <= status < 500 and status != 429) and "retry-after" not in headers:
+            for rows in rows_of(answer):
+                values = [next(row[name] for name in SCORE_NAMES if name in row) for row in rows]
+                if not (values or b"min_score" in data) or not all(
+                    type(x) is float and math.isfinite(x) for x in values
+                ):
+                    raise Wrong(f"200 with the scores {values[:9]}")
+                if len({row["index"] for row in rows}) != len(rows):
+                    raise Wrong("200 with a duplicate index")
+        elif not (400 <= status < 500 and status != 429) and "retry-after" not in headers and status != 504:
             raise Wrong(f"{status}: {body[:300]!r}")
-        elif not answer["error"]["message"]:
+        elif not said_in(answer):
             raise Wrong(f"{status} without a message")
         return status
 

@@ -136,6 +136,45 @@ def answers_cost(n_times: int = 2001) -> list[str]:
     return lines
 
 
+def cache_cost(n_calls: int = 1000) -> str:
+    """Median microseconds of a call of 32 documents without the result cache, with it, and when it was seen before."""
+    from rerank_kit.guard.middleware import Guard
+
+    rng = random.Random(0)
+
+    async def vllm(scope, receive, send):
+        texts = json.loads((await receive())["body"])["documents"]
+        rows = [{"index": i, "document": {"text": text}, "relevance_score": 0.1 * i} for i, text in enumerate(texts)]
+        answer = {"id": "x", "model": "m", "usage": {"prompt_tokens": 1, "total_tokens": 1}, "results": rows}
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": json.dumps(answer, separators=(",", ":")).encode()})
+
+    async def call(guard, body):
+        async def receive():
+            return {"type": "http.request", "body": body}
+
+        async def send(message):
+            pass
+
+        start = time.perf_counter()
+        await guard({"type": "http", "method": "POST", "path": "/v1/rerank", "headers": []}, receive, send)
+        return (time.perf_counter() - start) * 1e6
+
+    async def main():
+        guards = []
+        for mib in ("0", "64"):
+            os.environ["GUARD_RESULT_CACHE_MIB"] = mib
+            guards.append(Guard(vllm))
+        del os.environ["GUARD_RESULT_CACHE_MIB"]
+        taken = {"without": [], "never seen": [], "seen before": []}
+        for body in make_bodies(n_calls, 32, 90, "m", rng.randrange(1000)):
+            for name, guard in zip(taken, (guards[0], guards[1], guards[1]), strict=True):
+                taken[name].append(await call(guard, body))
+        return ", ".join(f"{name} {statistics.median(times):.0f} us" for name, times in taken.items())
+
+    return f"result cache, a call of 32 documents of 90 words: {asyncio.run(main())}"
+
+
 async def _time_calls(body: bytes, n_calls: int) -> tuple[float, float]:
     from rerank_kit.guard.middleware import Guard
 
@@ -391,7 +430,7 @@ def main() -> int:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is also stopped
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    print("\n".join([*guard_cost(), *limits_cost(), *answers_cost()]))
+    print("\n".join([*guard_cost(), *limits_cost(), *answers_cost(), cache_cost()]))
     if not args.model:
         return 0
     if args.model == "minilm":

@@ -116,6 +116,7 @@ class EnvConfig:
     long_documents: str = _key("truncate", "pairs longer than MAX_MODEL_LEN: truncate cuts them as the model card does, error refuses them, chunk scores overlapping windows and takes the best", "guard", choices=("truncate", "error", "chunk"))
     allow_paths: str = _key("", "further paths to serve, e.g. /tokenize,/docs; they need the key too", "guard")
     slow_call_ms: float = _key(30000.0, "milliseconds above which a scoring call is logged; 0 = never", "guard", low=0)
+    result_cache_mib: float = _key(0.0, "MiB of each API process for the scores of pairs that were asked before; 0 = no cache", "guard", low=0)
     # fmt: on
 
     @property

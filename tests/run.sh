@@ -41,6 +41,14 @@ if ! cmp -s requirements-reference.txt "$REFERENCE/installed.txt"; then
   "$PY" -m pip --disable-pip-version-check install --quiet --no-deps --upgrade --target "$REFERENCE" -r requirements-reference.txt
   cp requirements-reference.txt "$REFERENCE/installed.txt"
 fi
+# JavaScript clients, where npm is installed; their tests say so where it is not.
+if command -v npm >/dev/null 2>&1 && ! cmp -s tests/sdk-js/package-lock.json "$SDK/js/package-lock.json"; then
+  mkdir -p "$SDK/js"
+  cp tests/sdk-js/package.json "$SDK/js/"
+  cp tests/sdk-js/package-lock.json "$SDK/js/new-lock.json"
+  (cd "$SDK/js" && mv new-lock.json package-lock.json && npm ci --silent --ignore-scripts --no-fund --no-audit) ||
+    { rm -f "$SDK/js/package-lock.json"; exit 1; }
+fi
 # Linter, second shell, logrotate, systemd-analyze, nginx and Prometheus come from the system; the tests name what is
 # missing.
 if command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ]; then

@@ -80,7 +80,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, str | None, float]:
     query.add_argument("--query-words", type=lengths, default="10", help="words per query (default: %(default)s)")
     query.add_argument("--query-tokens", type=lengths, help="tokens per query, instead of words")
     add("--tokenizer", metavar="FOLDER", help="for lengths in tokens (default: the served model's folder)")
-    add("--input", metavar="FILE", help='your own calls, JSONL: {"query": "...", "documents": ["...", ...]}')
+    add("--input", metavar="FILE", help="your own calls or pairs: JSON lines, CSV, TSV or Parquet (docs/bulk.md)")
     add("--seed", type=numbers(int, 0), help="seed of texts and arrivals (default: a new one per run, printed)")
     repeat.add_argument("--repeat", nargs="?", const="all", choices=["all", "query"],
         help="measure the prefix cache: every call is identical (all) or has the same query (query)")

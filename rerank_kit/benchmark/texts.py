@@ -4,10 +4,14 @@ import json
 import math
 import random
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from rerank_kit.offline.records import UNREADABLE, Broken, read_records
+
 SERIAL_WORDS = 5  # words that number a text: 50 ** 5 texts before one comes again
+MOST_SHOWN = 5  # broken records of a file that are named one by one
 LONGEST = 32768  # words or tokens of a text
 # Common English words, about one token each for the usual tokenizers.
 WORDS = re.findall(
@@ -110,31 +114,42 @@ class Texts:
 
 
 class FileTexts:
-    """Calls from a JSONL file of {"query": "...", "documents": ["...", ...]}, in an order from the seed.
+    """Calls from a file, in an order from the seed: records of a query and its documents, or pairs.
 
-    A line's "instruction" is sent with it. After the last line the file starts over, and the
-    prefix cache may hold its texts.
+    The file is read as those of offline scoring are (offline/records.py): JSON lines, CSV, TSV or Parquet. Pairs with
+    the same query and instruction that follow each other are one call. A record's "instruction" is sent with it. A
+    broken record is left out and reported. After the last call the file starts over, and the prefix cache may hold
+    its texts.
 
     Raises:
-        ValueError: a line that is no such object, with its number; no line at all. OSError: no such file.
+        ValueError: no call at all. OSError: no such file, or one that cannot be read.
     """
 
     def __init__(self, path: str, seed: int):
-        self.calls = []
-        for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                one = json.loads(line)
-                query, documents, instruction = one["query"], one["documents"], one.get("instruction")
-                texts = [query, *documents, *([] if instruction is None else [instruction])]
-                if type(documents) is not list or not documents or not all(type(t) is str for t in texts):
-                    raise TypeError
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f'{path} line {number} is not {{"query": "...", "documents": ["...", ...]}}') from None
-            self.calls.append((query, documents, instruction))
+        self.calls: list[tuple[str, list[str], str | None]] = []
+        self.broken: list[str] = []
+        before: tuple | None = None  # query and instruction of the pair before
+        try:
+            for number, row in read_records(Path(path)):
+                call = _call_of(row)
+                if isinstance(call, Broken):
+                    self.broken.append(f"{path} line {number} is left out: {call.reason}")
+                    continue
+                query, documents, instruction = call
+                same = isinstance(row, dict) and "document" in row and (query, instruction)
+                if same and same == before:
+                    self.calls[-1][1].extend(documents)
+                else:
+                    self.calls.append(call)
+                before = same or None
+        except UNREADABLE as exc:
+            raise exc if getattr(exc, "filename", None) else OSError(None, str(exc), path) from None
+        for text in self.broken[:MOST_SHOWN]:
+            print(f"[WARN] {text}", file=sys.stderr)
+        if len(self.broken) > MOST_SHOWN:
+            print(f"[WARN] {path}: {len(self.broken)} records are left out in all", file=sys.stderr)
         if not self.calls:
-            raise ValueError(f"{path} has no lines")
+            raise ValueError(f"{path} has no calls" + (f": {self.broken[0]}" if self.broken else ": it is empty"))
         random.Random(seed).shuffle(self.calls)
         self.seed, self.lines = seed, len(self.calls)
         self.about = f"{path}: {self.lines} calls of {sum(len(c[1]) for c in self.calls) / self.lines:.1f} documents"
@@ -143,6 +158,21 @@ class FileTexts:
         """JSON body of call k, and how many documents it has."""
         query, documents, instruction = self.calls[k % self.lines]
         return json_body(endpoint, model, query, documents, instruction), len(documents)
+
+
+def _call_of(row: dict | Broken) -> tuple[str, list[str], str | None] | Broken:
+    """(query, documents, instruction) of a record."""
+    if isinstance(row, Broken):
+        return row
+    query, instruction = row.get("query"), row.get("instruction")
+    documents = row["documents"] if "documents" in row else [row.get("document")]
+    if not isinstance(documents, list) or not documents:
+        return Broken("field 'documents' is not a list of texts")
+    if not isinstance(query, str) or not all(isinstance(text, str) for text in documents):
+        return Broken('it is not {"query": "...", "documents": ["...", ...]} or {"query": "...", "document": "..."}')
+    if not isinstance(instruction, str | None):
+        return Broken("field 'instruction' is not a text")
+    return query, [*documents], instruction
 
 
 def json_body(endpoint: str, model: str, query: str, documents: list[str], instruction: str | None = None) -> bytes:

@@ -3,6 +3,7 @@
 Few imports, since every API process loads this module. docs/guard.md lists every refusal.
 """
 
+import math
 import time
 from pathlib import Path
 
@@ -82,6 +83,16 @@ class Load:
         if self._limits_by_wait and wait_s > self.max_wait_s:
             message = f"the server is busy: {work}, and calls wait {self.max_wait_s:g} s at most; {advice}"
             raise Refusal(429, "wait", message, retry_s=wait_s - self.max_wait_s)
+
+    def check_deadline(self, n_pairs: int, left_s: float) -> None:
+        """Raise Refusal (429) if n_pairs, behind those in flight, would be scored later than the caller waits."""
+        in_flight = self.counts.in_flight() if left_s < math.inf and self.pairs_per_s else 0
+        if in_flight and (needed_s := (in_flight + n_pairs) / self.pairs_per_s) > left_s:
+            message = (
+                f"the call gives {max(left_s, 0):.2f} s, but with {in_flight} pairs in flight it would take about "
+            )
+            message += f"{needed_s:.1f} s: give it more time, or send it to another server"
+            raise Refusal(429, "deadline", message, retry_s=max(0.1, needed_s - left_s))
 
     def take(self, n_pairs: int) -> None:
         """Count a whole call in, or raise Refusal."""

@@ -38,8 +38,9 @@ def error_body(error: dict, dialect: str = "") -> dict:
     return {"error": error, "detail": message, "message": message}
 
 
-async def _send_json(send, status: int, content: Any, headers=()) -> None:
-    body = json.dumps(content).encode()
+async def _send_json(send, status: int, content: Any, headers=(), body: bytes | None = None) -> None:
+    """Send content as JSON, or a body that is JSON already."""
+    body = json.dumps(content).encode() if body is None else body
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *headers]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -4,7 +4,6 @@ understand() changes the body in place: other APIs' names and shapes become vLLM
 taken out and kept in Asked. What would be ignored, or would change the score, is refused (docs/guard.md).
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +28,7 @@ class Asked:
     originals: list | None = None  # the documents as they were sent, where rank_fields made the texts
     fits: bool = False  # a pair that is too long may not fail the call
     min_score: float | None = None
+    timeout_ms: float | None = None  # how long the caller waits
     max_windows: int = 0  # of a document; 0 = any number
     groups: list[int] = field(default_factory=list)  # documents of each of several queries
     top_n: int = 0  # where the guard itself keeps the best; 0 = all
@@ -61,9 +61,12 @@ def understand(asked: Asked, path: str, payload: dict, max_docs: int = 0) -> Non
     _rename(payload)
     asked.texts = payload.pop("return_documents", not asked.dialect)
     asked.min_score = payload.pop("min_score", None)
+    asked.timeout_ms = payload.pop("timeout_ms", None)
     raw = "raw_scores" in payload
-    if (raw and payload.pop("raw_scores")) or (not raw and asked.dialect == "nvidia"):
-        _put(payload, "use_activation", False, "raw_scores" if raw else "use_activation")
+    if raw and payload.pop("raw_scores"):
+        _put(payload, "use_activation", False, "raw_scores")
+    elif not raw and asked.dialect == "nvidia":
+        payload.setdefault("use_activation", False)  # NIM answers with logits
     _lengths(payload, asked)
     if route == "score" and "query" in payload:
         payload["queries"] = payload.pop("query")
@@ -124,7 +127,8 @@ def _is_bool(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """A number that a float can hold; JSON's integers have up to 4300 digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def _is_count(value: Any) -> bool:
@@ -137,6 +141,7 @@ _KINDS = {
     "use_activation": ("true or false", _is_bool),
     "truncate": ("true, false, END or NONE", lambda value: _is_bool(value) or value in ("END", "NONE")),
     "min_score": ("a number", _is_number),
+    "timeout_ms": ("a number of milliseconds above 0", lambda value: _is_number(value) and value > 0),
     "max_chunks_per_doc": ("a whole number of 1 or more", _is_count),
     "instruct": ("a text", lambda value: isinstance(value, str)),
     "instruction": ("a text", lambda value: isinstance(value, str)),

@@ -14,6 +14,7 @@ from rerank_kit.guard.answers import Refusal
 MAX_DEPTH = 32  # lists and objects inside the body's own; a rerank body needs 4
 MEDIA_FIELDS = frozenset((b"image_url", b"image_embeds", b"video_url", b"audio_url"))  # base64, not text
 UNPACKED = 2**28  # bytes of an unpacked body where MAX_BODY_BYTES is off: 1 MB of gzip can hold 1 GB
+MEMBERS = 100  # of a gzip body: each costs a copy of the rest
 PARTS = 100  # values in a body for each document that is allowed
 # A text (with a colon behind it: a key) or a structural character. The body's end may replace a closing quote.
 # The quantifiers are possessive, so the time is linear in the length.
@@ -121,7 +122,9 @@ def _unpacked(body: bytes, name: str, most: int) -> bytes:
     wbits = -15 if is_raw else 15 if name == "deflate" else 31
     pieces, left = [], most + 1
     try:
-        while True:
+        for n in range(MEMBERS + 1):
+            if n == MEMBERS:
+                raise zlib.error(f"it has more than {MEMBERS} parts")
             unpacker = zlib.decompressobj(wbits)
             pieces.append(unpacker.decompress(body, left))
             left -= len(pieces[-1])

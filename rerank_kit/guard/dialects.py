@@ -19,15 +19,17 @@ def edit(
     body: bytes,
     encode: Callable[[Any], bytes],
     scale: dict | None = None,
+    complete: Callable[[dict], dict] | None = None,
 ) -> bytes:
     """The answer that the caller gets for vLLM's. An answer without change keeps its bytes.
 
     Args:
         scale: what a score of this model is, for `meta`.
+        complete: adds what the result cache knows to an answer, after its windows are merged.
     """
     is_rerank = asked.inner_path in RERANK_PATHS or bool(asked.groups)
     meta = {"score_scale": scale} if scale else {}
-    if status == 200 and not split and asked.plain:
+    if status == 200 and not split and asked.plain and not complete:
         return with_additions(body, encode(meta)) if is_rerank else body
     try:
         answer = json.loads(body)
@@ -42,6 +44,9 @@ def edit(
         return encode({**answer, **error_body(error)} if not asked.dialect else error_body(error, asked.dialect))
     if split:
         answer = merge_windows(split, answer)
+    if complete:
+        answer = complete(answer)
+        meta = {**meta, "cached": answer.pop("cached")}
     if is_rerank and ("data" if asked.groups else "results") in answer:
         answer = _shaped(asked, _with_meta(answer, meta))
     return encode(answer)

@@ -116,6 +116,7 @@ class LongDocuments:
         if call.mode == "chunk":
             counts = call.split.counts if call.split else {}
             # Never empty: a proxy may drop an empty header, and the client learns from it that windows were made.
+            counts = counts if call.lookup is None else call.lookup.windows
             headers.append((b"x-rerank-windows", listed({i: f":{n}" for i, n in counts.items()}) or b"none"))
         return headers
 

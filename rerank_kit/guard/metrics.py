@@ -18,6 +18,7 @@ def _metrics():
         calls=Counter(f"{p}calls", "Calls by route and status class", ["route", "status"]),
         pairs=Counter(f"{p}pairs", "Pairs answered with scores"),
         cut=Counter(f"{p}cut_documents", "Documents of which the model saw a part only"),
+        cached=Counter(f"{p}cached_pairs", "Pairs answered by the result cache"),
         refusals=Counter(f"{p}refusals", "Requests refused by the guard", ["reason"]),
         in_flight=Gauge(f"{p}pairs_in_flight", "Pairs taken and not yet scored", multiprocess_mode="livesum"),
         wait=Gauge(f"{p}estimated_wait_seconds", "Seconds before a new pair starts", multiprocess_mode=latest),

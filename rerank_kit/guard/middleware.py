@@ -23,25 +23,20 @@ import uuid
 from rerank_kit.guard import dialects
 from rerank_kit.guard.admission import FIRST_PAIRS, Load
 from rerank_kit.guard.answers import Refusal, _send_json, _send_refusal, whole
-from rerank_kit.guard.asked import NVIDIA_PATHS, RERANK_PATHS, SCORE_PATHS, Asked, understand
+from rerank_kit.guard.asked import Asked, understand
 from rerank_kit.guard.body import Limits, parse
+from rerank_kit.guard.cache import Lookup, ResultCache
 from rerank_kit.guard.counts import Counts
+from rerank_kit.guard.deadline import deadline_s, late
 from rerank_kit.guard.health import Health
 from rerank_kit.guard.long_bodies import LIMITS, Split, as_int
 from rerank_kit.guard.long_documents import LongDocuments, served_length
 from rerank_kit.guard.metrics import _metrics
+from rerank_kit.guard.openapi import with_dialects
+from rerank_kit.guard.paths import NO_KEY_PATHS, PATHS, SCORING, cleaned, closed
 from rerank_kit.guard.reading import Reading
 
-RERANK_FIELDS = ("documents",)
-# The four spellings that vLLM's score routes take. All are counted: a body may hold several.
-SCORE_FIELDS = ("queries", "documents", "items", "text_1", "text_2", "data_1", "data_2")
-SCORING = {
-    **dict.fromkeys((*RERANK_PATHS, *NVIDIA_PATHS), RERANK_FIELDS),
-    **dict.fromkeys(SCORE_PATHS, SCORE_FIELDS),
-}
-NO_KEY_PATHS = frozenset(("/health", "/live", "/ready"))
 PROBES = ("/live", "/ready")
-PATHS = NO_KEY_PATHS | {"/ping", "/version", "/metrics", "/load", "/v1/models", "/info", *SCORING}
 
 DRAIN_RETRY_S = 5
 ID = re.compile(rb"[!-~]{1,128}")  # a request id that a header can carry
@@ -58,7 +53,7 @@ class Call:
         # The first of a repeated header counts, as in vLLM's own key check.
         self.headers = dict(reversed(scope["headers"]))
         self.sent_path = scope["path"].removeprefix(scope.get("root_path", ""))
-        self.path = _cleaned(self.sent_path, known)
+        self.path = cleaned(self.sent_path, known)
         self.scoring = scope["method"] == "POST" and self.path in SCORING
         given = self.headers.get(b"x-request-id", b"")
         self.request_id = given if ID.fullmatch(given) else uuid.uuid4().hex.encode()
@@ -69,12 +64,15 @@ class Call:
         self.mode = ""  # what happens to pairs that are too long: one of MODES; "" = vLLM's 400
         self.cut: list[int] = []  # documents of which the model sees a part only
         self.split: Split | None = None
+        self.lookup: Lookup | None = None  # what the result cache knows of the call's pairs
         self.start_s = time.perf_counter()
         self.taken_s = 0.0  # until the answer began, since a client that reads slowly is not a slow call
         self.status = 0  # 0 = no answer yet
         self.pairs = self.n_bytes = 0
         self.in_flight = self.aborted = self.answered = False
         self.body_id = self.request_id  # the id in vLLM's answer: the body's own request_id comes before the header's
+        self.deadline_s = math.inf  # of time.perf_counter(); the caller waits no longer
+        self.is_late = False
 
     @property
     def engine_id(self) -> bytes:
@@ -117,7 +115,10 @@ class Guard:
         logging.getLogger(SCORE_LOGGER).addFilter(_once(SCORE_WARNING))
         self.long = LongDocuments(self.limits.max_docs, self.encode, self._take_windows)
         self.health = Health(counts, _setting("HEALTH_TIMEOUT_S", float), self.long.prepare)
+        mib = _setting("RESULT_CACHE_MIB", float)
+        self.cache = ResultCache(mib, self.version) if mib else None
         self.scale = json.loads(os.environ.get("GUARD_SCORE_SCALE") or "null")
+        self.model = os.environ.get("GUARD_MODEL", "")
         self.takes_instruction = os.environ.get("GUARD_TAKES_INSTRUCTION", "1") != "0"
         # With several API processes the parent ends those still working after --shutdown-timeout, so finish before it.
         self.early_s = 2.0 if n_processes > 1 else 0.0
@@ -145,6 +146,11 @@ class Guard:
             if call.answered:  # in vLLM's place
                 return
             if message["type"] == "http.response.start":
+                if call.is_late and message["status"] != 504:
+                    await _send_refusal(answer, late(), call.asked.dialect)
+                    self.metrics.refusals.labels("deadline").inc()
+                    call.answered = True
+                    return
                 if message["status"] == 500 and call.scoring and _engine_is_dead(scope):
                     text = "the engine died: send the call to another server, or retry when this one is back"
                     await _send_refusal(answer, Refusal(503, "dead", text, retry_s=DRAIN_RETRY_S), call.asked.dialect)
@@ -164,7 +170,12 @@ class Guard:
             await send(message)
 
         async def watched_receive():
-            message = await receive()
+            try:
+                left_s = call.deadline_s - time.perf_counter()
+                message = await (receive() if left_s == math.inf else asyncio.wait_for(receive(), max(0.0, left_s)))
+            except TimeoutError:
+                call.is_late = True  # vLLM cancels the call as if the client had left
+                return {"type": "http.disconnect"}
             if message["type"] == "http.disconnect" and not call.status:
                 call.aborted = True  # vLLM cancels the call; nobody reads the answer
             return message
@@ -179,17 +190,24 @@ class Guard:
                 scope = {**scope, "method": "GET"}  # vLLM has no HEAD; uvicorn leaves the body out
             if call.scoring:
                 body = await self._admit(scope, call, watched_receive)
-                if body is None:  # the client left while it sent
-                    return None
-                body = await self.long.fit(scope, call, body, watched_receive)
-                self.metrics.cut.inc(len(call.cut))
-                if body is None:
+                if call.lookup and not call.lookup.missing:
+                    return await self._answer_known(call, call.lookup, answer)
+                if body is not None:
+                    body = await self.long.fit(scope, call, body, watched_receive)
+                    self.metrics.cut.inc(len(call.cut))
+                if call.is_late:
+                    call.aborted = False
+                    raise late()
+                if body is None:  # the client left
                     return None
                 scope = {**scope, "headers": _inner_headers(scope["headers"], call, len(body))}
                 if call.asked.inner_path != call.path:
                     scope |= {"path": call.asked.inner_path, "raw_path": call.asked.inner_path.encode()}
                 reply = whole(answer, functools.partial(self._edited, call))
                 return await self.app(scope, _replay(body, watched_receive), reply)
+            if call.path == "/openapi.json":
+                described = whole(answer, lambda status, body: with_dialects(body))
+                return await self.app(scope, watched_receive, described)
             return await self.app(scope, watched_receive, answer)
         except Refusal as exc:
             self.metrics.refusals.labels(exc.reason).inc()
@@ -216,18 +234,14 @@ class Guard:
             if scheme.lower() != b"bearer" or not right:
                 raise Refusal(401, "key", "wrong or missing API key: send the header 'Authorization: Bearer <key>'")
         if call.path not in self.paths:
-            shown, paths = ascii(call.path[:100]), ", ".join(sorted(SCORING))
-            meant = [path for path in sorted(SCORING, key=len) if call.path.rstrip("/").endswith(path)]
-            advice = "ALLOW_PATHS opens further paths"
-            if meant:
-                advice = f"set the client's address so that the whole path is {meant[-1]}"
-            text = f"{shown} is not served here (this server scores: {paths}); {advice}"
-            raise Refusal(404, "path", text)
+            raise Refusal(404, "path", closed(call.path))
 
     async def _admit(self, scope, call: Call, receive) -> bytes | None:
         """Read, check and complete one scoring call, and count its pairs in. None = the client left. Raises Refusal."""
         if self.draining:
             raise self._stopping()
+        timeout = call.headers.get(b"x-request-timeout-ms", b"")
+        call.deadline_s = deadline_s(call.start_s, timeout, None)
         self.limits.check_length(call.headers.get(b"content-length", b"0"))
         self.load.check(1)  # too busy for any call, so the body is not read; uvicorn discards it
         body = await self.reading.read(receive)
@@ -241,6 +255,13 @@ class Guard:
         understand(call.asked, call.path, payload, self.limits.max_docs)
         changed = payload != before
         changed |= self._complete(call, payload, served_length(scope))
+        if self.cache is not None:
+            rules = call.mode, call.asked.max_windows
+            call.lookup = self.cache.look_up(payload, call.asked.inner_path, rules)
+            changed |= call.lookup is not None
+            if call.lookup and not call.lookup.missing:
+                call.payload = payload
+                return b""
         if changed or b"\\u" in body:
             try:
                 encoded = self.encode(payload)
@@ -253,6 +274,8 @@ class Guard:
         pairs = max([1, *(len(field) for field in fields if isinstance(field, list))])
         if self.draining:  # since the body began
             raise self._stopping()
+        call.deadline_s = deadline_s(call.start_s, timeout, call.asked.timeout_ms)
+        self.load.check_deadline(pairs, call.deadline_s - time.perf_counter())
         self.load.take(pairs)
         call.pairs, call.in_flight, call.payload = pairs, True, payload
         self._show_load()
@@ -299,7 +322,21 @@ class Guard:
         scale = {"name": "logit"} if is_raw else self.scale
         if status == 200:
             body = _with_callers_id(call, body)
-        return dialects.edit(call.asked, call.split, status, body, self.encode, scale)
+        complete = functools.partial(self._with_known, call, call.lookup) if call.lookup else None
+        return dialects.edit(call.asked, call.split, status, body, self.encode, scale, complete)
+
+    def _with_known(self, call: Call, lookup: Lookup, answer: dict) -> dict:
+        """vLLM's answer with the pairs that the result cache knows."""
+        windows = call.split.counts if call.split else {}
+        answer = lookup.complete(answer, call.cut, windows)
+        call.cut = lookup.cut
+        self.metrics.cached.inc(len(lookup.found))
+        return answer
+
+    async def _answer_known(self, call: Call, lookup: Lookup, answer) -> None:
+        """Answer a call of which the result cache knows every pair."""
+        whole_answer = lookup.empty(call.request_id.decode(), call.payload.get("model") or self.model)
+        await _send_json(answer, 200, None, body=self._edited(call, 200, self.encode(whole_answer)))
 
     async def _info(self, scope, answer) -> None:
         """TEI's /info; GET only."""
@@ -307,8 +344,9 @@ class Guard:
             raise Refusal(404, "path", "/info is read with GET")
         truncates = self.long.default in ("truncate", "chunk")
         limits = served_length(scope), self.limits.max_docs
-        model = os.environ.get("GUARD_MODEL", "")
-        await _send_json(answer, 200, dialects.tei_info(model, *limits, self.version.decode(), self.scale, truncates))
+        await _send_json(
+            answer, 200, dialects.tei_info(self.model, *limits, self.version.decode(), self.scale, truncates)
+        )
 
     async def _probe(self, path: str, scope, receive, answer) -> None:
         """/live: no engine hangs. /ready: and the first pairs were scored, /health is 200, no stop is under way."""
@@ -392,15 +430,6 @@ class Guard:
                     loop.call_soon_threadsafe(task.cancel)
 
         engine.shutdown = drain_then_stop
-
-
-def _cleaned(path: str, known) -> str:
-    """The served path that a client means: its address ended in a slash, or had /v1 although the client adds it."""
-    if path in known:
-        return path
-    short = re.sub("/{2,}", "/", path).rstrip("/")
-    again = short.removeprefix("/v1") if short.startswith(("/v1/v1/", "/v1/v2/")) else short
-    return next((one for one in (short, again) if one in known), path)
 
 
 def _names(names: list[str]) -> bytes:

@@ -237,8 +237,9 @@ class Fitter:
             # Offsets leave out white space at a text's end, so a text that lost no token is returned unchanged.
             kept = [counts[i] == len(self._offsets(text)) for i, text in enumerate((query, document))]
             fitted = query if kept[0] else query[: ends[0]], document if kept[1] else document[: ends[1]]
-            longer = tuple(
-                text[: after_marks(text, len(cut))] for text, cut in zip((query, document), fitted, strict=True)
+            longer = (
+                query[: after_marks(query, len(fitted[0]))],
+                document[: after_marks(document, len(fitted[1]))],
             )
             if longer != fitted and self.tokenizer(*longer)["input_ids"] == batch["input_ids"]:
                 fitted = longer

@@ -1,10 +1,14 @@
-"""Files of pairs in, files of scores out, in input order and resumable: one file, or a folder of shards."""
+"""Files of pairs in, files of scores out, in input order and resumable: one file, or a folder of shards.
 
+Scores are written as JSON lines while a shard is scored, also where its output is a table (CSV, TSV, Parquet): that is
+made of them at the shard's end. docs/bulk.md says what is on the disk after which event.
+"""
+
+import errno
 import fcntl
-import gzip
 import json
+import os
 import sys
-import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,13 +17,20 @@ from typing import Any
 
 from rerank_kit.models.pair import Pair
 from rerank_kit.offline.feeding import ahead
+from rerank_kit.offline.records import (
+    SUFFIXES,
+    UNREADABLE,
+    Broken,
+    check_table,
+    kind_of,
+    parse_json,
+    read_records,
+    write_table,
+)
 from rerank_kit.settings import ConfigError
 
 CHUNK = 512  # pairs that are tokenized at a time, and between two writes
 CHUNK_CHARS = 16_000_000  # or this many characters: token ids of books take gigabytes
-
-
-UNREADABLE = (OSError, EOFError, zlib.error)  # raised by a file that is missing, forbidden or corrupt
 
 
 @dataclass(frozen=True)
@@ -33,85 +44,96 @@ class Result:
 
 
 def parse_line(text: str, number: int) -> Pair | dict:
-    """A line of the input as a Pair, or as the output line that reports what is wrong with it."""
-    row = None
+    """A line of JSON as a Pair, or as the output line that reports what is wrong with it."""
+    return as_pair(parse_json(text), number)
+
+
+def as_pair(row: dict | Broken, number: int) -> Pair | dict:
+    """A record as a Pair, or as the output line that reports what is wrong with it."""
+    if isinstance(row, Broken):
+        return {"line": number, "error": row.reason}
+    reason = None
+    for name in ("query", "document"):
+        if not isinstance(row.get(name), str):
+            reason = reason or f"field {name!r} is missing or not a text"
+    if not isinstance(row.get("instruction"), str | None):
+        reason = reason or "field 'instruction' is not a text"
     try:
-        row = json.loads(text)
-        if not isinstance(row, dict):
-            raise ValueError("not a JSON object")
-        for name in ("query", "document"):
-            if not isinstance(row.get(name), str):
-                raise ValueError(f"field {name!r} is missing or not a text")
-        if not isinstance(row.get("instruction"), str | None):
-            raise ValueError("field 'instruction' is not a text")
-        "".join((row["query"], row["document"], row.get("instruction") or "")).encode()  # lone surrogates
-    except (ValueError, RecursionError) as exc:
-        reason = "a lone surrogate is not text" if isinstance(exc, UnicodeEncodeError) else " ".join(str(exc).split())
-        return {"line": number, "error": reason, **({"id": row["id"]} if isinstance(row, dict) and "id" in row else {})}
+        if not reason:
+            "".join((row["query"], row["document"], row.get("instruction") or "")).encode()
+    except UnicodeEncodeError:
+        reason = "a lone surrogate is not text"
+    if reason:
+        return {"line": number, "error": reason, **({"id": row["id"]} if "id" in row else {})}
     extra = (("id", row["id"]),) if "id" in row else ()
     return Pair(row["query"], row["document"], row.get("instruction"), number, extra)
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """What an earlier run wrote: its lines, those of them without a score, the id of the last."""
+    """What an earlier run wrote: its lines, those of them without a score, the number and the id of the last."""
 
     lines: int = 0
     failed: int = 0
+    last_line: int = 0
     last_id: Any = None
 
 
 def lines_done(output: Path) -> Earlier:
     """What an earlier run finished; a line that it was writing when it stopped is cut off.
 
+    So are zero bytes at the end, which a file system can leave after a power loss.
+
     Raises:
         ConfigError: the file is no output of this program.
     """
     if not output.exists():
         return Earlier()
-    done = good = failed = 0
+    done = good = failed = last = 0
     row: dict = {}
     with output.open("r+b") as file:
         _lock(file, output)  # a half line that another process is writing is not a leftover
         for line in file:
-            begin = b'{"line": %d' % (done + 1)
+            # A first line is the program's own if it could be that of line 1. Others stand behind such a line.
+            begin = b'{"line": ' if done else b'{"line": 1'
             try:
+                if b"\0" in line:
+                    zeros = line[line.index(b"\0") :]
+                    while zeros:
+                        if zeros.strip(b"\0"):
+                            raise ValueError
+                        zeros = file.read(1 << 20)
+                    break
                 if not line.endswith(b"\n"):
                     if not (line.startswith(begin) or begin.startswith(line)):
                         raise ValueError
                     break
                 row = json.loads(line)
-                if row["line"] != done + 1:
+                if not row["line"] > last or not ("score" in row or "error" in row):
                     raise ValueError
+                last = row["line"]
             except (ValueError, LookupError, TypeError):
                 raise ConfigError(f"{output} line {done + 1} is not a score line: choose another --output") from None
             done, good, failed = done + 1, good + len(line), failed + ("error" in row)
         file.truncate(good)
-    return Earlier(done, failed, row.get("id"))
+    return Earlier(done, failed, last, row.get("id"))
 
 
 def read_chunks(path: Path, skip: int, size: int = CHUNK) -> Iterator[list[Pair | dict]]:
-    """Chunks of parsed lines, from line skip + 1 on. Bytes that are not UTF-8 invalidate a line, not the file."""
+    """Chunks of records, without the first `skip`. A broken record is reported in its place; the others are scored."""
     chunk: list[Pair | dict] = []
-    n_chars = 0
-    with _open(path) as file:
-        for number, raw in enumerate(file, 1):
-            if number <= skip:
-                continue
-            chunk.append(_parse_bytes(raw, number))
-            n_chars += len(raw)
-            if len(chunk) == size or n_chars > CHUNK_CHARS:
-                yield chunk
-                chunk, n_chars = [], 0
+    n_chars = n_seen = 0
+    for number, record in read_records(path):
+        n_seen += 1
+        if n_seen <= skip:
+            continue
+        chunk.append(pair := as_pair(record, number))
+        n_chars += len(pair.query) + len(pair.document) if isinstance(pair, Pair) else 0
+        if len(chunk) == size or n_chars > CHUNK_CHARS:
+            yield chunk
+            chunk, n_chars = [], 0
     if chunk:
         yield chunk
-
-
-def _parse_bytes(raw: bytes, number: int) -> Pair | dict:
-    try:
-        return parse_line(raw.decode("utf-8-sig" if number == 1 else "utf-8"), number)
-    except UnicodeDecodeError as exc:
-        return {"line": number, "error": f"not UTF-8: {exc.reason} at byte {exc.start}"}
 
 
 @dataclass(frozen=True)
@@ -120,10 +142,15 @@ class Shard:
 
     source: Path
     output: Path
-    skip: int = 0  # lines done before
-    total: int = 0  # lines of the input
+    skip: int = 0  # records done before
+    total: int = 0  # records of the input
     size: int | None = None  # bytes of the output then; another process may have appended since
-    failed: int = 0  # lines done before that have no score
+    failed: int = 0  # records done before that have no score
+
+    @property
+    def lines(self) -> Path:
+        """The JSON lines that are appended to: the output itself, or what a table is made of at the end."""
+        return _lines_of(self.output)
 
 
 def find_shard(source: Path, output: Path) -> Shard:
@@ -134,37 +161,66 @@ def find_shard(source: Path, output: Path) -> Shard:
     """
     if source.exists() and not source.is_file():
         raise ConfigError(f"{source} is not a regular file, and the input is read more than once")
-    total, last = 0, None
+    total, last, number = 0, None, 0
     try:
-        with _open(source):  # before the output is touched
-            pass
+        next(read_records(source), None)  # before the output is touched
         output.parent.mkdir(parents=True, exist_ok=True)
-        earlier = lines_done(output)
-        with _open(source) as file:
-            for total, raw in enumerate(file, 1):
-                last = _parse_bytes(raw, total) if total == earlier.lines else last
+        is_table = kind_of(output) != "jsonl"
+        if is_table:
+            check_table(output)
+        earlier = _table_done(output) if is_table and output.exists() else lines_done(_lines_of(output))
+        for total, (line, record) in enumerate(read_records(source), 1):
+            if total == earlier.lines:
+                last, number = as_pair(record, line), line
     except UNREADABLE as exc:
         raise ConfigError(f"{getattr(exc, 'filename', None) or source}: {_reason(exc)}") from exc
     n = earlier.lines
     if n > total:
         raise ConfigError(f"{output} has {n} lines, {source} only {total}: it is the output of another input")
     last_id = (dict(last.extra) if isinstance(last, Pair) else last or {}).get("id")
-    if last_id != earlier.last_id:
+    if _same(last_id) != _same(earlier.last_id):
         ids = f"has the id {earlier.last_id!r}, and that of {source} is {last_id!r}"
         raise ConfigError(f"line {n} of {output} {ids}: the input has changed since, choose another --output")
-    size = output.stat().st_size if output.exists() else 0
+    if number != earlier.last_line:
+        lines = f"is for line {earlier.last_line} of the input, which is now line {number}"
+        raise ConfigError(f"line {n} of {output} {lines}: the input has changed since, choose another --output")
+    file = _lines_of(output)
+    size = file.stat().st_size if file.exists() else 0
     return Shard(source, output, n, total, size, earlier.failed)
 
 
+def _lines_of(output: Path) -> Path:
+    return output if kind_of(output) == "jsonl" else output.with_name(output.name + ".part.jsonl")
+
+
+def _same(one: Any) -> str:
+    """An id as text, since a table gives back texts for numbers and lists, and nothing for an empty text."""
+    text = one if isinstance(one, str) else "" if one is None else json.dumps(one)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _table_done(output: Path) -> Earlier:
+    """What a finished table holds. Raises ConfigError: it is no table of scores."""
+    done = failed = 0
+    last: dict = {}
+    for _, row in read_records(output, columns=()):
+        if isinstance(row, Broken) or not {"line", "score", "error"} <= row.keys():
+            raise ConfigError(f"{output} is not a table of scores: choose another --output")
+        done, failed, last = done + 1, failed + (row["error"] is not None), row
+    return Earlier(done, failed, int(last.get("line") or 0), last.get("id"))
+
+
 def shard_files(source: Path, output: Path, part: tuple[int, int] = (1, 1)) -> list[tuple[Path, Path]]:
-    """(input, output) of a folder's *.jsonl and *.jsonl.gz files, by name; of part (I, N) every N-th from the I-th.
+    """(input, output) of a folder's files by name (SUFFIXES); of part (I, N) every N-th from the I-th.
+
+    A table's output is a table of its kind.
 
     Raises:
         ConfigError: no such files, or two whose outputs would be the same file.
     """
-    files = sorted(path for path in source.iterdir() if path.name.endswith((".jsonl", ".jsonl.gz")) and path.is_file())
+    files = sorted(path for path in source.iterdir() if path.name.endswith(SUFFIXES) and path.is_file())
     if not files:
-        raise ConfigError(f"{source} has no *.jsonl or *.jsonl.gz file")
+        raise ConfigError(f"{source} has no *.jsonl, *.csv, *.tsv or *.parquet file (but for Parquet, .gz too)")
     outputs = [output / path.name.removesuffix(".gz") for path in files]
     for path in outputs:
         if outputs.count(path) > 1:
@@ -185,15 +241,29 @@ def score_shards(reranker, shards: list[Shard]) -> tuple[int, int, list[str]]:
     scored = failed = 0
     broken: list[str] = []
     total, done = sum(shard.total for shard in shards), sum(shard.skip for shard in shards)
-    file, current = None, None
+    file: Any = None
+    current: Shard | None = None
     closed: set[Shard] = set()  # broken: neither prepared nor scored any further
+
+    def give_up(shard: Shard, exc: Exception) -> None:
+        closed.add(shard)
+        broken.append(f"{getattr(exc, 'filename', None) or shard.source}: {_reason(exc)}")
+        tqdm.write(f"[WARN] {broken[-1]}", file=sys.stderr)
+
+    def end(shard: Shard | None, file: Any) -> None:
+        if file is None or shard is None:
+            return
+        try:
+            _finish(shard, file)
+        except UNREADABLE as exc:
+            give_up(shard, exc)
+
     with tqdm(total=total, initial=done, unit="pair", file=sys.stderr, dynamic_ncols=True) as bar:
         try:
             for (shard, chunk), results in reranker.stream(ahead(_prepare(reranker, shards, closed))):
                 try:
                     if shard is not current:
-                        if file:
-                            file.close()
+                        end(current, file)
                         file, current = None, shard
                         file = _open_output(shard)
                     if shard in closed:
@@ -202,9 +272,7 @@ def score_shards(reranker, shards: list[Shard]) -> tuple[int, int, list[str]]:
                         raise chunk
                     good, bad = _write_rows(file, shard, chunk, iter(results), tqdm.write)
                 except UNREADABLE as exc:
-                    closed.add(shard)
-                    broken.append(f"{getattr(exc, 'filename', None) or shard.source}: {_reason(exc)}")
-                    tqdm.write(f"[WARN] {broken[-1]}", file=sys.stderr)
+                    give_up(shard, exc)
                     if file:
                         with suppress(OSError):  # close() retries the write that a full disk refused
                             file.close()
@@ -212,6 +280,8 @@ def score_shards(reranker, shards: list[Shard]) -> tuple[int, int, list[str]]:
                     continue
                 scored, failed = scored + good, failed + bad
                 bar.update(len(chunk))
+            end(current, file)
+            file = None
         finally:
             if file:
                 file.close()
@@ -253,18 +323,43 @@ def _prepare(reranker, shards: list[Shard], closed: set[Shard]) -> Iterator[tupl
             yield (shard, exc), reranker.prepare([])
 
 
-def _open(path: Path):
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+def _finish(shard: Shard, file: Any) -> None:
+    """Write a shard's lines to the disk, and make its table of them where it has one. Raises OSError."""
+    with file:
+        file.flush()
+        _sync(file.fileno())
+        if shard.lines != shard.output:
+            rows = [json.loads(line) for line in shard.lines.read_bytes().splitlines()]
+            new = shard.output.with_name(f"new-{shard.output.name}")
+            write_table(rows, new)
+            with new.open("rb") as written:
+                _sync(written.fileno())
+            new.replace(shard.output)
+    if shard.lines != shard.output:
+        shard.lines.unlink()
+    folder = os.open(shard.output.parent, os.O_RDONLY)
+    try:
+        _sync(folder)  # so that the file has its name after a power loss
+    finally:
+        os.close(folder)
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as exc:
+        if exc.errno not in (errno.EINVAL, errno.EROFS, errno.ENOTSUP):  # not a file that can be synced
+            raise
 
 
 def _open_output(shard: Shard):
     """A shard's output to append to, which no other process of this program writes at the same time."""
     # An id may hold a lone surrogate, which is no UTF-8: backslashreplace writes what JSON escapes it to.
-    file = shard.output.open("a", encoding="utf-8", errors="backslashreplace")
+    file = shard.lines.open("a", encoding="utf-8", errors="backslashreplace")
     try:
-        _lock(file, shard.output)
+        _lock(file, shard.lines)
         if shard.size not in (None, file.tell()):
-            raise OSError(None, "another process has written it meanwhile", str(shard.output))
+            raise OSError(None, "another process has written it meanwhile", str(shard.lines))
     except OSError:
         file.close()
         raise

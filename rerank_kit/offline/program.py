@@ -45,7 +45,12 @@ def arguments(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", help="folder or hub id; default: the configured one")
     add = parser.add_argument
-    add("--input", type=Path, metavar="PATH", help="pairs, one JSON object a line; or a folder of *.jsonl, *.jsonl.gz")
+    add(
+        "--input",
+        type=Path,
+        metavar="PATH",
+        help="pairs: *.jsonl, *.csv, *.tsv or *.parquet (docs/bulk.md); or a folder of such",
+    )
     add(
         "--output",
         type=Path,

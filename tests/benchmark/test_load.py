@@ -142,17 +142,27 @@ def test_file_texts_send_the_lines_in_an_order_of_the_seed(tmp_path):
      '{"query": "q", "documents": "dd"}', '{"query": 1, "documents": ["d"]}', '{"query": "q", "documents": [null]}',
      '{"query": "q", "documents": ["d"], "instruction": 5}', '{"query": "q", "documents": {"d": 1}}', b"\xff\xfe"],
 )  # fmt: skip
-def test_file_texts_name_a_broken_line(line, tmp_path):
+def test_file_texts_name_a_broken_line_and_send_the_rest(line, tmp_path, capsys):
     file = tmp_path / "calls.jsonl"
     good = b'{"query": "q", "documents": ["d"]}\n\n'
     file.write_bytes(good + (line if isinstance(line, bytes) else line.encode()) + b"\n" + good)
-    with pytest.raises(ValueError, match=r"calls\.jsonl line 3 is not"):
+    assert FileTexts(str(file), 1).lines == 2
+    assert "calls.jsonl line 3 is left out: " in capsys.readouterr().err
+    file.write_bytes(line if isinstance(line, bytes) else line.encode())
+    with pytest.raises((ValueError, OSError), match=r"has no calls|is UTF-16"):
         FileTexts(str(file), 1)
+
+
+def test_file_texts_take_pairs_too(tmp_path):
+    file = tmp_path / "pairs.csv"
+    file.write_text("query,document\nq,a\nq,b\nr,c\nq,d\n")
+    texts = FileTexts(str(file), 1)
+    assert sorted(texts.calls) == [("q", ["a", "b"], None), ("q", ["d"], None), ("r", ["c"], None)]
 
 
 def test_file_texts_refuse_an_empty_file(tmp_path):
     (tmp_path / "none").write_text("\n")
-    with pytest.raises(ValueError, match="has no lines"):
+    with pytest.raises(ValueError, match="has no calls: it is empty"):
         FileTexts(str(tmp_path / "none"), 1)
 
 

@@ -7,9 +7,11 @@ SDKs: their requirements do not go together with vLLM's.
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -20,19 +22,51 @@ from rerank_kit.client.sessions import SharedResources
 KIT = Path(__file__).resolve().parents[2]
 PAGE = (KIT / "docs" / "integrations.md").read_text()
 SDK_PYTHON = Path(os.environ.get("SDK_VENV", KIT / ".venv-sdk"), "bin", "python")
+SDK_JS = SDK_PYTHON.parents[1] / "js"
 NEWER_COHERE = SDK_PYTHON.parents[1] / "cohere-7"
 
-# Title in the page -> the error of a wrong key
+
+class Client(NamedTuple):
+    """A section of the page: what it takes, and what it shows of a wrong key."""
+
+    package: str  # in tests/requirements-sdk.txt
+    address: str  # R = http://host:port
+    error: str
+    says: str = "wrong or missing API key"  # in the error's text
+
+
+COHERE, RUNTIME = "cohere.UnauthorizedError", "builtins.RuntimeError"
 CLIENTS = {
-    "Cohere SDK, v2": "cohere.UnauthorizedError",
-    "Cohere SDK, v1": "cohere.UnauthorizedError",
-    "LangChain, CohereRerank": "cohere.UnauthorizedError",
-    "LangChain, JinaRerank": "builtins.RuntimeError",
-    "LlamaIndex, CohereRerank": "cohere.UnauthorizedError",
-    "LlamaIndex, JinaRerank": "builtins.RuntimeError",
-    "Haystack, VLLMRanker": "builtins.RuntimeError",
-    "LiteLLM, hosted_vllm": "litellm.AuthenticationError",
-    "OpenAI SDK": "openai.AuthenticationError",
+    "Cohere SDK, v2": Client("cohere", "R", COHERE),
+    "Cohere SDK, v1": Client("cohere", "R", COHERE),
+    "LangChain, CohereRerank": Client("langchain-cohere", "R", COHERE),
+    "LangChain, JinaRerank": Client("langchain-community", "R/v1/rerank", RUNTIME),
+    "LlamaIndex, CohereRerank": Client("llama-index-postprocessor-cohere-rerank", "R", COHERE),
+    "LlamaIndex, JinaRerank": Client("llama-index-postprocessor-jinaai-rerank", "R/v1", RUNTIME),
+    "Haystack, VLLMRanker": Client("vllm-haystack", "R/v1", RUNTIME),
+    "LiteLLM, hosted_vllm": Client("litellm", "R/v1", "litellm.AuthenticationError"),
+    "Voyage SDK": Client("voyageai", "R/v1", "voyageai.AuthenticationError"),
+    "LangChain, NVIDIARerank": Client("langchain-nvidia-ai-endpoints", "R/v1", "builtins.Exception"),
+    "LlamaIndex, NVIDIARerank": Client(
+        "llama-index-postprocessor-nvidia-rerank", "R/v1", "httpx.HTTPStatusError", "401 Unauthorized"
+    ),
+    "LlamaIndex, TextEmbeddingInference": Client(
+        "llama-index-postprocessor-tei-rerank", "R", "builtins.AssertionError", ""
+    ),
+    "Haystack, NvidiaRanker": Client("nvidia-haystack", "R/v1", "builtins.ValueError"),
+    "Haystack, CohereRanker": Client("cohere-haystack", "R", COHERE),
+    "Haystack, JinaRanker": Client("jina-haystack", "R/v1/rerank", RUNTIME),
+    "rerankers": Client("rerankers", "R/v1/rerank", "builtins.KeyError", "results"),
+    "LiteLLM, other providers": Client("litellm", "R or R/v1", "litellm.AuthenticationError"),
+    "OpenAI SDK": Client("openai", "R/v1", "openai.AuthenticationError"),
+}
+AI_ERROR = "AI_APICallError"
+JS_CLIENTS = {
+    "Vercel AI SDK, cohere": Client("@ai-sdk/cohere", "R/v2", AI_ERROR),
+    "Vercel AI SDK, togetherai": Client("@ai-sdk/togetherai", "R/v1", AI_ERROR),
+    "Vercel AI SDK, voyage": Client("@ai-sdk/voyage", "R/v1", AI_ERROR),
+    "cohere-ai, v2": Client("cohere-ai", "R", "UnauthorizedError"),
+    "cohere-ai, v1": Client("cohere-ai", "R", "UnauthorizedError"),
 }
 QUERY = "What is the capital of China?"
 DOCUMENTS = ["Gravity attracts bodies.", "The capital of China is Beijing.", "首都是北京。", "a "]
@@ -44,7 +78,7 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 def program(title: str) -> tuple[str, str]:
     """(text, code) of a section."""
     section = PAGE.partition(f"### {title}\n")[2].partition("\n##")[0]
-    text, _, rest = section.partition("```python\n")
+    text, _, rest = section.partition("```js\n" if title in JS_CLIENTS else "```python\n")
     return text, rest.partition("```")[0]
 
 
@@ -93,19 +127,58 @@ def run(title: str, settings: dict, **more) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def check(seen: dict, expected: dict, error: str) -> None:
+def check(seen: dict, expected: dict, client: Client) -> None:
     for name in ("short", "long"):
         assert "lines" in seen[name], seen[name]
-        ranked = [(score, text) for score, text in seen[name]["lines"]]
-        assert [text for _, text in ranked] == [text for _, text in expected[name][:3]]
-        assert [score for score, _ in ranked] == pytest.approx([score for score, _ in expected[name][:3]], abs=1e-6)
-    assert seen["wrong"].get("error") == error, seen["wrong"]
-    assert "wrong or missing API key" in seen["wrong"]["text"]
+        lines = [(score, text) for score, text in seen[name]["lines"]]
+        assert lines and len(lines) % 3 == 0  # the program of several providers ranks once for each
+        for ranked in (lines[i : i + 3] for i in range(0, len(lines), 3)):
+            assert [text for _, text in ranked] == [text for _, text in expected[name][:3]]
+            assert [score for score, _ in ranked] == pytest.approx([score for score, _ in expected[name][:3]], abs=1e-6)
+    assert seen["wrong"].get("error") == client.error, seen["wrong"]
+    assert client.says in seen["wrong"]["text"]
 
 
 @pytest.mark.parametrize("title", CLIENTS)
 def test_client_ranks_as_the_kits_own(title, keyed_service, expected):
     check(run(title, keyed_service), expected, CLIENTS[title])
+
+
+def run_js(title: str, settings: dict, folder: Path) -> dict:
+    """As run(), for a program in JavaScript."""
+    (folder / "node_modules").symlink_to(SDK_JS / "node_modules")
+    url, calls = f"https://localhost:{settings['PORT']}", {"short": DOCUMENTS, "long": LONG, "wrong": DOCUMENTS}
+    for name in calls:
+        key = "wrong-key" if name == "wrong" else settings["API_KEY"]
+        code = program(title)[1].replace("http://127.0.0.1:11438", url).replace("your-key", key)
+        (folder / f"{name}.mjs").write_text(code)
+    (folder / "calls.json").write_text(json.dumps({"query": QUERY, "calls": calls}))
+    driver = folder / "driver.mjs"
+    driver.write_text((KIT / "tests" / "stand_ins" / "sdk_driver.mjs").read_text())
+    env = {**os.environ, "NODE_EXTRA_CA_CERTS": str(settings["SSL_CERTFILE"])}
+    done = subprocess.run(["node", driver, folder], env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.skipif(not shutil.which("npm"), reason="npm is not installed")
+@pytest.mark.parametrize("title", JS_CLIENTS)
+def test_client_in_javascript_ranks_as_the_kits_own(title, keyed_service, expected, tmp_path):
+    assert (SDK_JS / "node_modules").is_dir(), "run tests/run.sh: it installs them"
+    check(run_js(title, keyed_service, tmp_path), expected, JS_CLIENTS[title])
+
+
+def table() -> str:
+    """The table of docs/integrations.md."""
+    pins = dict(re.findall(r"(?m)^([\w-]+)==(\S+)$", (KIT / "tests" / "requirements-sdk.txt").read_text()))
+    pins |= json.loads((KIT / "tests" / "sdk-js" / "package.json").read_text())["dependencies"]
+    lines = ["| client | version | address | a wrong key gives |", "|---|---|---|---|"]
+    for title, client in (CLIENTS | JS_CLIENTS).items():
+        anchor = re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
+        version = f"{client.package} {pins[client.package]}"
+        error = client.error.removeprefix("builtins.")
+        lines.append(f"| [{title}](#{anchor}) | {version} | `{client.address}` | `{error}` |")
+    return "\n".join(lines)
 
 
 @pytest.mark.parametrize("title", ["Cohere SDK, v2", "Cohere SDK, v1"])
@@ -119,6 +192,7 @@ def test_the_newest_cohere_sdk_too(title, keyed_service, expected):
 
 def test_the_page_names_every_error_and_version():
     titles = re.findall(r"(?m)^### (.+)$", PAGE.partition("## Run by the tests")[2].partition("## Read, not run")[0])
-    assert titles == [*CLIENTS, "TLS"]
-    for title, error in CLIENTS.items():
-        assert f"`{error.removeprefix('builtins.')}`" in program(title)[0]
+    assert titles == [*CLIENTS, *JS_CLIENTS, "TLS"]
+    assert table() in PAGE, table()
+    for title, client in (CLIENTS | JS_CLIENTS).items():
+        assert f"`{client.error.removeprefix('builtins.')}`" in program(title)[0]

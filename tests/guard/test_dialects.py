@@ -5,22 +5,17 @@ import gzip
 import json
 import math
 import time
-import tracemalloc
-import zlib
-from types import SimpleNamespace as Names
 
 import pytest
-from guard_app import RERANK, Inner, documents, metric, one
+from guard_app import RERANK, Inner, metric, one
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_long_documents import Fake
 
-from rerank_kit.guard import dialects, middleware
+from rerank_kit.guard import dialects
 from rerank_kit.guard.answers import Refusal, _send_refusal, with_additions
 from rerank_kit.guard.asked import Asked
-from rerank_kit.guard.body import Limits
 from rerank_kit.guard.fields import FIELDS
-from rerank_kit.guard.long_documents import served_length
 from rerank_kit.guard.middleware import Guard
 
 SCORES = {"a": 0.25, "b": 0.75, "c": 0.5}
@@ -349,93 +344,41 @@ def test_many_queries_of_another_shape_are_refused(body):
     assert answer.status == 400 and got is None
 
 
-# ---- bodies as clients send them ----
+# ---- the description of the API ----
 
 
-def packed(data: bytes, level: int = 9) -> bytes:
-    """gzip without the time of day, which would be part of a test's name."""
-    return gzip.compress(data, level, mtime=0)
+def test_openapi_shows_the_dialects(monkeypatch):
+    monkeypatch.setenv("GUARD_ALLOW_PATHS", "/openapi.json")
+    schema = {"type": "object", "properties": {"query": {"type": "string"}, "padding": {"type": "string"}}}
+    post = {"post": {"requestBody": {"content": {"application/json": {"schema": {"$ref": "#/x"}}}}}}
+    page = {"paths": {"/v1/rerank": post}, "components": {"schemas": {"RerankRequest": schema}}}
+    said = []
 
+    class Page(Inner):
+        async def __call__(self, scope, receive, send):
+            await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1")]})
+            await send({"type": "http.response.body", "body": said[-1]})
 
-BODY = json.dumps(THREE).encode()
-RAW = zlib.compressobj(wbits=-15)
-PACKED = [
-    ("gzip", packed(BODY)),
-    ("GZIP", packed(BODY[:5]) + packed(BODY[5:])),
-    ("deflate", zlib.compress(BODY)),
-    ("deflate", RAW.compress(BODY) + RAW.flush()),
-    ("identity", BODY),
-    ("", BODY),
-    ("gzip", packed(b"\xef\xbb\xbf" + BODY)),
-]
-
-
-@pytest.mark.parametrize(("encoding", "data"), PACKED)
-def test_packed_bodies(encoding, data):
-    inner = Inner()
-    assert one(Guard(inner), RERANK, data, headers={"Content-Encoding": encoding}).status == 200
-    _, headers, body = inner.calls[0]
-    assert body == BODY and b"content-encoding" not in headers
-    assert headers[b"content-length"] == str(len(BODY)).encode()
-
-
-@pytest.mark.parametrize(
-    ("encoding", "data", "status"),
-    [
-        ("gzip", BODY, 400),
-        ("gzip", b"", 400),
-        ("gzip", packed(BODY)[:-9], 400),
-        ("gzip", packed(BODY) + b"x", 400),
-        ("deflate", zlib.compress(BODY)[:-5], 400),
-        ("br", BODY, 415),
-        ("gzip, gzip", packed(packed(BODY)), 415),
-        ("\xff", BODY, 415),
-        ("gzip", packed(b" " * 2000), 413),  # unpacked
-        ("gzip", bytes(1001), 413),  # packed
-    ],
-)
-def test_packed_bodies_that_cannot_be_read(monkeypatch, encoding, data, status):
-    monkeypatch.setenv("GUARD_MAX_BODY_BYTES", "1000")
-    inner = Inner()
-    answer = one(Guard(inner), RERANK, data, headers={"Content-Encoding": encoding})
-    assert answer.status == status and answer.message and not inner.calls
-
-
-def test_a_packed_bomb_is_not_unpacked(monkeypatch):
-    bomb = packed(bytes(200_000_000), 9)
-    tracemalloc.start()
-    with pytest.raises(Refusal, match="MAX_BODY_BYTES"):
-        asyncio.run(Limits(1_000_000, 0, 0).unpack(bomb, b"gzip"))
-    assert tracemalloc.get_traced_memory()[1] < 10_000_000
-    tracemalloc.stop()
-
-
-def test_a_byte_order_mark_is_dropped():
-    inner = Inner()
-    assert one(Guard(inner), RERANK, b"\xef\xbb\xbf" + BODY).status == 200
-    assert inner.calls[0][2] == BODY
-
-
-@pytest.mark.parametrize(
-    ("sent", "kept"), [(4096, False), (4097, False), (4095, True), ("4096", False), (4096.0, False)]
-)
-def test_a_limit_that_cuts_nothing_is_dropped(monkeypatch, sent, kept):
-    """cohere-haystack always sends 4096, and vLLM refuses what is not below MAX_MODEL_LEN."""
-    monkeypatch.setattr(middleware, "served_length", lambda scope: 4096)
-    inner = Inner()
-    assert one(Guard(inner), RERANK, documents(max_tokens_per_doc=sent, max_tokens_per_query=sent)).status == 200
-    got = json.loads(inner.calls[0][2])
-    assert ("max_tokens_per_doc" in got, "max_tokens_per_query" in got) == (kept, kept)
-
-
-def test_the_length_is_read_from_vllms_app():
-    app = Names(state=Names(serving_scores=Names(io_processor=Names(model_config=Names(max_model_len=512)))))
-    assert served_length({"app": app}) == 512 and served_length({}) == 0 and served_length({"app": None}) == 0
+    said.append(json.dumps(page).encode())
+    answer = one(Guard(Page()), "/openapi.json", method="GET")
+    got = json.loads(answer.body)
+    assert {"/ranking", "/v1/ranking", "/info"} <= got["paths"].keys()
+    assert int(answer.headers["content-length"]) == len(answer.body)
+    properties = got["components"]["schemas"]["RerankRequest"]["properties"]
+    assert {"min_score", "rank_fields", "timeout_ms", "raw_scores"} <= properties.keys()
+    assert "do_not_pad" in properties["padding"]["description"] and properties["padding"]["type"] == "string"
+    for other in (b"{}", b"[]", b"no JSON", b'{"paths": 1, "components": []}'):
+        said.append(other)
+        assert one(Guard(Page()), "/openapi.json", method="GET").body == other
+    monkeypatch.delenv("GUARD_ALLOW_PATHS")
+    assert one(Guard(Page()), "/openapi.json", method="GET").status == 404
 
 
 # ---- any body ----
 
-some = st.sampled_from(["q", "", "a", 0, 1, -1, 0.5, True, False, None, [], ["a"], [["a"], ["b"]], [{"text": "a"}], {}])
+some = st.sampled_from(
+    ["q", "", "a", 10**400, -1e308, 0, 1, -1, 0.5, True, False, None, [], ["a"], [["a"], ["b"]], [{"text": "a"}], {}]
+)
 some |= st.sampled_from([{"text": "a"}, {"text": 1}, {"content": []}, ["a", {"text": "b", "title": "c"}], ["title"]])
 
 
@@ -495,9 +438,9 @@ def test_every_dialect_gets_the_scores_of_rerank(service):
         post("/v1/v1/rerank/", {"query": query, "documents": objects, "padding": "do_not_pad"})["results"],
         "relevance_score",
     )
-    body = packed(json.dumps({"query": query, "documents": texts}).encode())
+    packed = gzip.compress(json.dumps({"query": query, "documents": texts}).encode())
     headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
-    answer = requests.post(service.url + "/v2/rerank", body, headers=headers, timeout=60)
+    answer = requests.post(service.url + "/v2/rerank", packed, headers=headers, timeout=60)
     same(answer.json()["results"], "relevance_score")
     ranking = {"query": {"text": query}, "passages": objects, "truncate": "END"}
     logits = {row["index"]: row["logit"] for row in post("/v1/ranking", ranking)["rankings"]}
@@ -526,3 +469,6 @@ def test_every_dialect_gets_the_scores_of_rerank(service):
     )
     assert error.status_code == 404 and error.json()["message"] == error.json()["error"]["message"]
     assert requests.get(service.url + "/info", timeout=60).json()["max_input_length"] == 1024
+    page = requests.get(service.url + "/openapi.json", timeout=60).json()
+    assert "/v1/ranking" in page["paths"]
+    assert {"min_score", "padding"} <= page["components"]["schemas"]["RerankRequest"]["properties"].keys()

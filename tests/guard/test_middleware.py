@@ -20,7 +20,7 @@ from guard_app import KIT, RERANK, Inner, documents, metric, one
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rerank_kit.guard import middleware
+from rerank_kit.guard import middleware, paths
 from rerank_kit.guard.asked import NVIDIA_PATHS, RERANK_PATHS, SCORE_PATHS
 from rerank_kit.guard.fields import FIELDS
 from rerank_kit.guard.middleware import Guard
@@ -246,7 +246,7 @@ def test_body_is_not_read_on_other_paths_and_methods(monkeypatch):
     assert [body for _, _, body in inner.calls] == [b"x" * 100] * 2
 
 
-@pytest.mark.parametrize("path", sorted(middleware.SCORING))
+@pytest.mark.parametrize("path", sorted(paths.SCORING))
 def test_defaults_fill_in_what_is_absent_or_null(monkeypatch, path):
     monkeypatch.setenv("GUARD_MAX_TOKENS_PER_DOC", "512")
     monkeypatch.setenv("GUARD_MAX_TOKENS_PER_QUERY", "64")
@@ -387,7 +387,7 @@ def test_body_cap_while_streaming(monkeypatch):
     assert one(guard, RERANK, chunks=[body[:9], body[9:50], body[50:]]).status == 200
 
 
-@pytest.mark.parametrize("field", middleware.SCORE_FIELDS)
+@pytest.mark.parametrize("field", paths.SCORE_FIELDS)
 def test_document_cap(monkeypatch, field):
     monkeypatch.setenv("GUARD_MAX_DOCS_PER_CALL", "3")
     guard = Guard(Inner())
@@ -559,11 +559,11 @@ def test_guard_knows_every_route_and_field_of_vllm():
     folder = Path(find_spec("vllm").origin).parent / "entrypoints"
     routes = re.findall(r'@router\.post\(\s*"([^"]+)"', (folder / "pooling/scoring/api_router.py").read_text())
     assert set(routes) == {*RERANK_PATHS, *SCORE_PATHS}
-    assert set(middleware.SCORING) == {*routes, *NVIDIA_PATHS}
+    assert set(paths.SCORING) == {*routes, *NVIDIA_PATHS}
     protocol = (folder / "pooling/scoring/protocol.py").read_text()
     score_classes = re.findall(r"class Score\w*Request\(ScoringRequestMixin\):(.*?)(?=\nclass |\n\w)", protocol, re.S)
     fields = re.findall(r"^    (\w+): ScoreInput", "\n".join(score_classes), re.M)
-    assert set(fields) == set(middleware.SCORE_FIELDS)
+    assert set(fields) == set(paths.SCORE_FIELDS)
     assert "partial(engine_client.shutdown, timeout=timeout)" in (folder / "launchers/launcher.py").read_text()
 
 

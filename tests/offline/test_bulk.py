@@ -69,7 +69,7 @@ def test_an_actor_takes_library_settings_of_env(tmp_path, monkeypatch):
 
 
 def test_bad_calls_are_refused_before_ray_starts(tmp_path):
-    for folder, said in ((tmp_path / "none", "is no folder"), (tmp_path, "has no *.jsonl or *.jsonl.gz file")):
+    for folder, said in ((tmp_path / "none", "is no folder"), (tmp_path, "has no *.jsonl, *.csv, *.tsv or *.parquet")):
         done = run_program("--input", folder, "--output", tmp_path / "out")
         assert done.returncode == 6 and said in done.stderr
 

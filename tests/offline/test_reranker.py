@@ -73,12 +73,12 @@ def row(n, **more):
 def test_score_file_keeps_order_ids_and_reports_broken_lines(tmp_path, capsys):
     rows = [row(10, id="a"), "{broken", row(20), '{"query": 1, "document": "x", "id": 7}', row(95), "[]", "", row(30)]
     source, output = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
-    assert score_file(LengthReranker(), source, output, 0, len(rows)) == (3, 5)
+    assert score_file(LengthReranker(), source, output, 0, len(rows)) == (3, 4)
     out = read_rows(output)
-    assert [r["line"] for r in out] == list(range(1, 9))
-    assert [r.get("score") for r in out] == [0.1, None, 0.2, None, None, None, None, 0.3]
+    assert [r["line"] for r in out] == [1, 2, 3, 4, 5, 6, 8]  # a blank line is no record
+    assert [r.get("score") for r in out] == [0.1, None, 0.2, None, None, None, 0.3]
     assert out[0]["id"] == "a" and out[3]["id"] == 7
-    assert [r.get("cut") for r in out] == [None] * 7 + [True]
+    assert [r.get("cut") for r in out] == [None] * 6 + [True]
     assert "query" in out[3]["error"] and out[4]["error"] == "no score"
     said = capsys.readouterr().err
     assert "line 2: " in said and "line 5: no score" in said
@@ -268,7 +268,10 @@ def test_lines_done_refuses_another_file(tmp_path):
     assert other.read_text() == "something else\n"
 
 
-@pytest.mark.parametrize("content", ['{"my": "config"}', "x", '{"line": 2', '{"line": 1, "score": 0.5}\n{"line": 3'])
+@pytest.mark.parametrize(
+    "content",
+    ['{"my": "config"}', "x", '{"line": 2', '{"line": 1, "score": 0.5}\n{"lime": 3', '{"line": 1, "my": 1}\n'],
+)
 def test_a_file_without_a_newline_is_not_cut_to_nothing(tmp_path, content):
     other = tmp_path / "config.json"
     other.write_text(content)
@@ -462,7 +465,11 @@ def run_program(name, *args, timeout_s=300, python=(sys.executable,), **settings
         (["--input", __file__], {"use": "qwen3"}, "--input needs --output"),
         (["--output", "/tmp/x"], {"use": "qwen3"}, "--output and --shard need --input"),
         (["--shard", "1/4"], {"use": "qwen3"}, "--output and --shard need --input"),
-        (["--input", str(KIT / "docs"), "--output", "/tmp/x"], {"use": "qwen3"}, "has no *.jsonl or *.jsonl.gz file"),
+        (
+            ["--input", str(KIT / "docs"), "--output", "/tmp/x"],
+            {"use": "qwen3"},
+            "has no *.jsonl, *.csv, *.tsv or *.parquet",
+        ),
         (["--input", __file__, "--output", "/tmp/x", "--shard", "1/2"], {"use": "qwen3"}, "--shard needs a folder"),
         (["--model", "/no/model"], {}, "MODEL_PATH='/no/model' does not exist"),
     ],
