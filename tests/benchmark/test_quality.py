@@ -65,6 +65,8 @@ def test_metrics_are_those_worked_out_by_hand():
     assert found["recall@3"] == pytest.approx(2 / 3)
     (found,) = metrics.per_query([query], [metrics.ranking([0.5, 0.9, 0.1])], 3, 2)  # only grade 2 is relevant
     assert (found["MRR@3"], found["recall@3"]) == (0.5, 1.0)
+    (found,) = metrics.per_query([query], [[2, 0, 1]], 3, 2)  # c with grade 1 comes first and does not count
+    assert (found["MRR@3"], found["MAP"]) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
@@ -274,6 +276,16 @@ def test_a_run_prints_and_writes_what_was_worked_out_by_hand(tmp_path, capsys):
     assert f"score 0.4 or more: precision 1.000, recall {42 / 48:.3f}" in shown.out
     Balance(page.read_text())
     assert page.read_text().count("<svg") == 3 and "Worst queries" in page.read_text()
+
+
+def test_a_query_without_relevant_documents_is_told_and_not_in_the_means(tmp_path, capsys):
+    rows = [*wings(), {"query": "none", "documents": ["x", "y"], "relevance": [0, 0]}]
+    path, out = lines(tmp_path / "judged.jsonl", *rows), tmp_path / "out.json"
+    with serving(by_table(of(SCORES))) as service:
+        assert quality(service, path, "--json", out) == 0
+    found = json.loads(out.read_text())
+    assert len(found["queries"]) == 24 and found["metrics"][0]["value"] == 1.0 and len(found["scored"]) == 25
+    assert "1 queries have no document of grade 1 or more and are left out" in capsys.readouterr().err
 
 
 def test_unjudged_documents_can_be_left_out(tmp_path):
@@ -557,7 +569,12 @@ def test_a_threshold_by_chance_is_not_written_as_a_setting():
     scores, relevant, query = pairs.scores.tolist(), pairs.relevant.tolist(), pairs.query.tolist()
     pairs = Labelled.of(scores + [2.0 + i for i in range(12)], relevant + [True] * 12, query + [0] * 12)
     found = calibrate(pairs, [("precision", 0.9)], 0)
-    assert found["targets"][0]["threshold"] is not None
+    (row,) = found["targets"]
+    assert row["threshold"] is not None and row["not_reached"] > 0.2
+    assert row["held_out_recall"] == 0.0  # no other query has such scores
+    assert not calibration.dependable(row | {"held_out_precision": 1.0})
+    assert not calibration.dependable(row | {"not_reached": 0.0, "held_out_precision": 0.7})
+    assert calibration.dependable(row | {"not_reached": 0.0, "held_out_precision": 0.85})
     said = " | ".join(calibration.lines(found, None))
     assert "precision 0.9: not dependable" in said and "MIN_SCORE=" not in said
 
