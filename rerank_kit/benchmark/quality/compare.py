@@ -130,7 +130,8 @@ def run_compare(
     base, *others = runs
     shown = ["differences of each query: 95 % interval by bootstrap, p of a paired test by random signs"]
     print(f"# {shown[0]}")
-    code, gains = 0, {}
+    code = 0
+    gains: dict[str, list[float]] = {}
     for name in others:
         print(f"# {base} -> {name}")
         found = compare(runs[base], runs[name], fail_over, f"{base} -> {name}")
