@@ -14,6 +14,7 @@ from pathlib import Path
 import known_server
 import pytest
 from aiohttp import web
+from conftest import run_kit
 from known_server import serving
 from test_page import Balance
 
@@ -285,6 +286,15 @@ def test_a_query_without_relevant_documents_is_told_and_not_in_the_means(tmp_pat
     found = json.loads(out.read_text())
     assert len(found["queries"]) == 24 and found["metrics"][0]["value"] == 1.0 and len(found["scored"]) == 25
     assert "1 queries have no document of grade 1 or more and are left out" in capsys.readouterr().err
+
+
+def test_the_script_has_a_word_for_it(tmp_path):
+    lines(tmp_path / "judged.jsonl", *wings())
+    with serving(by_table(of(SCORES))) as service:
+        done = run_kit("quality", "judged.jsonl", "--k", "3", cwd=tmp_path, BASE_URL=service.url)
+    assert done.returncode == 0 and re.search(r"^nDCG@3 +1\.0000 ", done.stdout, re.M), done.stdout + done.stderr
+    done = run_kit("quality", "no such file.jsonl", cwd=tmp_path)
+    assert done.returncode == 2 and "[ERR] no such file.jsonl: No such file" in done.stderr
 
 
 def test_unjudged_documents_can_be_left_out(tmp_path):
