@@ -35,7 +35,7 @@ def lost(rows: list[dict]) -> float:
     return sum(r["refused"] + r["err"] for r in rows) / max(1, sum(map(calls_of, rows)))
 
 
-def _apart(a: object, b: object) -> str:
+def apart(a: object, b: object) -> str:
     """Two values as text. Of two long ones (arguments of the server), only the words that differ."""
     parts = [re.split(r" (?=--)", str(value)) for value in (a, b)]
     if min(map(len, parts)) < 3:
@@ -54,7 +54,7 @@ def compare(base: dict, other: dict, fail_over: float | None = None) -> tuple[li
     lines, worse, untold = [], [], []
     for name in SETTINGS:
         if base.get(name) != other.get(name):
-            lines.append(f"differs: {name}: {_apart(base.get(name), other.get(name))}")
+            lines.append(f"differs: {name}: {apart(base.get(name), other.get(name))}")
     gpus = [(gpus_of(out.get("server_flags")) or 0) * out.get("services", 1) for out in (base, other)]
     groups: list[dict[str, list[dict]]] = [{}, {}]
     for group, out in zip(groups, (base, other), strict=True):

@@ -14,13 +14,13 @@ from pathlib import Path
 import known_server
 import pytest
 from aiohttp import web
+from conftest import run_kit
 from known_server import serving
 from test_page import Balance
 
 import bench_rerank
 from rerank_kit import settings
-from rerank_kit.benchmark.quality import calibration, judgements, metrics, scoring
-from rerank_kit.benchmark.quality.calibration import CalibrationError, Labelled, calibrate
+from rerank_kit.benchmark.quality import judgements, metrics, scoring
 from rerank_kit.benchmark.quality.compare import compare, frontier
 from rerank_kit.benchmark.quality.judgements import Judged, JudgementError, read
 
@@ -65,6 +65,8 @@ def test_metrics_are_those_worked_out_by_hand():
     assert found["recall@3"] == pytest.approx(2 / 3)
     (found,) = metrics.per_query([query], [metrics.ranking([0.5, 0.9, 0.1])], 3, 2)  # only grade 2 is relevant
     assert (found["MRR@3"], found["recall@3"]) == (0.5, 1.0)
+    (found,) = metrics.per_query([query], [[2, 0, 1]], 3, 2)  # c with grade 1 comes first and does not count
+    assert (found["MRR@3"], found["MAP"]) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
@@ -274,6 +276,25 @@ def test_a_run_prints_and_writes_what_was_worked_out_by_hand(tmp_path, capsys):
     assert f"score 0.4 or more: precision 1.000, recall {42 / 48:.3f}" in shown.out
     Balance(page.read_text())
     assert page.read_text().count("<svg") == 3 and "Worst queries" in page.read_text()
+
+
+def test_a_query_without_relevant_documents_is_told_and_not_in_the_means(tmp_path, capsys):
+    rows = [*wings(), {"query": "none", "documents": ["x", "y"], "relevance": [0, 0]}]
+    path, out = lines(tmp_path / "judged.jsonl", *rows), tmp_path / "out.json"
+    with serving(by_table(of(SCORES))) as service:
+        assert quality(service, path, "--json", out) == 0
+    found = json.loads(out.read_text())
+    assert len(found["queries"]) == 24 and found["metrics"][0]["value"] == 1.0 and len(found["scored"]) == 25
+    assert "1 queries have no document of grade 1 or more and are left out" in capsys.readouterr().err
+
+
+def test_the_script_has_a_word_for_it(tmp_path):
+    lines(tmp_path / "judged.jsonl", *wings())
+    with serving(by_table(of(SCORES))) as service:
+        done = run_kit("quality", "judged.jsonl", "--k", "3", cwd=tmp_path, BASE_URL=service.url)
+    assert done.returncode == 0 and re.search(r"^nDCG@3 +1\.0000 ", done.stdout, re.M), done.stdout + done.stderr
+    done = run_kit("quality", "no such file.jsonl", cwd=tmp_path)
+    assert done.returncode == 2 and "[ERR] no such file.jsonl: No such file" in done.stderr
 
 
 def test_unjudged_documents_can_be_left_out(tmp_path):
@@ -490,115 +511,3 @@ def test_a_load_test_belongs_to_the_same_model_and_flags():
     speed = {"model_root": "m", "server_flags": "other", "rows": [{"ok": 1, "interrupted": False, "pairs/s": 9.0}]}
     (row,) = frontier({"a": a_run([0.5] * 3)}, {"s": speed})
     assert (row["pairs/s"], row["speed_from"]) == (10.0, "the quality run")
-
-
-# --- calibration ---
-
-
-def labelled(n_queries=40, shift=0.0, apart=0.5, seed=1):
-    """10 pairs a query, 3 of them relevant; relevant scores lie `apart` higher, queries differ by `shift`."""
-    rng = random.Random(seed)
-    rows = [
-        (rng.gauss(0.3 + apart * (i < 3), 0.1) + level, i < 3, q)
-        for q in range(n_queries)
-        for level in [rng.gauss(0, shift)]
-        for i in range(10)
-    ]
-    return Labelled.of(*zip(*rows, strict=True))
-
-
-def test_threshold_reaches_its_target_and_keeps_most():
-    pairs = Labelled.of([0.9] * 10 + [0.7] * 10 + [0.5] * 10, [True] * 10 + [True, False] * 5 + [False] * 10, range(30))
-    assert calibration.find_threshold(pairs, "precision", 0.9) == pytest.approx(0.8)  # halfway to the next lower score
-    assert calibration.find_threshold(pairs, "precision", 0.75) == pytest.approx(0.6)
-    assert calibration.find_threshold(pairs, "recall", 0.6) == pytest.approx(0.8)
-    assert calibration.find_threshold(pairs, "recall", 1.0) == pytest.approx(0.6)
-    assert calibration.rates_at(pairs, 0.6) == {"precision": 0.75, "recall": 1.0}
-    other = Labelled.of([0.9] * 9 + [0.1] * 41, [True] * 9 + [False] * 41, range(50))
-    more = Labelled.of([0.9] * 10 + [0.1] * 41, [True] * 10 + [False] * 41, range(51))
-    assert calibration.find_threshold(more, "precision", 1.0) == pytest.approx(0.5)
-    assert calibration.find_threshold(other, "precision", 1.0) is None  # nine documents are chance
-
-
-def test_clean_scores_are_clean_and_their_target_holds_on_new_queries():
-    found = calibrate(labelled(), [("precision", 0.9), ("recall", 0.9)], 0)
-    assert found["separation"] == "clean" and found["auc"] > 0.99
-    precision, recall = found["targets"]
-    fresh = labelled(seed=9)
-    assert calibration.rates_at(fresh, precision["threshold"])["precision"] > 0.85
-    assert calibration.rates_at(fresh, recall["threshold"])["recall"] > 0.85
-    assert precision["threshold_low"] < precision["threshold"] < precision["threshold_high"]
-    assert abs(precision["held_out_precision"] - 0.9) < 0.06
-    shares = [row["relevant"] for row in found["reliability"]]
-    assert shares[0] < 0.05 and shares[-1] > 0.95 and len(shares) == 10
-    said = " | ".join(calibration.lines(found, "cosine"))
-    assert (
-        "score scale: cosine" in said and "clean separation" in said and f"MIN_SCORE={precision['threshold']:g}" in said
-    )
-
-
-def test_scores_that_do_not_separate_are_called_so():
-    found = calibrate(labelled(apart=0.02), [("precision", 0.9)], 0)
-    assert found["separation"] == "none" and found["targets"][0]["threshold"] is None
-    said = " | ".join(calibration.lines(found, None))
-    assert "no clean separation" in said and "precision 0.9: no threshold reaches it" in said
-    assert "MIN_SCORE=" not in said and "unknown" in said
-
-
-def test_scores_that_rank_but_do_not_compare_across_queries_are_called_so():
-    found = calibrate(labelled(shift=1.0), [("recall", 0.9)], 0)
-    assert found["auc_within_queries"] > 0.99 > 0.8 > found["auc"]
-    assert any("prefer top_n to a threshold" in text for text in calibration.lines(found, None))
-
-
-def test_a_threshold_by_chance_is_not_written_as_a_setting():
-    """Twelve relevant pairs of one query happen to score best; other queries have no such scores."""
-    pairs = labelled(apart=0.02)
-    scores, relevant, query = pairs.scores.tolist(), pairs.relevant.tolist(), pairs.query.tolist()
-    pairs = Labelled.of(scores + [2.0 + i for i in range(12)], relevant + [True] * 12, query + [0] * 12)
-    found = calibrate(pairs, [("precision", 0.9)], 0)
-    assert found["targets"][0]["threshold"] is not None
-    said = " | ".join(calibration.lines(found, None))
-    assert "precision 0.9: not dependable" in said and "MIN_SCORE=" not in said
-
-
-def test_min_score_is_named_as_a_setting_only_where_it_is_one(monkeypatch):
-    found = calibrate(labelled(), [("precision", 0.9)], 0)
-    monkeypatch.setattr(calibration, "FIELDS", {})
-    assert any("drop the documents in your program" in text for text in calibration.lines(found, None))
-    monkeypatch.setattr(calibration, "FIELDS", {"MIN_SCORE": 1})
-    assert any("into .env and restart" in text for text in calibration.lines(found, None))
-
-
-@pytest.mark.parametrize(
-    ("n", "relevant", "queries", "said"),
-    [
-        (5, 2, 5, "5 labelled pairs, 2 of them relevant and 3 not"),
-        (100, 4, 50, "100 labelled pairs, 4 of them relevant and 96 not"),
-        (100, 95, 50, "95 of them relevant and 5 not"),
-        (100, 50, 1, "one query"),
-    ],
-)
-def test_too_few_labels_are_refused_with_counts(n, relevant, queries, said):
-    pairs = Labelled.of([i / n for i in range(n)], [i < relevant for i in range(n)], [i % queries for i in range(n)])
-    with pytest.raises(CalibrationError, match=said):
-        calibrate(pairs, [("precision", 0.9)], 0)
-
-
-def test_calibrate_program_on_judgements_and_on_an_earlier_run(tmp_path, capsys):
-    path, out = lines(tmp_path / "judged.jsonl", *wings()), tmp_path / "out.json"
-    with serving(by_table(of(SCORES))) as service:
-        assert quality(service, path, "--json", out, "--calibrate", "precision=0.9,recall=0.5") == 0
-        n_calls = len(service.bodies)
-        first = capsys.readouterr().out
-        assert "MIN_SCORE=0.35" in first and "MIN_SCORE=0.7" in first
-        page = tmp_path / "page.html"
-        assert bench_rerank.main(["--quality", str(out), "--calibrate", "precision=0.9", "--html", str(page)]) == 0
-        assert "MIN_SCORE=0.35" in capsys.readouterr().out and "reliability" in page.read_text()
-        assert bench_rerank.main(["--quality", str(out)]) == 2
-        assert "add --calibrate" in capsys.readouterr().err
-        assert len(service.bodies) == n_calls
-        few = lines(tmp_path / "few.jsonl", *wings(2))
-        assert quality(service, few, "--calibrate", "--json", tmp_path / "few.json") == 2
-        assert "8 labelled pairs" in capsys.readouterr().err
-        assert json.loads((tmp_path / "few.json").read_text())["metrics"]  # the metrics are kept

@@ -181,11 +181,8 @@ def _resampled(pairs: Labelled, seed: int) -> list[Labelled]:
 
     rng = np.random.default_rng(seed)
     rows = [np.flatnonzero(pairs.query == name) for name in np.unique(pairs.query)]
-    out = []
-    while len(out) < RESAMPLES:
-        sample = pairs.part(np.concatenate([rows[i] for i in rng.integers(0, len(rows), len(rows))]))
-        out.append(sample)
-    return out
+    draws = [rng.integers(0, len(rows), len(rows)) for _ in range(RESAMPLES)]
+    return [pairs.part(np.concatenate([rows[i] for i in draw])) for draw in draws]
 
 
 def _between(values: list[float]) -> tuple[float | None, float | None]:
@@ -194,8 +191,7 @@ def _between(values: list[float]) -> tuple[float | None, float | None]:
 
     if len(values) < 20:
         return None, None
-    low, high = np.quantile(values, (0.025, 0.975))
-    return float(low), float(high)
+    return float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))
 
 
 def _rounded(value: float) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rerank_kit.benchmark.compare import apart
 from rerank_kit.benchmark.load import say
 from rerank_kit.benchmark.page import replace_file
 from rerank_kit.benchmark.quality import metrics
@@ -45,7 +46,7 @@ def compare(base: dict[str, Any], other: dict[str, Any], fail_over: float | None
     out = Outcome()
     for name in SETTINGS:
         if base.get(name) != other.get(name):
-            out.lines.append(f"differs: {name}: {base.get(name)} -> {other.get(name)}")
+            out.lines.append(f"differs: {name}: {apart(base.get(name), other.get(name))}")
     for name, run in (("one", base), ("other", other)):
         if not run["metrics"]:
             out.untold.append(f"the {name} run has no metrics")
@@ -129,7 +130,8 @@ def run_compare(
     base, *others = runs
     shown = ["differences of each query: 95 % interval by bootstrap, p of a paired test by random signs"]
     print(f"# {shown[0]}")
-    code, gains = 0, {}
+    code = 0
+    gains: dict[str, list[float]] = {}
     for name in others:
         print(f"# {base} -> {name}")
         found = compare(runs[base], runs[name], fail_over, f"{base} -> {name}")

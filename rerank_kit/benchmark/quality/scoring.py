@@ -197,7 +197,7 @@ def offline(queries: list[Judged], args: argparse.Namespace, cfg: EnvConfig) -> 
     for i, row in enumerate(rows):
         scores = [score for score in row if score is not None]
         if len(scores) == len(queries[i].ids):
-            out.scores[i], out.orders[i] = row, ranking(scores)
+            out.scores[i], out.orders[i] = scores, ranking(scores)
     return out, about
 
 
