@@ -75,6 +75,7 @@ def chart(
         in_order: the line visits the points as they are given; else by x, through the median of equal x.
     """
     lines = {name: [(x, y) for x, y in points if y is not None] for name, points in lines.items()}
+    lines = {name: points for name, points in lines.items() if points}
     if not in_order:
         lines = {name: sorted(points) for name, points in lines.items()}
     xs = [x for points in lines.values() for x, _ in points] + [x for bar in bars for x in bar[:2]]
