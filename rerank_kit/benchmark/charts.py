@@ -36,8 +36,9 @@ td:first-child,th:first-child,.text td{text-align:left}
 .text td{white-space:normal;overflow-wrap:anywhere;vertical-align:top}
 .gpu{background:var(--good)}.refuse,.none{background:var(--bad)}.cpu,.engine,.client,.other{background:var(--fair)}
 details{border-bottom:1px solid var(--line);padding:.3em 0}summary{cursor:pointer}pre{margin:0;white-space:pre-wrap}
-@media print{@page{margin:1cm}body{font-size:10px;padding:0}details,.repeat{display:none}
-.charts{grid-template-columns:repeat(3,1fr)}.cards{grid-template-columns:repeat(4,1fr)}h2{margin:.6em 0 .2em}}"""
+@media print{@page{size:A4 landscape;margin:8mm}body{font-size:8.5px;padding:0;max-width:none}
+details,.repeat,h2.each,.words{display:none}h1{margin:0}h2{margin:.5em 0 .2em}p{margin:.2em 0}td,th{padding:1px 6px}
+.charts{grid-template-columns:repeat(4,1fr)}.cards{grid-template-columns:repeat(5,1fr);margin:.4em 0}.card{padding:.4em .7em}}"""
 
 
 def head(title: str) -> str:

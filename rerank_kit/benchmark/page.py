@@ -132,11 +132,11 @@ def page(about: dict, rows: list[dict]) -> str:
         cells = zip(COLUMNS, table_cells(row | {"errors": error_cell(row)}), strict=True)
         kinds = {"bound": f' class="{cell(str(row["bound"]))}"'}
         out.append("<tr>" + "".join(f"<td{kinds.get(name, '')}>{cell(c)}</td>" for name, c in cells) + "</tr>")
-    out.append(f'</table></div><p class="note">{cell(WORDS)}</p>')
+    out.append(f'</table></div><p class="note words">{cell(WORDS)}</p>')
     verdicts = {f"{label(row)}: {row['bound']}: {row['verdict']}" for row in rows}  # each is told at its level
     out += [f"<p>{cell(text)}</p>" for text in about.get("findings") or () if text not in verdicts]
     out += tuning(about["tune"]) if about.get("tune") else []
-    out.append("<h2>Each level</h2>")
+    out.append('<h2 class="each">Each level</h2>')
     for row in rows:
         level = f"{label(row)}, run {row['run']}"
         out.append(f"<details><summary>{cell(level)}: <b>{cell(row['bound'])}</b>: {cell(row['verdict'])}</summary>")

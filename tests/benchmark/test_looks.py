@@ -5,6 +5,7 @@ writes the pictures anew; look at them before you commit.
 """
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -56,6 +57,14 @@ def test_the_report_looks_as_it_was_kept(name, tmp_path):
         seen.save(LOOKS / f"{name}.png")
     kept = Image.open(LOOKS / f"{name}.png")
     assert difference(seen, kept) < 5, f"{name}: see the head of this file"
+
+
+def test_the_report_prints_to_one_page(tmp_path):
+    (tmp_path / "report.html").write_text(report())
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", *QUIET, f"--user-data-dir={tmp_path / 'profile'}"]
+    command += [f"--print-to-pdf={tmp_path / 'r.pdf'}", f"file://{tmp_path / 'report.html'}"]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    assert len(re.findall(rb"/Type /Page\b(?!s)", (tmp_path / "r.pdf").read_bytes())) == 1
 
 
 def test_the_kept_pictures_differ_from_each_other_and_from_an_empty_page():
