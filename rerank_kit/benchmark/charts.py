@@ -38,7 +38,8 @@ td:first-child,th:first-child,.text td{text-align:left}
 details{border-bottom:1px solid var(--line);padding:.3em 0}summary{cursor:pointer}pre{margin:0;white-space:pre-wrap}
 @media print{@page{size:A4 landscape;margin:8mm}body{font-size:8.5px;padding:0;max-width:none}
 details,.repeat,h2.each,.words{display:none}h1{margin:0}h2{margin:.5em 0 .2em}p{margin:.2em 0}td,th{padding:1px 6px}
-.charts{grid-template-columns:repeat(4,1fr)}.cards{grid-template-columns:repeat(5,1fr);margin:.4em 0}.card{padding:.4em .7em}}"""
+.charts{grid-template-columns:repeat(4,1fr)}.cards{grid-template-columns:repeat(5,1fr);margin:.4em 0}
+.card{padding:.4em .7em}}"""
 
 
 def head(title: str) -> str:

@@ -1,7 +1,7 @@
 """The HTML report in a real browser, at desktop and phone width, light and dark: as the kept pictures, loosely.
 
-Needs Chromium (`apt install chromium`). After a wanted change: `LOOKS=keep python -m pytest tests/benchmark/test_looks.py`
-writes the pictures anew; look at them before you commit.
+Needs Chromium (`apt install chromium`). After a wanted change,
+`LOOKS=keep python -m pytest tests/benchmark/test_looks.py` writes the pictures anew; look at them before you commit.
 """
 
 import os

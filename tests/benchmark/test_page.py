@@ -121,7 +121,11 @@ def test_the_headline_says_what_the_best_level_gives():
     }
     text = page(about, rows)
     cards = re.findall(r'<div class="card"><b>(.*?)</b>(.*?)<div class="note">(.*?)</div>', text)
-    assert cards[0][1] == "pairs/s at most" and cards[0][0] == f"{rows[-1]['pairs/s']:,.0f}" and "64 calls in flight" in cards[0][2]
+    assert (
+        cards[0][1] == "pairs/s at most"
+        and cards[0][0] == f"{rows[-1]['pairs/s']:,.0f}"
+        and "64 calls in flight" in cards[0][2]
+    )
     assert [name for _, name, _ in cards[1:3]] == ["p50 at light load", "p95 at light load"]
     assert "8 calls in flight" in cards[1][2], "light load is the smallest level"
     assert cards[3] == ("gpu", "bounds it", rows[-1]["verdict"]) and cards[4][0] == "0.55"
