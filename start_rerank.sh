@@ -453,6 +453,13 @@ do_run() {
   become_kit serving.command exec
 }
 
+# The service of these settings, or the one that BASE_URL names.
+do_example() {
+  key=$("$PY" "$KIT/env_utils.py" get API_KEY) && [ "$key" != None ] || key=
+  export RERANK_BASE_URL="${BASE_URL:-$SERVICE_URL}" RERANK_API_KEY="$key"
+  exec "$PY" "$KIT/main.py"
+}
+
 do_demo() {
   do_setup
   device=cpu
@@ -558,12 +565,12 @@ main() {
   find_python
   case $1 in
     python) need_vllm; say "$PY"; exit 0 ;;
-    example) need_packages requests; exec "$PY" "$KIT/main.py" ;;
     bench) need_packages requests aiohttp; shift; exec "$PY" "$KIT/bench_rerank.py" "$@" ;;
     score) need_vllm; shift; exec "$PY" "$KIT/vllm_usage.py" "$@" ;;
   esac
   load_config
   case $1 in
+    example) need_packages requests; do_example ;;
     check | quality | status) action=$1; shift; act "do_$action" "$@" ;;
     wait-for) act do_wait_for "$2" ;;
     run | tail | healthy) "do_$1" ;; # the first two replace this shell

@@ -18,7 +18,7 @@ import sys
 from rerank_kit.engine.plan import plan_engine
 from rerank_kit.models.pair import Pair
 from rerank_kit.offline.files import Result
-from rerank_kit.offline.program import arguments, example_pairs, leave, print_example, run_file
+from rerank_kit.offline.program import arguments, example_pairs, leave, print_example, run_file, tell_loading
 from rerank_kit.offline.reranker import OfflineReranker
 from rerank_kit.settings import ConfigError, get_config, passed_on_env
 
@@ -34,6 +34,7 @@ def main() -> int:
             if not args.input:
                 raise ConfigError("--output and --shard need --input")
             return run_file(args, plan, args.model)
+        tell_loading(plan)
         with OfflineReranker(plan) as reranker:
             return print_example(plan, reranker.score(example_pairs()))
     except ConfigError as exc:

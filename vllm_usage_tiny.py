@@ -16,7 +16,7 @@ from rerank_kit.engine.plan import Plan, plan_engine
 from rerank_kit.models.library import compare
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.reference import reference_scores
-from rerank_kit.offline.program import arguments, example_pairs, leave, print_example, run_file
+from rerank_kit.offline.program import arguments, example_pairs, leave, print_example, run_file, tell_loading
 from rerank_kit.offline.reranker import OfflineReranker
 from rerank_kit.settings import ConfigError, get_config, passed_on_env
 
@@ -58,6 +58,7 @@ def main() -> int:
             if args.check or not args.input:
                 raise ConfigError("--output and --shard need --input, and --check takes none of them")
             return run_file(args, plan, model)
+        tell_loading(plan)
         with OfflineReranker(plan) as reranker:
             if args.check:
                 return 0 if check(plan, reranker, example_pairs()) else 1

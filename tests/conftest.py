@@ -283,22 +283,25 @@ class Demo:
 
     folder: Path
     env: dict[str, str]
+    port: int
     done: subprocess.CompletedProcess
 
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """`sh start_rerank.sh demo` in a copy of the kit, from an empty shell but for PORT and the installed Python."""
+    """`sh start_rerank.sh demo` in a copy of the kit, from a shell that knows the installed Python alone."""
     folder = copy_kit(tmp_path_factory.mktemp("newcomer") / "rerank kit")
     (KIT / "models").mkdir(exist_ok=True)  # what was downloaded once is not downloaded again
     (folder / "models").symlink_to(KIT / "models")
     env = {
         name: os.environ[name] for name in ("HOME", "PATH", "PIP_INDEX_URL", "PIP_CONFIG_FILE") if name in os.environ
     }
-    env |= {"PYTHON": sys.executable, "PORT": str(free_port())}
+    env["PYTHON"] = sys.executable
+    port = free_port()
+    (folder / ".env").write_text(f"PORT={port}\n")
     run = ["sh", "start_rerank.sh"]
     done = subprocess.run([*run, "demo"], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
-    yield Demo(folder, env, done)
+    yield Demo(folder, env, port, done)
     subprocess.run([*run, "stop"], cwd=folder, env=env, check=True, capture_output=True, timeout=100)
 
 

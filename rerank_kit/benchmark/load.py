@@ -138,8 +138,10 @@ class Bench:
 
 
 def say(text: str, live: bool = False) -> None:
-    """Progress on stderr. On a terminal the next text overwrites a live one; elsewhere all are plain lines."""
+    """Progress on stderr. On a terminal the next text overwrites a live one; elsewhere live ones are left out."""
     tty = sys.stderr.isatty()
+    if live and not tty:
+        return
     print(f"\r\033[K{text}" if tty else text, end="" if tty and live else "\n", file=sys.stderr, flush=True)
 
 
@@ -172,6 +174,16 @@ class Level:
         if not opened:
             return False
         return now >= opened + self.seconds if self.seconds else n >= self.warmup + (self.requests or 0)
+
+    def left_s(self, gate: "Gate", now: float) -> float | None:
+        """Seconds until no further call is sent; None = not known yet."""
+        opened = gate.n[OPENED]
+        if not opened or now <= opened:
+            return None
+        if self.seconds:
+            return max(0.0, opened + self.seconds - now)
+        taken, wanted = gate.n[TAKEN] - self.warmup, self.requests or 0
+        return max(0.0, (wanted - taken) * (now - opened) / taken) if taken > 0 else None
 
     def __str__(self) -> str:
         return f"{self.endpoint} {self.mode} {self.level:g}"
@@ -280,7 +292,8 @@ async def watch(level: Level, gate: Gate, drive: asyncio.Task) -> None:
             level.cpu = (cpu - used[1]) / (now - used[0])
         if now - shown >= every_s and not parent:
             shown, errors = now, sum(c.error is not None for c in level.calls)
-            say(f"{level}: {len(level.calls)} calls answered, {errors} errors", live=True)
+            left = f", {left_s:.0f} s left" if (left_s := level.left_s(gate, now)) is not None else ""
+            say(f"{level}: {len(level.calls)} calls answered, {errors} errors{left}", live=True)
 
 
 async def drive(bench: Bench, level: Level, gate: Gate, share: int = 0) -> None:

@@ -5,6 +5,7 @@ import datetime
 import itertools
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import aiohttp
@@ -55,6 +56,17 @@ async def describe(args: argparse.Namespace, bench: Bench, answers: dict, tokens
     }
 
 
+# What stands above the table; the rest comes below it.
+FIRST = ("server", "vllm", "model", "hardware", "load", "texts")
+
+
+def print_facts(about: dict, wanted: Callable[[str], object]) -> None:
+    """A line for each fact of describe() with a wanted name."""
+    for name, value in about.items():
+        if name not in ("error_texts", "findings") and wanted(name):
+            print(f"# {name}: {'unknown' if value is None else value}")
+
+
 # --- the program ---
 
 
@@ -73,13 +85,24 @@ async def begin(args: argparse.Namespace, bench: Bench) -> Rows:
     for base_url in bench.base_urls:
         bench.server_pids |= server_processes(base_url)
     about = await describe(args, bench, answers, tokens_per_pair)
-    for name, value in about.items():
-        print(f"# {name}: {'unknown' if value is None else value}")
+    print_facts(about, lambda name: args.verbose or args.tune or name in FIRST)
     print(table_line({name: name for name in COLUMNS}), flush=True)
     about |= {"error_texts": bench.error_texts, "findings": []}
     rows = Rows(args, bench, about)
     rows.model, rows.gpu = model_config(answers["model_root"]), about["hardware"]
     return rows
+
+
+def finish(args: argparse.Namespace, rows: Rows) -> bool:
+    """Add what follows from the rows, print it and write the files. False = a file could not be written."""
+    findings = rows.about["findings"]
+    for row in rows.rows:
+        findings.append(f"{row['endpoint']} {row['mode']} {row['level']:g}: {row['bound']}: {row['verdict']}")
+    if args.price_per_hour or args.target_pairs_s:
+        findings += cost_lines(rows.about, rows.rows, args.price_per_hour, args.target_pairs_s)
+    for text in findings:
+        print(f"# {text}")
+    return rows.write()
 
 
 async def run(args: argparse.Namespace, api_key: str | None, connect_timeout_s: float) -> int:
@@ -94,6 +117,12 @@ async def run(args: argparse.Namespace, api_key: str | None, connect_timeout_s: 
             say(f"[ERR] {exc}")
             return 1
         about = rows.about
+
+        def print_rest() -> None:
+            if not args.verbose:
+                print("# --- to repeat it ---")
+                print_facts(about, lambda name: name not in FIRST)
+
         try:
             if args.saturate or args.slo:
                 for endpoint in args.endpoint:
@@ -102,17 +131,14 @@ async def run(args: argparse.Namespace, api_key: str | None, connect_timeout_s: 
                 for level in levels_of(args):
                     await rows.make(level)
         except Interrupted:
+            finish(args, rows)
+            print_rest()
             return 130
         except RuntimeError as exc:
             say(f"[ERR] {exc}")
             return 1
-    for row in rows.rows:
-        about["findings"].append(f"{row['endpoint']} {row['mode']} {row['level']:g}: {row['bound']}: {row['verdict']}")
-    if args.price_per_hour or args.target_pairs_s:
-        about["findings"] += cost_lines(about, rows.rows, args.price_per_hour, args.target_pairs_s)
-    for text in about["findings"]:
-        print(f"# {text}")
-    written = rows.write()
+    written = finish(args, rows)
+    print_rest()
     return 0 if written and any(row["ok"] for row in rows.rows) else 1
 
 

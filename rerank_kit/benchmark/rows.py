@@ -53,7 +53,7 @@ class Interrupted(Exception):
 async def run_level(bench: Bench, level: Level) -> dict | None:
     """Make one row. Ctrl-C ends it early with what was measured so far. None = no window was completed."""
     gate = Gate(level.processes)
-    say(f"{level}: running" + f" with {level.processes} processes" * (level.processes > 1), live=True)
+    say(f"{level}: running" + f" with {level.processes} processes" * (level.processes > 1), live=level.processes == 1)
     seeing = asyncio.create_task(observe(bench, gate))
     try:
         await (drive(bench, level, gate) if level.processes == 1 else drive_processes(bench, level, gate))

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 from rerank_kit.engine.plan import Plan, plan_engine
@@ -37,6 +38,23 @@ def print_example(plan: Plan, results: list[Result]) -> int:
     for index in failed:
         print(f"- error={results[index].error} | idx={index} | doc={EXAMPLE_DOCUMENTS[index]}")
     return 1 if failed else 0
+
+
+# Warnings of libraries that a user of the kit can do nothing about; a setting of the user's own stays.
+QUIET = {
+    "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TORCH_LOGS": "-all",
+}
+
+
+def tell_loading(plan: Plan) -> None:
+    """Say that the model is being loaded, which takes a minute, and keep the libraries' warnings out of the way."""
+    print(f"loading {plan.checkpoint.path} ({plan.profile.name}): usually half a minute to two", file=sys.stderr)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)  # the engine is a process of its own
+    for category in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(torch|vllm|transformers)\b")
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -102,6 +120,7 @@ def run_file(args: argparse.Namespace, plan: Plan, model: str | None = None) -> 
         return 1 if failed_before or broken else 0
     if skip:
         print(f"going on after line {skip} of {total}", file=sys.stderr)
+    tell_loading(plan)
     with opened_for(plan, total - skip, model) as reranker:
         began = time.perf_counter()
         scored, failed, more = score_shards(reranker, todo)

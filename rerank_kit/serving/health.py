@@ -13,6 +13,7 @@ import ssl
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -227,6 +228,25 @@ def _why_it_failed(cfg: EnvConfig, pid: int) -> str:
         return ""
 
 
+def _times_file(cfg: EnvConfig) -> Path:
+    return cfg.log_path / f"rerank-{cfg.port}.times"
+
+
+def _usual(cfg: EnvConfig) -> dict[str, str]:
+    """How long each phase of a start takes: as the last one here took, else what is known of the longest one."""
+    known = {"importing vLLM": "usually 20 to 80 s"}
+    try:
+        took = json.loads(_times_file(cfg).read_text("utf-8"))
+        return known | {name: f"last time {float(seconds):.0f} s" for name, seconds in took.items() if seconds >= 5}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return known
+
+
+def _keep_times(cfg: EnvConfig, spent: dict[str, float]) -> None:
+    with suppress(OSError):  # a full disk: the next start knows less
+        _times_file(cfg).write_text(json.dumps({name: round(seconds, 1) for name, seconds in spent.items()}), "utf-8")
+
+
 def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
     """Wait until a probe is scored, the process dies, or timeout_s is over; progress goes to stderr.
 
@@ -239,6 +259,7 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
     shown, shown_at, answered = "", -10.0, 0.0
     last: str | None = "no answer yet"
     spent: dict[str, float] = {}  # seconds by phase
+    usual = _usual(cfg) if log.is_file() else {}
     while True:
         waited = time.monotonic() - begin
         if not is_alive(pid):
@@ -277,9 +298,12 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
                 spent[now] += time.monotonic() - looked
                 parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in spent.items() if seconds >= 0.5)
                 print(f"ready after {time.monotonic() - begin:.0f} s" + (f" ({parts})" if parts else ""))
+                if log.is_file() and "importing vLLM" in spent:  # a whole start, not a second wait
+                    _keep_times(cfg, spent)
                 return READY
         if now != shown or waited - shown_at >= 15:
-            print(f"... {waited:4.0f} s  {now}", file=sys.stderr)
+            hint = f" ({usual[now]})" if now in usual and now != shown else ""
+            print(f"... {waited:4.0f} s  {now}{hint}", file=sys.stderr)
             shown, shown_at = now, waited
         if waited >= timeout_s:
             print(f"[WARN] still {now} after {waited:.0f} s ({last})", file=sys.stderr)

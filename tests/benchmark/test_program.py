@@ -32,6 +32,7 @@ from test_report import runs
 
 import bench_rerank
 from rerank_kit.benchmark import arguments, program, server_view
+from rerank_kit.benchmark.load import OPENED, TAKEN, Gate, Level
 from rerank_kit.benchmark.report import COLUMNS
 from rerank_kit.benchmark.server_view import server_flags, without_secrets
 from rerank_kit.benchmark.texts import WORDS, Texts
@@ -256,7 +257,7 @@ def test_check_stops_at_a_bad_answer(name, tmp_path, capsys):
 def test_json_csv_and_table_have_the_same_names_and_values(tmp_path, capsys):
     table = tmp_path / "out.csv"
     with serving(slow(0.01)) as service:
-        argv = ("--concurrency", "1,5", "--requests", "25", "--csv", str(table), "--seed", "11")
+        argv = ("--concurrency", "1,5", "--requests", "25", "--csv", str(table), "--seed", "11", "--verbose")
         code, out = bench(service, tmp_path, *argv)
     lines = capsys.readouterr().out.splitlines()
     head, *body = table_of("\n".join(lines))
@@ -437,7 +438,7 @@ def test_html_has_what_is_needed_to_repeat_the_run(tmp_path, capsys):
         out["date"],
     ):
         assert value in text, value
-    assert text.count("<svg") == 2 * 1 + 1 + 3 * 4  # throughput; latency of two endpoints; three a row
+    assert text.count("<svg") == 1 + 1 + 2 + 3 * 4  # the curve; throughput; latency of two endpoints; three a row
 
 
 @pytest.mark.timing
@@ -589,6 +590,45 @@ def test_defaults_come_from_the_configuration(monkeypatch):
     assert (args.base_url, args.model, args.timeout_s) == ("http://h:1/v1", "m", 3.0)
 
 
+def test_the_head_is_short_and_the_rest_stands_below_the_table(tmp_path, capsys):
+    with serving(slow(0.01)) as service:
+        out = bench(service, tmp_path, "--endpoint", "rerank", "--concurrency", "1", "--requests", "5", "--seed", "3")[
+            1
+        ]
+    lines = capsys.readouterr().out.splitlines()
+    table = next(i for i, line in enumerate(lines) if line.startswith("endpoint"))
+    assert table <= 6 and lines.index("# --- to repeat it ---") > table
+    names = [line[2:].partition(": ")[0] for line in lines if line.startswith("# ")]
+    assert set(out) - {"rows", "error_texts", "findings"} <= set(names) and names.count("seed") == 1
+    assert lines[-1] == "# seed: 3"
+
+
+def test_help_is_grouped_and_has_examples(capsys):
+    with pytest.raises(SystemExit):
+        bench_rerank.main(["--help"])
+    shown = capsys.readouterr().out
+    for title in ("load:", "texts:", "service:", "output:", "tuning:", "comparison:", "examples"):
+        assert f"\n{title}" in shown, title
+    assert "{rerank,score,rerank,score}" not in shown
+
+
+def test_a_run_that_never_began_leaves_no_file(closed_port, tmp_path):
+    files = [f"--{kind}={tmp_path / kind}" for kind in ("json", "csv", "html")]
+    assert bench_rerank.main(["--base-url", f"http://127.0.0.1:{closed_port}/v1", *files]) == 1
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "json").write_text("before")
+    assert bench_rerank.main(["--base-url", f"http://127.0.0.1:{closed_port}/v1", files[0]]) == 1
+    assert (tmp_path / "json").read_text() == "before"
+
+
+def test_progress_tells_the_time_left():
+    gate, level = Gate(), Level("rerank", "closed", 2, 4, 20, None)
+    assert level.left_s(gate, 5.0) is None, "the window is not open"
+    gate.n[OPENED], gate.n[TAKEN] = 10.0, 9
+    assert level.left_s(gate, 15.0) == pytest.approx(15), "5 of 20 calls in 5 s"
+    assert Level("rerank", "closed", 2, 4, None, 12.0).left_s(gate, 15.0) == pytest.approx(7)
+
+
 def test_import_does_nothing(tmp_path):
     bad = tmp_path / "bad.env"
     bad.write_text("PORT=many\n")
@@ -619,7 +659,11 @@ def test_ctrl_c_prints_what_was_measured_and_exits_130(load, processes, tmp_path
             rest, err = process.communicate(timeout=10)
     assert process.returncode == 130 and "Traceback" not in err
     level = load[1].split(",")[1]
-    cells = rest.split()
+    cells = rest.splitlines()[0].split()
+    assert (
+        "# --- to repeat it ---" in rest
+        and f"rerank {load[0].replace('--concurrency', 'closed').replace('--rate', 'open')} " in rest
+    )
     assert cells[:3] == ["rerank", load[0].replace("--concurrency", "closed").replace("--rate", "open"), level]
     assert cells[-1] == "interrupted" and int(cells[3]) > 3
     rows = json.loads(out.read_text())["rows"]

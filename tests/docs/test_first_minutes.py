@@ -46,7 +46,7 @@ def runnable(name: str) -> list[Block]:
 
 def paste(demo, text: str, timeout_s: float = 200) -> subprocess.CompletedProcess:
     """Type a text into a new shell in the kit's folder; a command that fails ends it."""
-    text = "set -e\n" + text.replace("11438", demo.env["PORT"])
+    text = "set -e\n" + text.replace("11438", str(demo.port))
     shell = {"cwd": demo.folder, "env": demo.env, "timeout": timeout_s}
     return subprocess.run(["sh"], input=text, capture_output=True, text=True, **shell)
 

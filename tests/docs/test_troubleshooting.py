@@ -84,11 +84,12 @@ def not_linux(tmp_path):
     return setup(tmp_path, f'exec {PYTHON} "$@"', uname="echo Darwin")
 
 
-def run_main(**env: str) -> str:
-    """What main.py says, which ends with an error."""
-    done = subprocess.run(
-        [sys.executable, str(KIT / "main.py")], env=kit_environment(RETRIES=0, **env), capture_output=True, text=True
-    )
+def run_main(tmp_path: Path, **settings: str | int) -> str:
+    """What main.py says with these settings in .env. It ends with an error."""
+    file = tmp_path / "main.env"
+    file.write_text("RETRIES=0\n" + "".join(f"{key}={value}\n" for key, value in settings.items()))
+    command = [sys.executable, str(KIT / "main.py")]
+    done = subprocess.run(command, env=kit_environment(KIT_ENV_FILE=file), capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
     return done.stderr
 
@@ -119,7 +120,7 @@ def answering(status: int, body: bytes = b"") -> Iterator[str]:
 
 def other_program(tmp_path):
     with answering(501) as url:
-        return run_main(BASE_URL=url)
+        return run_main(tmp_path, BASE_URL=url)
 
 
 def typo(tmp_path):
@@ -187,7 +188,7 @@ PROVOKE: dict[str, Callable] = {
     "PORT in resources.py": edited,
     "PORT=... cannot be bound": taken_port,
     "HOST=0.0.0.0 opens": start(HOST="0.0.0.0"),
-    "RerankConnectionError": lambda tmp_path: run_main(PORT=str(free_port())),
+    "RerankConnectionError": lambda tmp_path: run_main(tmp_path, PORT=free_port()),
     "RerankHTTPError: HTTP 501": other_program,
     "... has no package": without_package,
 }
@@ -220,17 +221,17 @@ def test_an_edit_of_the_script_is_reported(tmp_path):
 
 
 @pytest.mark.server
-def test_a_wrong_model_name_is_what_the_page_says(service):
-    said = run_main(PORT=str(service.port), SERVED_MODEL_NAME="nope")
+def test_a_wrong_model_name_is_what_the_page_says(service, tmp_path):
+    said = run_main(tmp_path, PORT=service.port, SERVED_MODEL_NAME="nope")
     assert re.search("RerankHTTPError: HTTP 404 from .*does not exist", said), said
 
 
-def test_a_wrong_key_is_what_the_page_says():
+def test_a_wrong_key_is_what_the_page_says(tmp_path):
     from rerank_kit.guard import middleware
 
     words = re.search(r'"(wrong or missing API key[^"]*)"', Path(middleware.__file__).read_text())[1]
     with answering(401, json.dumps({"error": {"message": words}}).encode()) as url:
-        said = run_main(BASE_URL=url, API_KEY="not-the-key")
+        said = run_main(tmp_path, BASE_URL=url, API_KEY="not-the-key")
     shown = next(messages(row[0])[0] for row in FIRST if "HTTP 401" in row[0])
     assert re.search(pattern(shown), said), said
 

@@ -42,6 +42,19 @@ def test_life_of_a_service(kit, shell):
     assert kit("stop", shell=shell).returncode == 0
 
 
+def test_start_says_how_long_it_took_the_last_time(kit):
+    assert "importing vLLM (usually 20 to 80 s)" in kit("start").stderr
+    times = kit.logs / f"rerank-{kit.settings['PORT']}.times"
+    assert "importing vLLM" in json.loads(times.read_text())
+    assert kit("stop").returncode == 0
+    times.write_text('{"importing vLLM": 53.2}')
+    assert "importing vLLM (last time 53 s)" in kit("start").stderr
+    assert kit("stop").returncode == 0
+    times.write_text("[]")  # damaged
+    assert "importing vLLM (usually" in kit("start").stderr
+    assert kit("stop").returncode == 0
+
+
 def test_usage():
     assert run_kit().returncode == 2
     wrong = run_kit("begin")

@@ -148,7 +148,7 @@ def bench(service, tmp_path, *argv):
     docs = [] if "--input" in argv else ["--docs", "4"]
     processes = [] if "--processes" in argv else ["--processes", "1"]  # on a busy machine the program would add some
     code = bench_rerank.main(["--base-url", service.url, *docs, *processes, "--json", str(out), *argv])
-    return code, json.loads(out.read_text() or "{}")
+    return code, json.loads(out.read_text()) if out.exists() else {}
 
 
 def table_of(out):
