@@ -52,6 +52,8 @@ def main(argv: list[str]) -> int:
     except RerankError as exc:
         say(f"[ERR] {exc}")
         return 1
+    except KeyboardInterrupt:  # before the first score; later what was scored is measured
+        return 130
     except ConfigError as exc:
         say(f"[ERR] ConfigError: {exc}")
         return 6

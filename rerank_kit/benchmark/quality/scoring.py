@@ -101,7 +101,8 @@ def by_service(queries: list[Judged], args: argparse.Namespace, earlier: dict[st
                 if exc.status_code not in (429, 503) or n_tries == REFUSALS or stop.wait(min(30, PATIENCE_S * n_tries)):
                     raise
             else:
-                return i, [float(score or 0.0) for score in scores], raw  # without top_n all have one
+                # Without top_n every document has a score; rerank() checked it.
+                return i, [float(score) for score in scores], raw  # type: ignore[arg-type]
         raise AssertionError
 
     def take(done: Future) -> None:
