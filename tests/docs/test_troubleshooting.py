@@ -20,7 +20,25 @@ from rerank_kit import settings
 
 FIRST, LATER = (table[2:] for table in tables(read("docs/troubleshooting.md")))
 PYTHON = Path(sys._base_executable)  # without vLLM
-TOOLS = ("sh", "dirname", "readlink", "uname", "sed", "cat", "cksum", "date", "rm", "printenv", "grep")
+TOOLS = (
+    "sh",
+    "dirname",
+    "readlink",
+    "uname",
+    "flock",
+    "find",
+    "df",
+    "awk",
+    "mkdir",
+    "rm",
+    "sed",
+    "cat",
+    "cksum",
+    "date",
+    "rm",
+    "printenv",
+    "grep",
+)
 
 
 def messages(cell: str) -> list[str]:
@@ -178,7 +196,7 @@ PROVOKE: dict[str, Callable] = {
     "Python 3.11 to 3.14 is needed": no_python,
     "the venv module": no_venv,
     "setup failed at: torch": no_network,
-    "setup needs Linux": not_linux,
+    "the service runs on Linux": not_linux,
     "vLLM is not installed": no_vllm,
     "unknown action": lambda tmp_path: run_kit("begin").stderr,
     "MODEL_PATH is not set": start(MODEL_PATH=""),
@@ -187,7 +205,7 @@ PROVOKE: dict[str, Callable] = {
     "... in .env is not a setting": typo,
     "PORT in resources.py": edited,
     "PORT=... cannot be bound": taken_port,
-    "HOST=0.0.0.0 opens": start(HOST="0.0.0.0"),
+    "HOST=0.0.0.0 (...) opens": start(HOST="0.0.0.0"),
     "RerankConnectionError": lambda tmp_path: run_main(tmp_path, PORT=free_port()),
     "RerankHTTPError: HTTP 501": other_program,
     "... has no package": without_package,

@@ -218,7 +218,7 @@ def test_answers_have_the_callers_id_and_not_the_engines(sent):
     answer = one(Guard(inner), RERANK, documents(), headers={"X-Request-ID": sent} if sent else {})
     data, told = json.loads(answer.body), answer.headers["x-request-id"]
     assert data["id"] == f"score-{told}" and told == (sent or told)
-    assert int(answer.headers["Content-Length"]) == len(answer.body) == len(inner.sent) - len(".n2")
+    assert int(answer.headers["content-length"]) == len(answer.body)
     assert data["results"][0]["document"]["text"] == json.loads(inner.sent)["results"][0]["document"]["text"]
 
 
