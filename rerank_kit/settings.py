@@ -204,7 +204,7 @@ def _parse(key: str, text: str, source: str) -> Any:
         name = {int: "an integer", float: "a number"}[kind]
         raise ConfigError(f"{key}={shown} ({source}) is not {name}: {meta['help']}") from None
     low, high = meta["low"], meta["high"]
-    if kind is not str and not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key}={shown} ({source}) is not a finite number: {meta['help']}")
     if kind is not str and ((low is not None and value < low) or (high is not None and value > high)):
         allowed = f"{low} to {high}" if high is not None else f"{low} or more"

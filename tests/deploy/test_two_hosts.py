@@ -127,14 +127,14 @@ def test_two_hosts_behind_nginx_and_prometheus(hosts, tmp_path):
             status, answer = http("POST", f"http://127.0.0.1:{nginx.port}/v1/rerank", {**body, "model": "m"}, key)
             assert status == 200 and answer["results"][0]["relevance_score"] == 0.5
         assert {line["replica"] for line in nginx.log() if line["status"] == 200} == set(found), "both are asked"
-        prometheus.wait_for('sum(up{job="rerank"}) == 2')
+        prometheus.wait_for('sum(up{job="rerank"}) == 2', 60)
 
         ip("-n", made[0].name, "link", "set", "lan", "down")  # as a host whose network is gone
         began = time.monotonic()
         for _ in range(3):
             assert http("POST", f"http://127.0.0.1:{nginx.port}/v1/rerank", {**body, "model": "m"}, key)[0] == 200
-        assert time.monotonic() - began < 10
-        prometheus.wait_for('ALERTS{alertname="RerankDown", alertstate="pending"}')
+        assert time.monotonic() - began < 40, "refused after proxy_connect_timeout, not after proxy_read_timeout"
+        prometheus.wait_for('ALERTS{alertname="RerankDown", alertstate="pending"}', 60)
         assert not prometheus.ask('ALERTS{alertname="RerankAllDown"}')
     finally:
         nginx.stop()

@@ -83,8 +83,8 @@ def test_a_restart_with_wrong_scores_is_a_failed_attempt(kit, tmp_path):
     pid, server = kit.pid, kit.server_pid
     unready.write_text(WRONG)
     os.kill(server, signal.SIGKILL)
-    state = until(lambda: kit.state if kit.state["state"] == "backoff" and WRONG in kit.state["why"] else None)
-    assert state["restarts"] == 2 and alive(pid)
+    until(lambda: kit.state["state"] == "backoff" and WRONG in kit.state["why"] and kit.state["restarts"] == 2)
+    assert alive(pid)
     unready.write_text("no pair was scored yet")  # that alone is no fault
     until(lambda: kit.state["state"] == "starting")
     until(lambda: kit("status").stdout.startswith("loading: no pair was scored yet"))

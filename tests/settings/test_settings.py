@@ -60,6 +60,7 @@ def test_load_env_names_the_line(tmp_path, line, said):
         ("GPU_MEMORY_UTILIZATION", "nan", "GPU_MEMORY_UTILIZATION='nan' (environment) is not a finite number"),
         ("MAX_WAIT_S", "inf", "MAX_WAIT_S='inf' (environment) is not a finite number: limit on the estimated"),
         ("SLOW_CALL_MS", "-inf", "SLOW_CALL_MS='-inf' (environment) is not a finite number"),
+        ("PORT", "9" * 400, "is out of range: allowed is 1 to 65535"),
         ("TIMEOUT_S", "Infinity", "TIMEOUT_S='Infinity' (environment) is not a finite number"),
         ("DTYPE", "bf16", "DTYPE='bf16' (environment) is unknown: allowed is auto, bfloat16"),
         ("TP", "0", "TP='0' (environment) is out of range: allowed is 1 or more"),
