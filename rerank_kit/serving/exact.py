@@ -119,8 +119,11 @@ def against_earlier(cfg: EnvConfig, scores: Scores) -> tuple[str | None, str]:
         earlier = {}
     if not me["version"]:
         return None, "no earlier scores: only a service that this kit started has a version id"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**me, "scores": now}), "utf-8")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({**me, "scores": now}), "utf-8")
+    except OSError as exc:
+        return None, f"not stored, so a restart cannot be compared: {exc.filename}: {exc.strerror}"
     if earlier.get("version") != me["version"] or len(earlier.get("scores", [])) != len(now):
         return None, f"stored in {file.name}: run this again after a restart to compare"
     since = "the run before" if earlier["server"] == me["server"] else "before the restart"
