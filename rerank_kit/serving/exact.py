@@ -91,7 +91,7 @@ def measure(cfg: EnvConfig, ask, n_pairs: int = N_PAIRS, n_rounds: int = N_ROUND
         calls = [order[at : at + one.pairs_per_call] for at in range(0, n_pairs, one.pairs_per_call)]
 
         def call(indices: list[int], salt: str = salt) -> list[float]:
-            body = {"model": cfg.served_model_name, "cache_salt": salt}
+            body: dict = {"model": cfg.served_model_name, "cache_salt": salt}
             body |= {"text_1": [pairs[i][0] for i in indices], "text_2": [pairs[i][1] for i in indices]}
             data = json.loads(ask(cfg, "POST", "/v1/score", body))["data"]
             found = {item["index"]: item["score"] for item in data}
