@@ -113,7 +113,7 @@ def quantization_methods() -> tuple[str, ...]:
             continue
         for node in tree.body:
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "QuantizationMethods":
-                return tuple(item.value for item in ast.walk(node.value) if isinstance(item, ast.Constant))
+                return tuple(str(item.value) for item in ast.walk(node.value) if isinstance(item, ast.Constant))
     return ()
 
 

@@ -107,7 +107,7 @@ def plan_engine(
     model, machine = _checked(cfg, model), machine or probe_machine()
     _check_gpus(cfg, machine, may_be_more=True)
     plan = _plan_model(cfg, model, machine)
-    if several:
+    if several and not machine.is_cpu:  # one engine of the CPU build already takes all cores
         plan.engines, plan.why["engines_per_gpu"] = _engines(plan)
     if machine.is_cpu:
         _plan_cpu(plan)

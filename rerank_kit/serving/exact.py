@@ -91,7 +91,7 @@ def measure(cfg: EnvConfig, ask, n_pairs: int = N_PAIRS, n_rounds: int = N_ROUND
         calls = [order[at : at + one.pairs_per_call] for at in range(0, n_pairs, one.pairs_per_call)]
 
         def call(indices: list[int], salt: str = salt) -> list[float]:
-            body = {"model": cfg.served_model_name, "cache_salt": salt}
+            body: dict = {"model": cfg.served_model_name, "cache_salt": salt}
             body |= {"text_1": [pairs[i][0] for i in indices], "text_2": [pairs[i][1] for i in indices]}
             data = json.loads(ask(cfg, "POST", "/v1/score", body))["data"]
             found = {item["index"]: item["score"] for item in data}
@@ -119,8 +119,11 @@ def against_earlier(cfg: EnvConfig, scores: Scores) -> tuple[str | None, str]:
         earlier = {}
     if not me["version"]:
         return None, "no earlier scores: only a service that this kit started has a version id"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**me, "scores": now}), "utf-8")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({**me, "scores": now}), "utf-8")
+    except OSError as exc:
+        return None, f"not stored, so a restart cannot be compared: {exc.filename}: {exc.strerror}"
     if earlier.get("version") != me["version"] or len(earlier.get("scores", [])) != len(now):
         return None, f"stored in {file.name}: run this again after a restart to compare"
     since = "the run before" if earlier["server"] == me["server"] else "before the restart"

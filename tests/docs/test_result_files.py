@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import KIT
 
-from measurements import cold, kernels, peers, results, scale
+from measurements import cold, kernels, peers, plot, results, scale
 
 NAMES = sorted(path.stem for path in results.FOLDER.iterdir())
 
@@ -75,6 +75,14 @@ def test_every_file_is_as_the_program_writes_it_and_says_where_it_is_from(name, 
     assert len(text) < 12_000
     assert head.keys() >= {"hardware"} and head.keys() & {"vllm", "python"}
     assert any(key.startswith(("command", "source")) for key in head)
+
+
+def test_the_plot_is_that_of_the_table(tmp_path):
+    """python measurements/plot.py draws it again."""
+    assert plot.FILE.read_text("utf-8") == plot.picture()
+    assert plot.main([str(tmp_path / "a.svg")]) == 0
+    lines = (tmp_path / "a.svg").read_text("utf-8").count("<polyline")
+    assert lines == 2 * len(plot.NAMES)
 
 
 def test_the_readme_has_a_line_for_each_program_and_file():

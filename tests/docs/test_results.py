@@ -806,6 +806,18 @@ SENTENCES = [
             for name, what in (("pieces", "start to ready"), ("plain", "start to first score"))
         ],
     ),
+    says(
+        PAGE,
+        "- **EXACT=1** costs # % on a full card",
+        "call-h200",
+        lambda: [100 - 100 * quotient("pairs/s", "exact", "pieces")(CALL_H200[4])[0]],
+    ),
+    says(
+        PAGE,
+        "three engines on the card give # times the pairs/s of one",
+        "offline-h200",
+        lambda: [offline_h200(3)({"column": "pairs_s"})[0] / offline_h200(1)({"column": "pairs_s"})[0]],
+    ),
     says("guard.md", "At the # pairs/s of [performance.md]", H100, lambda: [one(H100, **THREE, **LEVELS[3])]),
     says(
         "scaling.md",

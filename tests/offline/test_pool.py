@@ -104,6 +104,8 @@ def test_several_engines_where_the_service_has_them(checkpoints, monkeypatch):
     assert several.engine["gpu_memory_utilization"] == 0.283 and several.engine["kv_cache_memory_bytes"] > 2**30
     small = Machine("0.32.0", ("NVIDIA L4, 23034",), H100.cores, 2**37)
     assert plan_engine(get_config(), model, small, several=True).engines == 1
+    cpu = Machine("0.32.0+cpu", (), (0, 1), 2**35)
+    assert plan_engine(get_config(engines_per_gpu=2), model, cpu, several=True).engines == 1
     monkeypatch.setattr(program, "OfflineReranker", lambda made: ("one", made.engines))
     monkeypatch.setattr(program, "RerankerPool", lambda made: ("pool", made.engines))
     made = plan_engine(get_config(), model, H100)

@@ -67,6 +67,12 @@ def test_bits_that_stay_pass_and_are_compared_after_a_restart(state, tmp_path):
     assert run(Service(), tmp_path)["restart"][0] is None
 
 
+def test_a_folder_that_cannot_be_written_is_no_fault_of_the_scores(state, tmp_path):
+    (tmp_path / "file").touch()
+    fault, seen = run(Service(), tmp_path / "file" / "log")["restart"]
+    assert fault is None and "not stored" in seen and "file" in seen
+
+
 def test_one_changed_bit_is_a_fault_with_exact_only(state, tmp_path):
     def last_bit(call):
         return 6e-8 if call == 30 else 0.0
