@@ -186,9 +186,9 @@ def run_checks(cfg: EnvConfig, reference: bool = False) -> Iterator[tuple[str, s
         fault = f"the irrelevant document ranks first for: {'; '.join(wrong)}" if wrong else None
         yield "answers", fault, f"{len(known)} known answers rank first"
 
-    known = published(checkpoint) if profile.name == "qwen3_reranker" else None
-    if known:
-        yield check_published(cfg, *known)
+    card = published(checkpoint) if profile.name == "qwen3_reranker" else None
+    if card:
+        yield check_published(cfg, *card)
     if reference:
         yield from check_references(cfg, checkpoint, settled, scores)
 
