@@ -15,8 +15,9 @@ DOCUMENTS = (
     "Gravity is a force that attracts two bodies towards each other. It gives weight to physical objects and is "
     "responsible for the movement of planets around the sun.",
 )
-# The card's bfloat16 and a float32 run of the same weights differ by 0.8 at -12: that much is rounding.
-TOLERANCE = 1.0
+# The card's bfloat16 and a float32 run of the same 0.6B weights differ by 0.8 at -12: that is rounding. A prompt
+# without template, or a head that was not loaded, is further away.
+TOLERANCE = 1.5
 
 
 @dataclass(frozen=True)

@@ -183,6 +183,9 @@ def check_published(cfg: EnvConfig, known: Published, certain: bool) -> tuple[st
     """(name, fault, seen). The service's answers beside those that the model card prints for these very weights."""
     scores = [score(cfg, QUERY, document, INSTRUCTION)[0] for document in DOCUMENTS]
     worst = distance(known, scores)
+    # Fewer bits, or texts that the settings cut, may give other answers.
+    limits = (cfg.max_model_len, cfg.max_tokens_per_doc, cfg.max_tokens_per_query)
+    certain &= not cfg.quantization and all(limit is None or limit >= 256 for limit in limits)
     said = f"the logits of the model card's example are {', '.join(f'{logit(s):.3f}' for s in scores)}"
     card = f"{known.name} has {', '.join(str(value) for value in known.logits[0])}"
     if worst <= TOLERANCE_LOGIT:

@@ -56,6 +56,9 @@ def test_check_says_whose_answers_these_are(monkeypatch, logits, certain, fault,
         return 1 / (1 + math.exp(-logits[DOCUMENTS.index(document)])), 80
 
     monkeypatch.setattr(check, "score", score)
+    if fault:  # not where settings cut texts or take bits
+        for settings in ({"quantization": "fp8"}, {"max_tokens_per_doc": 8}, {"max_model_len": 64}):
+            assert check.check_published(get_config(**settings), KNOWN[0], certain)[1] is None
     name, found_fault, seen = check.check_published(get_config(), KNOWN[0], certain)
     assert name == "published" and bool(found_fault) == fault and said in (found_fault or seen)
     assert set(asked) == {"Given a web search query, retrieve relevant passages that answer the query"}
