@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 
-from rerank_kit.guard import dialects
+from rerank_kit.guard import dialects, playground
 from rerank_kit.guard.admission import FIRST_PAIRS, Load
 from rerank_kit.guard.answers import Refusal, _send_json, _send_refusal, whole
 from rerank_kit.guard.asked import Asked, understand
@@ -178,6 +178,8 @@ class Guard:
                 return await _send_json(answer, 200, {"status": "live"})
             if call.path == "/ready":
                 return await self._ready(scope, watched_receive, answer)
+            if call.path == playground.PATH:
+                return await playground.send_page(answer)
             if call.path == "/info":
                 return await self._info(scope, answer)
             if call.scoring:
@@ -220,7 +222,9 @@ class Guard:
 
     def _check_access(self, call: Call) -> None:
         """Check the key first, so that callers without it do not learn which paths exist."""
-        if self.key_hash and call.path not in NO_KEY_PATHS:
+        # A browser cannot send a key with an address; the page asks for it, and holds nothing secret.
+        is_page = call.path == playground.PATH and call.path in self.paths
+        if self.key_hash and call.path not in NO_KEY_PATHS and not is_page:
             scheme, _, key = call.headers.get(b"authorization", b"").partition(b" ")
             right = hmac.compare_digest(hashlib.sha256(key).digest(), self.key_hash)
             if scheme.lower() != b"bearer" or not right:
