@@ -108,7 +108,15 @@ TABLE = (
         (0, -1, "two", True, 10**400),
         routes=RERANK,
     ),
-    _only("overlap_tokens", "SiliconFlow", (64,), "only 64, which is the overlap of windows", (80,)),
+    Field(
+        "overlap_tokens",
+        "SiliconFlow",
+        "guard",
+        "tokens that neighbouring windows share, half a window at most; 64 without it",
+        (0, 80),
+        (-1, "many", True, 0.5),
+        routes=RERANK,
+    ),
     Field("truncation", "Voyage, Jina", "guard", LENGTH, (True, False), ("yes", 1)),
     Field(
         "truncate",

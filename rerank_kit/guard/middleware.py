@@ -252,7 +252,7 @@ class Guard:
         changed = payload != before
         changed |= self._complete(call, payload, served_length(scope))
         if self.cache is not None:
-            rules = call.mode, call.asked.max_windows
+            rules = call.mode, call.asked.max_windows, call.asked.overlap
             call.lookup = self.cache.look_up(payload, call.asked.inner_path, rules)
             changed |= call.lookup is not None
             if call.lookup and not call.lookup.missing:
