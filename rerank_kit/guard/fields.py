@@ -189,6 +189,7 @@ def markdown() -> str:
     """The table of docs/guard.md."""
     lines = ["| field | of | what becomes of it |", "|---|---|---|"]
     for field in TABLE:
-        where = "" if len(field.routes) > 1 else f" (only /{field.routes[0]}: 422 elsewhere)"
+        status = 400 if field.does == "text" else 422
+        where = "" if len(field.routes) > 1 else f" (only /{field.routes[0]}: {status} elsewhere)"
         lines.append(f"| `{field.name}` | {field.apis} | {DOES[field.does]}: {field.about}{where} |")
     return "\n".join(lines) + "\n"
