@@ -30,6 +30,7 @@ class Asked:
     min_score: float | None = None
     timeout_ms: float | None = None  # how long the caller waits
     max_windows: int = 0  # of a document; 0 = any number
+    overlap: int | None = None  # tokens that neighbouring windows share; None = the kit's own number
     groups: list[int] = field(default_factory=list)  # documents of each of several queries
     top_n: int = 0  # where the guard itself keeps the best; 0 = all
     ignored: list[str] = field(default_factory=list)  # fields that neither the guard nor vLLM knows
@@ -143,6 +144,10 @@ _KINDS = {
     "min_score": ("a number", _is_number),
     "timeout_ms": ("a number of milliseconds above 0", lambda value: _is_number(value) and value > 0),
     "max_chunks_per_doc": ("a whole number of 1 or more", _is_count),
+    "overlap_tokens": (
+        "a whole number of 0 or more",
+        lambda value: _is_number(value) and value >= 0 and value == int(value),
+    ),
     "instruct": ("a text", lambda value: isinstance(value, str)),
     "instruction": ("a text", lambda value: isinstance(value, str)),
     "rank_fields": (
@@ -188,6 +193,8 @@ def _lengths(payload: dict, asked: Asked) -> None:
                 fit_name = name
     if asked.fits and payload.get("long_documents") == "error":
         raise _refused(fit_name, "true or END contradicts another field, by which a text that is too long is an error")
+    if "overlap_tokens" in payload:
+        asked.overlap = int(payload.pop("overlap_tokens"))
     if "max_chunks_per_doc" in payload:
         asked.max_windows = int(payload.pop("max_chunks_per_doc"))
         mode = "truncate" if asked.max_windows == 1 else "chunk"

@@ -108,7 +108,15 @@ TABLE = (
         (0, -1, "two", True, 10**400),
         routes=RERANK,
     ),
-    _only("overlap_tokens", "SiliconFlow", (64,), "only 64, which is the overlap of windows", (80,)),
+    Field(
+        "overlap_tokens",
+        "SiliconFlow",
+        "guard",
+        "tokens that neighbouring windows share, half a window at most; 64 without it",
+        (0, 80),
+        (-1, "many", True, 0.5),
+        routes=RERANK,
+    ),
     Field("truncation", "Voyage, Jina", "guard", LENGTH, (True, False), ("yes", 1)),
     Field(
         "truncate",
@@ -181,6 +189,7 @@ def markdown() -> str:
     """The table of docs/guard.md."""
     lines = ["| field | of | what becomes of it |", "|---|---|---|"]
     for field in TABLE:
-        where = "" if len(field.routes) > 1 else f" (only /{field.routes[0]}: 422 elsewhere)"
+        status = 400 if field.does == "text" else 422
+        where = "" if len(field.routes) > 1 else f" (only /{field.routes[0]}: {status} elsewhere)"
         lines.append(f"| `{field.name}` | {field.apis} | {DOES[field.does]}: {field.about}{where} |")
     return "\n".join(lines) + "\n"

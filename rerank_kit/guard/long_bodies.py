@@ -153,12 +153,15 @@ class Split:
         return {index: n for index, n in Counter(self.owners).items() if n > 1}
 
 
-def split_payload(fitter: Fitter, payload: dict, most: int = 0, most_each: int = 0) -> tuple[Split | None, list[int]]:
+def split_payload(
+    fitter: Fitter, payload: dict, most: int = 0, most_each: int = 0, overlap: int | None = None
+) -> tuple[Split | None, list[int]]:
     """Replace the long documents of a rerank or score body by their windows, in place.
 
     Args:
         most: windows that are allowed in all; 0 = any number.
         most_each: windows that a document keeps, the first ones; 0 = all.
+        overlap: tokens that neighbouring windows share; None = the kit's own number.
 
     Returns:
         (split, cut): None where every document is one window; indices of the documents of which, or of whose query,
@@ -173,6 +176,7 @@ def split_payload(fitter: Fitter, payload: dict, most: int = 0, most_each: int =
         return None, []
     instruction, n = _instruction(payload), 0
     parts: list[tuple[str, list[str], bool]] = []
+    more = {} if overlap is None else {"overlap": overlap}
     shortened: set[int] = set()  # documents that lost windows
     pairs = _pairs(fitter, payload, fields)
     for query, document in pairs:
@@ -180,7 +184,7 @@ def split_payload(fitter: Fitter, payload: dict, most: int = 0, most_each: int =
         room = most - n - (len(pairs) - len(parts) - 1) if most else 0
         try:
             limit = 0 if most_each or not most else max(1, room)
-            query, windows, is_cut = fitter.windows(query, document, instruction, limit)
+            query, windows, is_cut = fitter.windows(query, document, instruction, limit, **more)
         except TooManyWindows as exc:
             raise TooManyWindows(n + int(str(exc))) from None
         if 0 < most_each < len(windows):

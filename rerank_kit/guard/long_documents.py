@@ -70,6 +70,8 @@ class LongDocuments:
             return body
         await self.prepare(scope)
         if not self.fitter:
+            if call.mode == "chunk" and call.asked.max_windows:
+                call.mode = ""  # at most N windows: one is right too, and vLLM refuses what is too long
             if call.mode == "chunk":
                 raise Refusal(422, "long", "this server cannot split documents: see its log", param="long_documents")
             return body
@@ -81,7 +83,7 @@ class LongDocuments:
                 call.cut = await self._in_worker(call, receive, cut_by_limits, self.fitter, call.payload) or []
         elif call.mode == "chunk":
             try:
-                limits = self.max_docs, call.asked.max_windows
+                limits = self.max_docs, call.asked.max_windows, call.asked.overlap
                 done = await self._in_worker(call, receive, split_payload, self.fitter, call.payload, *limits)
             except TooManyWindows as exc:
                 limit = f"the limit is {self.max_docs} (MAX_DOCS_PER_CALL)"

@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 
-from rerank_kit.guard import dialects
+from rerank_kit.guard import dialects, playground
 from rerank_kit.guard.admission import FIRST_PAIRS, Load
 from rerank_kit.guard.answers import Refusal, _send_json, _send_refusal, whole
 from rerank_kit.guard.asked import Asked, understand
@@ -184,6 +184,8 @@ class Guard:
             self._check_access(call)
             if call.path in PROBES:
                 return await self._probe(call.path, scope, watched_receive, answer)
+            if call.path == playground.PATH:
+                return await playground.send_page(answer)
             if call.path == "/info":
                 return await self._info(scope, answer)
             if scope["method"] == "HEAD" and call.path in PATHS:
@@ -228,7 +230,9 @@ class Guard:
 
     def _check_access(self, call: Call) -> None:
         """Check the key first, so that callers without it do not learn which paths exist."""
-        if self.key_hash and call.path not in NO_KEY_PATHS:
+        # A browser cannot send a key with an address; the page asks for it, and holds nothing secret.
+        is_page = call.path == playground.PATH and call.path in self.paths
+        if self.key_hash and call.path not in NO_KEY_PATHS and not is_page:
             scheme, _, key = call.headers.get(b"authorization", b"").partition(b" ")
             right = hmac.compare_digest(hashlib.sha256(key).digest(), self.key_hash)
             if scheme.lower() != b"bearer" or not right:
@@ -256,7 +260,7 @@ class Guard:
         changed = payload != before
         changed |= self._complete(call, payload, served_length(scope))
         if self.cache is not None:
-            rules = call.mode, call.asked.max_windows
+            rules = call.mode, call.asked.max_windows, call.asked.overlap
             call.lookup = self.cache.look_up(payload, call.asked.inner_path, rules)
             changed |= call.lookup is not None
             if call.lookup and not call.lookup.missing:

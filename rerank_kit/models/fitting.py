@@ -139,12 +139,13 @@ class Fitter:
         return *fitted, fitted != whole
 
     def windows(
-        self, query: str, document: str, instruction: str | None = None, most: int = 0
+        self, query: str, document: str, instruction: str | None = None, most: int = 0, overlap: int = OVERLAP
     ) -> tuple[str, list[str], bool]:
         """The document as overlapping windows that each fit beside the query.
 
         Args:
             most: windows that are allowed; 0 = any number.
+            overlap: tokens that two neighbouring windows share, half a window at most.
 
         Returns:
             (query, windows, cut). windows: [document] if the whole pair fits. cut: the query itself was too long; the
@@ -187,7 +188,7 @@ class Fitter:
             if end == len(offsets):
                 break
             seen = end - start
-            start = max(start + 1, end - (OVERLAP if seen > 2 * OVERLAP else seen // 2))
+            start = max(start + 1, end - min(overlap, seen // 2))
         return shorter, out, shorter != query
 
     # --- how each kind cuts ---

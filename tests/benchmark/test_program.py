@@ -389,7 +389,7 @@ def test_input_sends_the_users_own_calls(tmp_path, capsys):
     file.write_text("{}")
     with serving() as service:
         assert bench_rerank.main(["--base-url", service.url, "--input", str(file)]) == 2
-    assert "calls.jsonl line 1 is not" in capsys.readouterr().err and service.bodies == []
+    assert "calls.jsonl line 1 is left out: it is not" in capsys.readouterr().err and service.bodies == []
 
 
 def test_lengths_in_tokens_take_the_served_models_tokenizer(tmp_path, capsys):

@@ -53,6 +53,7 @@ CLIENTS = {
     "LlamaIndex, TextEmbeddingInference": Client(
         "llama-index-postprocessor-tei-rerank", "R", "builtins.AssertionError", ""
     ),
+    "LlamaIndex, SiliconFlowRerank": Client("llama-index-postprocessor-siliconflow-rerank", "R/v1/rerank", RUNTIME),
     "Haystack, NvidiaRanker": Client("nvidia-haystack", "R/v1", "builtins.ValueError"),
     "Haystack, CohereRanker": Client("cohere-haystack", "R", COHERE),
     "Haystack, JinaRanker": Client("jina-haystack", "R/v1/rerank", RUNTIME),

@@ -213,6 +213,8 @@ def test_what_the_limits_cut_in_mode_error_is_named(scorer, limit, named):
 def test_chunk_is_refused_where_the_tokenizer_is_not_known(scorer):
     inner, guard = scorer()
     guard.long.fitter = False
+    assert one(guard, RERANK, {**LONG, "max_chunks_per_doc": 1024}).status == 200  # a limit, no wish for windows
+    inner.calls.clear()
     answer = one(guard, RERANK, {**LONG, "long_documents": "chunk"})
     assert answer.status == 422 and "cannot split" in answer.message and not inner.calls
     assert one(guard, RERANK, LONG).status == 200  # vLLM judges

@@ -517,6 +517,17 @@ def test_whole_prompts_and_windows_keep_marks_too(fitter, text):
     assert [unicodedata.normalize("NFC", window) for window in windows] == wanted
 
 
+def test_windows_share_as_many_tokens_as_asked(fitter):
+    document = "7" * 300
+    room = len(fitter.windows("q", document)[1][0])
+    for overlap in (0, 5, 10**9):
+        payload = {"query": "q", "documents": [document]}
+        split, _ = split_payload(fitter, payload, overlap=overlap)
+        shared = min(overlap, room // 2)
+        n = -(-(len(document) - room) // (room - shared)) + 1
+        assert len(split.owners) == n and sum(map(len, payload["documents"])) == len(document) + shared * (n - 1)
+
+
 def test_limits_are_cut_before_vllm_cuts_the_accent_off(fitter):
     payload = {
         "query": DECOMPOSED[0],
