@@ -277,9 +277,9 @@ def test_image_sets_known_settings():
 def test_image_has_every_program_that_the_script_calls():
     assert "rerank_kit/" in copied() and "profiles/" in copied()
     inside = {Path(source).stem for source in copied() if source.endswith(".py")}
-    # What the script calls by name; the demo's example is not the service's.
+    # With these `docker exec` runs the actions example, bench and score too.
     called = set(re.findall(r"\$KIT/(\w+)\.py", (KIT / "start_rerank.sh").read_text()))
-    assert called - inside == {"main"}
+    assert called <= inside and {"model_utils", "resources"} <= inside
 
 
 def run_image_kit(root: Path, *args: str, **settings) -> subprocess.CompletedProcess:

@@ -2,8 +2,8 @@
 
 import http.server
 import json
-import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,7 +20,23 @@ from rerank_kit import settings
 
 FIRST, LATER = (table[2:] for table in tables(read("docs/troubleshooting.md")))
 PYTHON = Path(sys._base_executable)  # without vLLM
-TOOLS = ("sh", "dirname", "readlink", "uname", "sed", "cat", "cksum", "date", "rm", "printenv", "grep")
+TOOLS = (
+    "sh",
+    "dirname",
+    "readlink",
+    "uname",
+    "sed",
+    "cat",
+    "cksum",
+    "date",
+    "rm",
+    "printenv",
+    "grep",
+    "tr",
+    "sleep",
+    "env",
+)
+TOOLS += ("flock", "mkdir", "chmod", "ls", "df", "tail", "head", "cut", "sort", "awk", "nice", "wc")
 
 
 def messages(cell: str) -> list[str]:
@@ -41,8 +57,8 @@ def bare_path(tmp_path: Path) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in TOOLS:
-        found = next(f"{place}/{name}" for place in ("/bin", "/usr/bin") if os.path.exists(f"{place}/{name}"))
-        (folder / name).symlink_to(found)
+        if found := shutil.which(name, path="/bin:/usr/bin"):
+            (folder / name).symlink_to(found)
     return folder
 
 
@@ -187,7 +203,7 @@ PROVOKE: dict[str, Callable] = {
     "... in .env is not a setting": typo,
     "PORT in resources.py": edited,
     "PORT=... cannot be bound": taken_port,
-    "HOST=0.0.0.0 opens": start(HOST="0.0.0.0"),
+    "HOST=0.0.0.0": start(HOST="0.0.0.0"),
     "RerankConnectionError": lambda tmp_path: run_main(tmp_path, PORT=free_port()),
     "RerankHTTPError: HTTP 501": other_program,
     "... has no package": without_package,
