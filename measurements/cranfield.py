@@ -148,6 +148,8 @@ def reference(run: Path, target: Path, model: str, table: Path) -> None:
 
     out = json.loads(run.read_text("utf-8"))
     rows = {name: [json.loads(line) for line in (target / f"{name}.jsonl").open()] for name in ("corpus", "queries")}
+    needed = {doc_id for one in out["scored"] for doc_id in one["ids"]}
+    rows["corpus"] = [row for row in rows["corpus"] if row["_id"] in needed]
     texts, asked = ({row["_id"]: row["text"] for row in rows[name]} for name in ("corpus", "queries"))
     network = SentenceTransformer(model, device="cpu")
     vectors = dict(zip(texts, network.encode(list(texts.values()), batch_size=64, convert_to_tensor=True), strict=True))
