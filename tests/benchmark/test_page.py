@@ -45,8 +45,7 @@ class Balance(HTMLParser):
 def test_bars_below_zero_begin_at_the_axis():
     text = charts.chart("gain", "queries", {}, [[0, 1, 2.0], [1, 2, -1.0]])
     (up, up_height), (down, down_height) = (
-        tuple(map(float, found))
-        for found in re.findall(r' x="[^"]+" y="([^"]+)" width="[^"]+" height="([^"]+)"', text)
+        tuple(map(float, found)) for found in re.findall(r' x="[^"]+" y="([^"]+)" width="[^"]+" height="([^"]+)"', text)
     )
     assert up + up_height == pytest.approx(down, abs=0.11) and up_height == pytest.approx(2 * down_height, abs=0.2)
     assert 0 < up < down < down + down_height < charts.HIGH

@@ -194,7 +194,7 @@ PROVOKE: dict[str, Callable] = {
     "Python 3.11 to 3.14 is needed": no_python,
     "the venv module": no_venv,
     "setup failed at: torch": no_network,
-    "setup needs Linux": not_linux,
+    "the service runs on Linux": not_linux,
     "vLLM is not installed": no_vllm,
     "unknown action": lambda tmp_path: run_kit("begin").stderr,
     "MODEL_PATH is not set": start(MODEL_PATH=""),
