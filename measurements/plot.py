@@ -11,7 +11,7 @@ KIT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(KIT)]
 
 from measurements import results
-from rerank_kit.benchmark.page import HIGH, WIDE, chart
+from rerank_kit.benchmark.charts import COLORS, HIGH, LINES, WIDE, chart
 
 FILE = KIT / "docs" / "call-h200.svg"
 NAMES = {"plain": "plain vllm serve", "whole": "the kit", "exact": "the kit, EXACT=1"}
@@ -27,10 +27,10 @@ def picture() -> str:
             for name, shown in NAMES.items()
         }
         inner = chart(title, "calls in flight", points, log_x=True)
-        parts.append(re.sub(r"^<svg ", f'<svg x="{place * WIDE}" ', inner))
-    style = "<style>text{font:11px system-ui,sans-serif}</style>"
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * WIDE}" height="{HIGH}" role="img">'
-    return f'{head}{style}<rect width="100%" height="100%" fill="#fafafa"/>{"".join(parts)}</svg>\n'
+        parts.append(re.sub(r"^<svg ", f'<svg x="{place * WIDE}" width="{WIDE}" height="{HIGH}" ', inner))
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * WIDE} {HIGH}" role="img">'
+    back = '<rect width="100%" height="100%" style="fill:var(--card)"/>'
+    return f"{head}<style>{COLORS}{LINES}</style>{back}{''.join(parts)}</svg>\n"
 
 
 def main(argv: list[str]) -> int:

@@ -9,13 +9,23 @@ from collections.abc import Sequence
 WIDE, HIGH, LEFT, BOTTOM = 440, 250, 58, 50  # of a chart, in its own units; the margins of its axes
 N_COLORS = 6
 
-STYLE = """:root{color-scheme:light dark;--text:#1c2430;--dim:#5d6878;--back:#fff;--card:#f4f6f9;--line:#dde2ea;
+COLORS = """:root{color-scheme:light dark;--text:#1c2430;--dim:#5d6878;--back:#fff;--card:#f4f6f9;--line:#dde2ea;
 --c0:#1f6fb4;--c1:#d9650f;--c2:#2a8f3c;--c3:#a03ca0;--c4:#b02a2a;--c5:#5a5a5a;
 --good:#d7efdc;--fair:#fdeccb;--bad:#f9d6d3}
 @media(prefers-color-scheme:dark){:root{--text:#e4e8ee;--dim:#9aa5b4;--back:#14181f;--card:#1e242d;--line:#343d4a;
 --c0:#63b0ee;--c1:#f59a4a;--c2:#6ccb7d;--c3:#d48ad4;--c4:#ef7f7a;--c5:#b5b5b5;
 --good:#1f4a2a;--fair:#56411a;--bad:#5b2624}}
-*{box-sizing:border-box}
+"""
+LINES = """svg text{font:11px system-ui,sans-serif;fill:var(--text)}
+svg .grid{stroke:var(--line)}svg polyline{fill:none;stroke-width:2}
+.k0{stroke:var(--c0)}.k1{stroke:var(--c1);stroke-dasharray:7 3}.k2{stroke:var(--c2);stroke-dasharray:2 3}
+.k3{stroke:var(--c3);stroke-dasharray:9 3 2 3}.k4{stroke:var(--c4);stroke-dasharray:4 4}.k5{stroke:var(--c5)}
+svg .f0{fill:var(--c0)}svg .f1{fill:var(--c1)}svg .f2{fill:var(--c2)}svg .f3{fill:var(--c3)}svg .f4{fill:var(--c4)}
+svg .f5{fill:var(--c5)}
+"""
+STYLE = (
+    COLORS
+    + """*{box-sizing:border-box}
 body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;padding:1.2em;max-width:72em;
 color:var(--text);background:var(--back)}
 h1{font-size:1.5em;margin:.2em 0}h2{font-size:1.15em;margin:1.4em 0 .4em}
@@ -24,13 +34,9 @@ h1{font-size:1.5em;margin:.2em 0}h2{font-size:1.15em;margin:1.4em 0 .4em}
 .card{background:var(--card);border-radius:10px;padding:.8em 1em}.card b{display:block;font-size:1.75em;line-height:1.2}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(21em,100%),1fr));gap:.7em}
 svg{width:100%;height:auto;background:var(--card);border-radius:10px}
-svg text{font:11px system-ui,sans-serif;fill:var(--text)}
-svg .grid{stroke:var(--line)}svg polyline{fill:none;stroke-width:2}
-.k0{stroke:var(--c0)}.k1{stroke:var(--c1);stroke-dasharray:7 3}.k2{stroke:var(--c2);stroke-dasharray:2 3}
-.k3{stroke:var(--c3);stroke-dasharray:9 3 2 3}.k4{stroke:var(--c4);stroke-dasharray:4 4}.k5{stroke:var(--c5)}
-svg .f0{fill:var(--c0)}svg .f1{fill:var(--c1)}svg .f2{fill:var(--c2)}svg .f3{fill:var(--c3)}svg .f4{fill:var(--c4)}
-svg .f5{fill:var(--c5)}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.93em}
+"""
+    + LINES
+    + """.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.93em}
 td,th{padding:3px 8px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 td:first-child,th:first-child,.text td{text-align:left}
 .text td{white-space:normal;overflow-wrap:anywhere;vertical-align:top}
@@ -40,6 +46,7 @@ details{border-bottom:1px solid var(--line);padding:.3em 0}summary{cursor:pointe
 details,.repeat,h2.each,.words{display:none}h1{margin:0}h2{margin:.5em 0 .2em}p{margin:.2em 0}td,th{padding:1px 6px}
 .charts{grid-template-columns:repeat(4,1fr)}.cards{grid-template-columns:repeat(5,1fr);margin:.4em 0}
 .card{padding:.4em .7em}}"""
+)
 
 
 def head(title: str) -> str:
