@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from rerank_kit import settings
-from rerank_kit.client import calls
+from rerank_kit.client import one_call
 from rerank_kit.client.sessions import SharedResources
 
 KIT = Path(__file__).resolve().parents[1]
@@ -110,7 +110,7 @@ def closed_sessions():
     yield
     SharedResources.close_local_rerank_client()
     SharedResources._endpoints.clear()
-    calls._aliases.clear()
+    one_call._aliases.clear()
 
 
 def _ports():

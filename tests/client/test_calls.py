@@ -16,7 +16,7 @@ import pytest
 from fault_server import Caller, FaultServer, client, config, reply, score_of, serve, slow, status
 
 import model_utils
-from rerank_kit.client import calls as client_calls
+from rerank_kit.client import one_call
 from rerank_kit.client.calls import RerankItem, arerank, ascore, rerank, rerank_many, score
 from rerank_kit.client.errors import RerankHTTPError, RerankResponseError, RerankTimeout
 
@@ -189,7 +189,7 @@ def test_a_fleet_of_two_models_is_an_error(client, serve):
     server = serve(default=versions(*["old", "new"] * 3))
     with pytest.raises(RerankResponseError, match=r"different models or settings \(new, old\)"):
         client.score(QUERY, list("abcd"), base_url=server.url, batch_size=2)
-    assert len(server.requests) == 2 * client_calls.MIXED_TRIES
+    assert len(server.requests) == 2 * one_call.MIXED_TRIES
 
 
 @pytest.mark.parametrize("call", [rerank, lambda *args, **kwargs: asyncio.run(arerank(*args, **kwargs))])
