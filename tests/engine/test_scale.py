@@ -6,7 +6,7 @@ import pytest
 from test_plan import plan
 
 from rerank_kit.engine.scale import score_scale
-from rerank_kit.models.checkpoint import Checkpoint
+from rerank_kit.models.checkpoint import Checkpoint, Said
 from rerank_kit.models.profiles import load_profiles
 
 SIGMOID, IDENTITY = "torch.nn.modules.activation.Sigmoid", "torch.nn.modules.linear.Identity"
@@ -22,22 +22,19 @@ def test_scale_of_a_profile(tmp_path, profile, name, low, high):
 
 
 @pytest.mark.parametrize(
-    ("config", "newer", "name"),
+    ("profile", "function", "name"),
     [
-        ({"sbert_ce_default_activation_function": IDENTITY}, None, "logit"),
-        ({"sentence_transformers": {"activation_fn": IDENTITY}}, None, "logit"),
-        ({"sentence_transformers": {"activation_fn": SIGMOID}}, None, "probability"),
-        ({}, {"activation_fn": IDENTITY}, "logit"),
-        ({"sbert_ce_default_activation_function": IDENTITY}, {"activation_fn": SIGMOID}, "probability"),
-        ({"sentence_transformers": 7}, [], "probability"),
-        ({}, "no JSON", "probability"),
+        ("cross_encoder", IDENTITY, "logit"),
+        ("cross_encoder", SIGMOID, "probability"),
+        ("cross_encoder", "torch.nn.modules.activation.Tanh", "Tanh"),
+        ("logit_score", IDENTITY, "probability"),  # served with the sigmoid, whatever the files say
+        ("qwen3_reranker", IDENTITY, "probability"),
     ],
 )
-def test_the_files_name_the_activation(tmp_path, config, newer, name):
-    if newer is not None:
-        text = newer if isinstance(newer, str) else json.dumps(newer)
-        (tmp_path / "config_sentence_transformers.json").write_text(text)
-    assert score_scale(load_profiles()["cross_encoder"], Checkpoint(tmp_path, config, (), None))["name"] == name
+def test_the_files_name_the_activation(tmp_path, profile, function, name):
+    found = Checkpoint(tmp_path, {}, (), None, activation=Said(function, "config.json"))
+    scale = score_scale(load_profiles()[profile], found)
+    assert scale["name"] == name and (scale["min"], scale["max"]) == ((0, 1) if name == "probability" else (None, None))
 
 
 def test_the_guard_is_told(checkpoints):
