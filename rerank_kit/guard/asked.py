@@ -268,6 +268,7 @@ def _many_queries(payload: dict, asked: Asked, max_docs: int) -> None:
     payload["queries"] = [query for query, one in zip(queries, lists, strict=True) for _ in one]
     payload["documents"] = [text for one in lists for text in one]
     asked.groups, asked.inner_path = [len(one) for one in lists], "/score"
+    asked.dialect = ""  # no other API has several queries: the answer is the general one
     asked.top_n = asked.top_n or top_n
 
 

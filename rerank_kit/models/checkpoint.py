@@ -123,6 +123,8 @@ def load_tokenizer(path: Path):
     try:
         found = file.stat()
         return _loaded(file, found.st_mtime_ns, found.st_size)
+    except ImportError:
+        raise  # says of this Python, not of the file
     except Exception as exc:  # tokenizers raises plain Exception
         read_json(file)  # says more of a file that is no JSON
         line = str(exc).splitlines()[0][:160] if str(exc) else type(exc).__name__

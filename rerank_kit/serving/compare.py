@@ -91,6 +91,7 @@ def differences(plan: Plan, known: dict) -> list[str]:
         if then is not None:
             old, new = old | then, new | now
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and key not in FOLLOWS]
+    changed = [key for key in changed if key.removeprefix("GUARD_") not in set(changed) - {key}]  # one line a setting
     lines = [
         f"{key}: it runs {old.get(key, 'without')!r}, the settings say {new.get(key, 'without')!r}" for key in changed
     ]

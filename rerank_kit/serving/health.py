@@ -244,6 +244,7 @@ def _usual(cfg: EnvConfig) -> dict[str, str]:
 
 def _keep_times(cfg: EnvConfig, spent: dict[str, float]) -> None:
     with suppress(OSError):  # a full disk: the next start knows less
+        _times_file(cfg).touch(0o600)
         _times_file(cfg).write_text(json.dumps({name: round(seconds, 1) for name, seconds in spent.items()}), "utf-8")
 
 

@@ -339,7 +339,7 @@ def test_health_check_of_the_image(image_kit):
     assert run(*check, cwd=image_kit, env=env).returncode == 0
     status = 503
     assert run(*check, cwd=image_kit, env=env).returncode == 1
-    assert [path for path, _ in asked] == ["/health"] * 2
+    assert [path for path, _ in asked] == ["/ready"] * 2
     server.shutdown()
     server.server_close()
     assert run(*check, cwd=image_kit, env=env).returncode == 1, "no server"

@@ -316,6 +316,21 @@ def test_many_queries_in_one_call(shared):
     assert said["meta"] == {} and said["usage"]["total_tokens"] == 9
 
 
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (RERANK, {"documents": ["a"], "top_k": 1}),
+        (RERANK, {"documents": ["a"], "truncation": True, "return_documents": True}),
+        (RERANK, {"texts": ["a"]}),
+        ("/v1/ranking", {"passages": [{"text": "a"}]}),
+    ],
+)
+def test_many_queries_are_answered_alike_in_every_dialect(path, fields):
+    answer, said, *_ = ask_vllm(path, {"queries": ["q", "r"], **fields})
+    assert answer.status == 200, answer.body
+    assert [[row["index"] for row in rows] for rows in said["results"]] == [[0], [0]]
+
+
 def test_many_queries_count_all_their_pairs(monkeypatch):
     before = metric("pairs_total")
     assert ask_vllm(RERANK, {"queries": ["q"] * 3, "documents": ["a"] * 4})[0].status == 200
