@@ -62,7 +62,8 @@ def rerank(
         "_client_calls": the number of requests. "_client_retries": how many were sent again, to the same address or
         another. "_client_url": the address that answered. Of several requests, results and usage are merged, ids and
         addresses are joined by commas. With `first` also "_first": scores of all documents by the first stage, its
-        model, _cut, _version, cost and calls; None where it was not asked. Cost and calls outside are those of both.
+        model, _cut, _version, address, cost, calls and retries; None where it was not asked. Cost, calls and retries
+        outside are those of both.
 
     Raises:
         ValueError: an invalid argument; nothing was sent.

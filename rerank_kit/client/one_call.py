@@ -100,7 +100,7 @@ class _Call:
         base_urls(found.base_url)
         small = copy.copy(self)
         small.base_url, small.top_n = found.base_url, len(self.documents)
-        small.model = _text("model", settings.CFG.served_model_name if found.model is None else found.model)
+        small.model = _text("model", settings.CLIENT.served_model_name if found.model is None else found.model)
         small.extra = dict(self.extra)
         if found.instruction is not None:
             small.extra["instruction"] = _text("instruction", found.instruction)

@@ -38,7 +38,8 @@ def _base_urls(text: str) -> tuple[str, ...]:
         if not ok or parts.query or parts.fragment or re.search(r"\s", url):
             raise ValueError(f"base_url={url!r} is not like http://127.0.0.1:11438/v1")
         # Many take the whole path of a call for the address.
-        urls.append(re.sub(r"(/+v1)?(/+(rerank|score)|/+v2/+rerank)?/*$", "", url) + "/v1")
+        path = re.sub(r"(/+v1)?(/+(rerank|score)|/+v2/+rerank)?/*$", "", parts.path)
+        urls.append(f"{parts.scheme}://{parts.netloc}{path}/v1")
     if not urls:
         raise ValueError(f"base_url={text!r} holds no address")
     return tuple(dict.fromkeys(urls))

@@ -49,8 +49,8 @@ def told(
     raw = {**second, name: [{**row, "index": kept[row["index"]]} for row in second[name]]}
     raw["_cut"] = sorted(kept[index] for index in second["_cut"])
     raw["_windows"] = {kept[index]: n for index, n in second["_windows"].items()}
-    raw["_client_cost_ms"] = first["_client_cost_ms"] + second["_client_cost_ms"]
-    raw["_client_calls"] = first["_client_calls"] + second["_client_calls"]
-    keys = ("model", "usage", "_cut", "_windows", "_version", "_client_cost_ms", "_client_calls")
+    summed = ("_client_cost_ms", "_client_calls", "_client_retries")
+    raw |= {key: first[key] + second[key] for key in summed}
+    keys = ("model", "usage", "_cut", "_windows", "_version", "_client_url", *summed)
     raw["_first"] = {"scores": scores, **{key: first[key] for key in keys if key in first}}
     return raw

@@ -41,12 +41,12 @@ class Asked:
         return not (self.dialect or self.groups or self.originals) and self.texts and self.min_score is None
 
 
-def understand(asked: Asked, path: str, payload: dict, max_docs: int = 0) -> None:
+def understand(asked: Asked, path: str, payload: dict, max_docs: int = 0, max_bytes: int = 0) -> None:
     """Read a body's fields, and put it into vLLM's shape in place.
 
     Args:
         asked: filled in; its dialect first, since a refusal is told in that.
-        max_docs: pairs that several queries may make; 0 = any number.
+        max_docs, max_bytes: pairs that several queries may make, and bytes of their texts; 0 = any number.
 
     Raises:
         Refusal: 400 for shapes that cannot be read, 413 for too many pairs, 422 for fields that would be ignored or
@@ -78,7 +78,7 @@ def understand(asked: Asked, path: str, payload: dict, max_docs: int = 0) -> Non
         asked.top_n = top_n
         payload.pop("top_n", None)
     if route == "rerank" and "queries" in payload:
-        _many_queries(payload, asked, max_docs)
+        _many_queries(payload, asked, max_docs, max_bytes)
     for name in (*QUERY_NAMES, *DOCUMENT_NAMES):
         if name in payload:
             _as_texts(payload, name, asked)
@@ -243,7 +243,7 @@ def _has_media(payload: dict) -> bool:
     return any(isinstance(item, dict) for item in items)
 
 
-def _many_queries(payload: dict, asked: Asked, max_docs: int) -> None:
+def _many_queries(payload: dict, asked: Asked, max_docs: int, max_bytes: int) -> None:
     """Several queries in one call: vLLM's /score takes them as pairs, in order."""
     queries, lists = payload.pop("queries"), payload.get("documents")
     if not (isinstance(queries, list) and queries and isinstance(lists, list) and lists):
@@ -261,6 +261,11 @@ def _many_queries(payload: dict, asked: Asked, max_docs: int) -> None:
     if 0 < max_docs < n:
         text = f"the queries make {n} pairs with their documents, the limit is {max_docs} (MAX_DOCS_PER_CALL)"
         raise Refusal(413, "docs", f"{text}: send several calls", param="queries")
+    # vLLM gets a query once for each of its documents.
+    n_chars = sum(len(str(query)) * len(one) for query, one in zip(queries, lists, strict=True))
+    if 0 < max_bytes < n_chars:
+        text = f"repeated for each document the queries have {n_chars} characters, the limit is {max_bytes} bytes"
+        raise Refusal(413, "bytes", f"{text} (MAX_BODY_BYTES): send several calls", param="queries")
     top_n = top_n_of(payload)
     if top_n is None:
         raise Refusal(400, "field", "top_n must be a whole number of 0 or more", param="top_n")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from rerank_kit.guard.long_bodies import top_n_of
 
 ENTRY_BYTES = 350  # of one score with its key in the OrderedDict; tests/guard/test_cache.py measures it
-NOT_OF_THE_SCORE = frozenset(("query", "queries", "documents", "top_n", "request_id", "user", "priority"))
+NOT_OF_THE_SCORE = frozenset(("query", "queries", "documents", "top_n", "request_id", "user"))
 
 
 class Known(NamedTuple):
@@ -69,9 +69,13 @@ class ResultCache:
             return None
         if is_score and len(many) != len(documents):
             return None
+        if not all(isinstance(payload.get(name, ""), str) for name in ("request_id", "user")) or "priority" in payload:
+            return None  # for vLLM to judge
         rest = {name: value for name, value in payload.items() if name not in NOT_OF_THE_SCORE}
         shared = json.dumps([rest, length_rules, is_score], sort_keys=True).encode() + self.version
-        seeds = {query: hashlib.blake2b(shared + _bytes(query) + b"\0", digest_size=16) for query in set(many)}
+        # The length parts query and document: a text may hold any character.
+        parts = {query: b"%d:%b" % (len(query), _bytes(query)) for query in set(many)}
+        seeds = {query: hashlib.blake2b(shared + part, digest_size=16) for query, part in parts.items()}
         keys = []
         for i, document in enumerate(documents):
             one = seeds[many[i if is_score else 0]].copy()
@@ -102,6 +106,7 @@ class Lookup:
     missing: list[int]
     top_n: int
     is_score: bool
+    keeps: bool = True  # False: another document of the call had a say in the prompts, by shortening the query
     cut: list[int] = field(default_factory=list)  # of all pairs, once the answer is complete
     windows: dict[int, int] = field(default_factory=dict)
 
@@ -122,7 +127,8 @@ class Lookup:
             at = row["index"]
             i = self.missing[at]
             known[i] = Known(row[score_name], at in was_cut, windows.get(at, 1))
-            self.cache.put(self.keys[i], known[i])
+            if self.keeps:
+                self.cache.put(self.keys[i], known[i])
         self.cut = sorted(i for i, one in known.items() if one.cut)
         self.windows = {i: one.windows for i, one in known.items() if one.windows > 1}
         rows: list[dict]

@@ -161,7 +161,7 @@ TABLE = (
         "min_score",
         "this kit",
         "guard",
-        "documents below it are left out; `meta.left_out` counts them (of those that top_n kept)",
+        "documents below it are left out; `meta.left_out` counts them",
         (0.5, 0, -1),
         ("high", True, 10**400),
         routes=RERANK,

@@ -195,7 +195,10 @@ class Guard:
                 if call.lookup and not call.lookup.missing:
                     return await self._answer_known(call, call.lookup, answer)
                 if body is not None:
+                    query = call.payload.get("query")
                     body = await self.long.fit(scope, call, body, watched_receive)
+                    if call.lookup:
+                        call.lookup.keeps = call.payload.get("query") == query
                     self.metrics.cut.inc(len(call.cut))
                 if call.is_late:
                     call.aborted = False
@@ -251,14 +254,16 @@ class Guard:
         body = await self.reading.read(receive)
         if body is None:
             return None
-        body = await self.limits.unpack(body, call.headers.get(b"content-encoding", b""))
+        body = await self.reading.unpack(body, call.headers.get(b"content-encoding", b""))
         call.n_bytes = len(body)
         self.limits.check(body)
         payload = parse(body)
         before = dict(payload)
-        understand(call.asked, call.path, payload, self.limits.max_docs)
+        understand(call.asked, call.path, payload, self.limits.max_docs, self.limits.max_bytes)
         changed = payload != before
         changed |= self._complete(call, payload, served_length(scope))
+        if "request_id" in payload:
+            call.body_id = str(payload["request_id"]).encode("utf-8", "replace")
         if self.cache is not None:
             rules = call.mode, call.asked.max_windows, call.asked.overlap
             call.lookup = self.cache.look_up(payload, call.asked.inner_path, rules)
@@ -272,8 +277,6 @@ class Guard:
             except UnicodeEncodeError as exc:
                 raise Refusal(400, "json", "the body holds half of a surrogate pair (\\ud800-\\udfff)") from exc
             body = encoded if changed else body
-        if "request_id" in payload:
-            call.body_id = str(payload["request_id"]).encode("utf-8", "replace")
         fields = [payload[name] for name in SCORING[call.asked.inner_path] if name in payload]
         pairs = max([1, *(len(field) for field in fields if isinstance(field, list))])
         if self.draining:  # since the body began
@@ -339,7 +342,7 @@ class Guard:
 
     async def _answer_known(self, call: Call, lookup: Lookup, answer) -> None:
         """Answer a call of which the result cache knows every pair."""
-        whole_answer = lookup.empty(call.request_id.decode(), call.payload.get("model") or self.model)
+        whole_answer = lookup.empty(call.body_id.decode("utf-8", "replace"), call.payload.get("model") or self.model)
         await _send_json(answer, 200, None, body=self._edited(call, 200, self.encode(whole_answer)))
 
     async def _info(self, scope, answer) -> None:

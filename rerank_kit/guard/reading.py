@@ -21,6 +21,16 @@ class Reading:
         self.most = max(limits.max_bytes, BUDGET * limits.max_bytes // n_processes)
         self.free = limits.max_bytes // FREE_SHARE
         self.held = 0
+        # An unpacked body can be a thousand times as large as what came. It is parsed as soon as its turn has come, so
+        # at most so many exist at a time.
+        self.unpacking = asyncio.Semaphore(2)
+
+    async def unpack(self, body: bytes, encoding: bytes) -> bytes:
+        """The JSON text of a body, see Limits.unpack(). The caller parses it before it awaits anything."""
+        if not encoding:
+            return await self.limits.unpack(body, encoding)
+        async with self.unpacking:
+            return await self.limits.unpack(body, encoding)
 
     async def read(self, receive: Callable[[], Awaitable[dict]]) -> bytes | None:
         """The whole body from an ASGI receive(), or Refusal as soon as it exceeds a bound. None = the client left."""

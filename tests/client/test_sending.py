@@ -670,6 +670,8 @@ def test_tls_handshake_that_stalls_ends_at_the_connect_timeout(client, config):
 def test_base_url_forms():
     for text in ("http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/", "http://h:1//"):
         assert base_urls(text) == ("http://h:1/v1",)
+    for host in ("rerank", "score", "v1"):  # names that a container or a service may have
+        assert base_urls(f"http://{host}") == base_urls(f"http://{host}/v1/rerank") == (f"http://{host}/v1",)
     assert base_urls("https://h/rerankers/") == ("https://h/rerankers/v1",)
     assert base_urls("http://[::1]:80") == ("http://[::1]:80/v1",)
     assert base_urls(" http://a:1, http://b:2/v1 ,,http://a:1/") == ("http://a:1/v1", "http://b:2/v1")

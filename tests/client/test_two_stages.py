@@ -45,7 +45,22 @@ def test_the_large_model_ranks_what_the_small_one_kept(client, serve):
     assert [row["index"] for row in raw["results"]] == BEST[:5][::-1]
     assert raw["_first"]["scores"] == SMALL and raw["_first"]["usage"]["total_tokens"] == 20
     assert raw["_client_calls"] == 2 and raw["_first"]["_client_calls"] == 1
+    assert (raw["_first"]["_client_url"], raw["_client_url"]) == (one.url, two.url)
     assert raw["_client_cost_ms"] > raw["_first"]["_client_cost_ms"] > 0
+
+
+def test_retries_of_both_stages_count(client, serve, config):
+    config(retries=2)
+    busy = status(503)
+    one, two = serve(busy, busy), serve(default=large())
+    _, _, raw = client.rerank(QUERY, DOCS, base_url=two.url, first=(one.url, 5))
+    assert raw["_client_retries"] == 2 and raw["_first"]["_client_retries"] == 2
+
+
+def test_the_first_stage_needs_no_setting_of_the_server(client, serve, monkeypatch):
+    one, two = serve(), serve(default=large())
+    monkeypatch.setenv("PORT", "tcp://10.0.0.1:80")  # of the program around this client
+    client.rerank(QUERY, DOCS, base_url=two.url, first=(one.url, 5))
 
 
 def test_top_n_applies_to_the_second_stage(client, serve):

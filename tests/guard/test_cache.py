@@ -100,6 +100,44 @@ def test_what_only_shapes_the_answer_is_the_same_key(cached):
     assert few["meta"] == {"cached": 3, "left_out": 1} and len(inner.calls) == 1
 
 
+def test_a_text_with_nul_is_no_other_pair():
+    cache = ResultCache(1, b"v")
+    keys = {
+        key
+        for query, document in (("a\0b", "c"), ("a", "b\0c"), ("a\0", "bc"), ("a0:", "c"), ("a", "0:c"))
+        for key in cache.look_up({"query": query, "documents": [document]}, RERANK, ()).keys
+    }
+    assert len(keys) == 5
+
+
+def test_a_query_that_another_document_shortened_is_not_kept(cached):
+    """All documents of a rerank call get the shortest query that fits beside any of them."""
+
+    class Shortens(Fake):
+        def fit(self, query, document, instruction=None, limit=0):
+            return (query[:3] if len(document) > 4 else query), document[:4], len(document) > 4
+
+    inner, guard = cached()
+    guard.long.fitter, guard.long.default = Shortens(), "truncate"
+    said(guard, {"query": "question", "documents": ["short"[:4], "a long one"]})
+    said(guard, {"query": "question", "documents": ["short"[:4]]})
+    assert [body["query"] for _, _, body in inner.calls] == ["que", "question"]
+
+
+def test_an_answer_without_vllm_has_the_callers_id(cached):
+    inner, guard = cached()
+    ids = [said(guard, {**BODY, "request_id": "mine"})["id"] for _ in range(2)]
+    assert ids[1] == "score-mine" and len(inner.calls) == 1
+
+
+@pytest.mark.parametrize("more", [{"priority": 5}, {"user": 7}, {"request_id": {"a": 1}}])
+def test_values_that_vllm_judges_are_not_answered_without_it(cached, more):
+    inner, guard = cached()
+    said(guard, BODY)
+    said(guard, {**BODY, **more})
+    assert len(inner.calls) == 2
+
+
 def test_another_version_knows_nothing():
     keys = [ResultCache(1, version).look_up(dict(BODY), RERANK, ()).keys for version in (b"v1", b"v2")]
     assert not set(keys[0]) & set(keys[1])

@@ -340,6 +340,15 @@ def test_many_queries_count_all_their_pairs(monkeypatch):
     assert answer.status == 413 and "12 pairs" in answer.message and got is None
 
 
+def test_many_queries_are_bounded_as_vllm_gets_them(monkeypatch):
+    """A query is repeated for each of its documents: half a megabyte would become a hundred."""
+    monkeypatch.setenv("GUARD_MAX_BODY_BYTES", "5000")
+    body = {"queries": ["q" * 1000], "documents": [["a"] * 4]}
+    assert ask_vllm(RERANK, body)[0].status == 200
+    answer, _, got, _ = ask_vllm(RERANK, {"queries": ["q" * 1000], "documents": [["a"] * 6]})
+    assert answer.status == 413 and "6000 characters" in answer.message and got is None
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -190,3 +190,25 @@ def test_memory_of_connections_that_never_finish(monkeypatch):
     sys.modules.pop("unfinished")
     assert seen["grown"] < 8 * 4 * 2**20 and seen["usual_call"] == 200, seen
     assert seen["answers"]["429"] > 70 and seen["answers"]["reads on"] > 20, seen
+
+
+def test_unpacked_bodies_exist_two_at_a_time(monkeypatch):
+    """Two hundred packed bodies of a few KB do not become two hundred of MAX_BODY_BYTES before the first is parsed."""
+    most = now = 0
+
+    async def unpack(self, body, encoding):
+        nonlocal most, now
+        now += 1
+        most = max(most, now)
+        await asyncio.sleep(0.001)
+        now -= 1
+        return body
+
+    monkeypatch.setattr(Limits, "unpack", unpack)
+
+    async def main():
+        reading = Reading(Limits(1000, 0, 0), 0, 1)
+        await asyncio.gather(*(reading.unpack(b"x", b"gzip") for _ in range(50)))
+
+    asyncio.run(main())
+    assert most == 2
