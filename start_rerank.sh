@@ -456,7 +456,7 @@ do_run() {
 # The service of these settings, or the one that BASE_URL names.
 do_example() {
   key=$("$PY" "$KIT/env_utils.py" get API_KEY) && [ "$key" != None ] || key=
-  export RERANK_BASE_URL="${BASE_URL:-$SERVICE_URL}" RERANK_API_KEY="$key"
+  export RERANK_BASE_URL="${RERANK_BASE_URL:-${BASE_URL:-$SERVICE_URL}}" RERANK_API_KEY="${RERANK_API_KEY:-$key}"
   exec "$PY" "$KIT/main.py"
 }
 

@@ -295,6 +295,20 @@ def client_config(env_file: Path | str | None = None) -> EnvConfig:
     return _finished_config(values, errors)
 
 
+def called_config(**overrides: Any) -> EnvConfig:
+    """get_config() of a program that measures a service: RERANK_BASE_URL and RERANK_API_KEY come first, as in the client.
+
+    Raises:
+        ConfigError: as get_config().
+    """
+    file_values = load_env()
+    for name, key in CLIENTS_OWN.items():
+        value = os.environ.get(name) or file_values.get(name)
+        if value and overrides.get(key.lower()) is None:
+            overrides[key.lower()] = value
+    return get_config(**overrides)
+
+
 def not_read_by_client() -> str:
     """A hint for errors: variables of the environment that the client leaves to the program around it; mostly empty."""
     names = [name for name in FROM_FILE_ALONE if os.environ.get(name)]

@@ -10,7 +10,7 @@ from rerank_kit.benchmark.knobs import NAMES
 from rerank_kit.benchmark.server_view import without_secrets
 from rerank_kit.benchmark.texts import Lengths
 from rerank_kit.benchmark.tune import TOLERANCE, budget, knob_names
-from rerank_kit.settings import get_config
+from rerank_kit.settings import called_config
 
 EXAMPLES = """examples ("sh start_rerank.sh bench" is the same program with the right Python):
   %(prog)s --endpoint rerank --concurrency 1,4,16,64 --seconds 10
@@ -183,7 +183,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, str | None, float]:
         args.endpoint = args.endpoint[:1]
         args.concurrency = args.concurrency if given else [TUNE_CONCURRENCY]
     try:
-        cfg = get_config(base_url=args.base_url, served_model_name=args.model, timeout_s=args.timeout_s)
+        cfg = called_config(base_url=args.base_url, served_model_name=args.model, timeout_s=args.timeout_s)
         args.base_url, args.model, args.timeout_s = cfg.local_base_url, cfg.served_model_name, cfg.timeout_s
         for url in map(str.strip, args.base_url.split(",")):
             if not re.fullmatch(r"https?://([^/@\s]*@)?(\[[\da-fA-F:]+\]|[^:/@\s]+)(:\d{1,5})?(/\S*)?", url):

@@ -149,8 +149,20 @@ def server_env(plan: Plan) -> dict[str, str]:
     if plan.cfg.api_key:
         env["VLLM_API_KEY"] = plan.cfg.api_key
     if plan.cfg.guard and plan.cfg.startup_check and not is_headless(plan.cfg):
-        env["GUARD_CHECK"] = json.dumps(expectation(plan.checkpoint, Settled(plan.profile, plan.template)))
+        expected = expectation(plan.checkpoint, Settled(plan.profile, plan.template))
+        _check_length(plan, max(expected["tokens"] or [0]))
+        env["GUARD_CHECK"] = json.dumps(expected)
     return with_kit_on_path(env)
+
+
+def _check_length(plan: Plan, n_tokens: int) -> None:
+    """Raise ConfigError if the short pairs of the start-up check, n_tokens long at most, do not fit."""
+    most = plan.engine["max_model_len"]
+    if n_tokens > most and plan.profile.reference != "embedding":
+        raise ConfigError(
+            f"MAX_MODEL_LEN={most} has no room for a short pair: with this prompt those of the start-up check have "
+            f"up to {n_tokens} tokens. Raise MAX_MODEL_LEN (unset: the model's own limit), or shorten INSTRUCTION"
+        )
 
 
 def make_files(plan: Plan) -> None:

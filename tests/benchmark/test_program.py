@@ -694,3 +694,14 @@ def test_null_server_answers_both_endpoints(tmp_path, capsys):
         process.kill()
     assert code == 0 and out["vllm"] == "null"
     assert all(row["ok"] >= 100 and row["err"] == 0 and row["p99_ms"] > 0 for row in out["rows"])
+
+
+def test_the_clients_own_names_come_first(monkeypatch):
+    """The service that rerank() calls is the one that is measured."""
+    for name, value in (("PORT", "4711"), ("API_KEY", "servers"), ("RERANK_BASE_URL", "http://other:1/v1")):
+        monkeypatch.setenv(name, value)
+    args, key, _ = arguments.parse_args([])
+    assert (args.base_url, key) == ("http://other:1/v1", "servers")
+    monkeypatch.setenv("RERANK_API_KEY", "callers")
+    args, key, _ = arguments.parse_args(["--base-url", "http://third:2"])
+    assert args.base_url.startswith("http://third:2") and key == "callers"

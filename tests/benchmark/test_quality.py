@@ -291,7 +291,8 @@ def test_a_query_without_relevant_documents_is_told_and_not_in_the_means(tmp_pat
 def test_the_script_has_a_word_for_it(tmp_path):
     lines(tmp_path / "judged.jsonl", *wings())
     with serving(by_table(of(SCORES))) as service:
-        done = run_kit("quality", "judged.jsonl", "--k", "3", cwd=tmp_path, BASE_URL=service.url)
+        done = run_kit("quality", "judged.jsonl", "--k", "3", cwd=tmp_path, BASE_URL=service.url, API_KEY="kk")
+        assert {headers.get("Authorization") for headers in service.headers} == {"Bearer kk"}
     assert done.returncode == 0 and re.search(r"^nDCG@3 +1\.0000 ", done.stdout, re.M), done.stdout + done.stderr
     done = run_kit("quality", "no such file.jsonl", cwd=tmp_path)
     assert done.returncode == 2 and "[ERR] no such file.jsonl: No such file" in done.stderr

@@ -336,3 +336,17 @@ def test_vllms_watchdog_where_the_release_has_one(checkpoints, tmp_path):
     own = serve_args(plan(checkpoints, new, extra_args="--watchdog_config {}"))
     assert "--watchdog-config" not in own and own[-2:] == ["--watchdog_config", "{}"]
     assert (old.release, new.release) == ((0, 32), (0, 33))
+
+
+@pytest.mark.parametrize(
+    ("length", "more", "fits"), [(200, {}, True), (60, {}, False), (200, {"instruction": "x " * 200}, False)]
+)
+def test_the_pairs_of_the_check_must_fit(checkpoints, length, more, fits):
+    """Else the service would load and never be ready."""
+    made = plan(checkpoints, max_model_len=length, **more)
+    if fits:
+        assert json.loads(command.server_env(made)["GUARD_CHECK"])["tokens"]
+        return
+    with pytest.raises(ConfigError, match=f"MAX_MODEL_LEN={length} has no room for a short pair"):
+        command.server_env(made)
+    assert "GUARD_CHECK" not in command.server_env(plan(checkpoints, max_model_len=length, startup_check=0, **more))

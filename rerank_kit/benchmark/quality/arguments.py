@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rerank_kit.benchmark.arguments import numbers
 from rerank_kit.benchmark.server_view import without_secrets
-from rerank_kit.settings import EnvConfig, get_config
+from rerank_kit.settings import EnvConfig, called_config
 
 ABOUT = """Measure how well the running service ranks, on judgements (docs/quality.md).
 
@@ -82,7 +82,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, EnvConfig]:
         if wrong:
             parser.error(f"argument {text}")
     try:
-        cfg = get_config(base_url=args.base_url, served_model_name=args.model, timeout_s=args.timeout_s)
+        cfg = called_config(base_url=args.base_url, served_model_name=args.model, timeout_s=args.timeout_s)
         args.base_url, args.model, args.timeout_s = cfg.local_base_url, cfg.served_model_name, cfg.timeout_s
         for url in map(str.strip, args.base_url.split(",")):
             if not re.fullmatch(r"https?://\S+", url):

@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,8 @@ def _run(args: argparse.Namespace, cfg: EnvConfig, found: Judgements) -> int:
             _head(name, value)
         scored, more = offline(found.queries, args, cfg)
     else:
+        if cfg.api_key:
+            os.environ["RERANK_API_KEY"] = cfg.api_key  # where rerank() looks, and not at API_KEY
         more = describe_service(args, cfg)
         for name, value in (about | more).items():
             _head(name, value)
