@@ -70,13 +70,13 @@ def test_a_hanging_server_is_restarted(kit):
 def test_a_busy_server_is_not_taken_for_a_hanging_one(kit, tmp_path, grows):
     """Refused probes are no proof of a hang while pairs are still scored, but they are when none is."""
     busy = tmp_path / "busy"
-    kit("start", HEALTH_TIMEOUT_S=2, FAKE_BUSY=busy)
+    kit("start", HEALTH_TIMEOUT_S=5, FAKE_BUSY=busy)
     first = kit.server_pid
     busy.write_text("grow" if grows else "stand")
     time.sleep(1)
     status = kit("status")
     assert status.returncode == 0 and status.stdout.startswith("busy: ") and "429" in status.stdout
-    time.sleep(4)
+    time.sleep(6.5)
     busy.unlink()
     assert (kit.server_pid == first) == grows
 
