@@ -379,11 +379,10 @@ def _open_output(shard: Shard):
             raise OSError(None, "another process has written it meanwhile", str(shard.lines))
         if shard.in_table:
             file.truncate(0)
-            rows = 0
-            for rows, row in enumerate(read_table(shard.output), 1):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in read_table(shard.output)]
+            file.write("".join(lines))
             file.flush()
-            if rows != shard.skip:
+            if len(lines) != shard.skip:
                 raise OSError(None, "another process has written it meanwhile", str(shard.output))
     except UNREADABLE:
         file.close()
