@@ -24,6 +24,7 @@ from rerank_kit.offline.reranker import OfflineReranker
 from rerank_kit.settings import ConfigError
 
 CHUNKS_AHEAD = 16  # that a process holds: more pairs than its engine takes ahead (feeding.STEPS_AHEAD)
+CHUNKS_OPEN = 2 * CHUNKS_AHEAD  # a process, given out and not yet handed on: what the others do while one is slow
 END_S = 20.0  # for a process to end its engine
 
 
@@ -127,8 +128,12 @@ class RerankerPool:
         lists, more = iter(source), True
         waiting: deque[tuple[int, Any]] = deque()
         done: dict[int, list[Result]] = {}
+        most = CHUNKS_OPEN * len(self.workers)
         while True:
-            while more and (worker := min(self.workers, key=lambda one: one.n_chunks)).n_chunks < CHUNKS_AHEAD:
+            while more and len(waiting) < most:
+                worker = min(self.workers, key=lambda one: one.n_chunks)
+                if worker.n_chunks >= CHUNKS_AHEAD:
+                    break
                 tag, pairs = next(lists, (None, None))
                 if pairs is None:
                     more = False

@@ -17,7 +17,7 @@ from rerank_kit.engine.machine import Machine
 from rerank_kit.engine.plan import plan_engine
 from rerank_kit.models.pair import Pair
 from rerank_kit.offline import program
-from rerank_kit.offline.pool import RerankerPool
+from rerank_kit.offline.pool import CHUNKS_AHEAD, CHUNKS_OPEN, RerankerPool
 from rerank_kit.settings import ConfigError, get_config
 
 H100 = Machine("0.32.0", ("NVIDIA H100, 81559",), tuple(range(16)), 2**37)
@@ -110,6 +110,23 @@ def test_a_killed_process_is_reported_while_a_child_holds_its_pipe(tmp_path, whe
         for path in tmp_path.glob("child-*"):
             with suppress(ProcessLookupError):
                 os.kill(int(path.name.removeprefix("child-")), signal.SIGKILL)
+
+
+def test_a_slow_process_does_not_let_the_others_read_the_whole_input():
+    read = 0
+
+    def source():
+        nonlocal read
+        for i in range(600):
+            read += 1
+            yield i, pairs_of(1, i)
+
+    with RerankerPool(plan(2, slow="d"), Reranker) as pool:
+        lists = pool.stream(source())
+        assert next(lists)[0] == 0
+        # The other process has done all that it may meanwhile: more than it holds ahead, less than the input.
+        assert CHUNKS_AHEAD < read <= CHUNKS_OPEN * 2
+        assert [tag for tag, _ in lists] == list(range(1, 600))
 
 
 def test_processes_do_not_outlive_a_killed_parent(tmp_path):
