@@ -74,7 +74,8 @@ class Worker:
 
     def end(self) -> None:
         """Wait for the process, and end it where it does not end by itself."""
-        self._watch.join(END_S)
+        if self.chunk:  # while it loads, it does not see the end of its input
+            self._watch.join(END_S)
         if self._watch.is_alive():
             self.process.terminate()
             self._watch.join(END_S)
@@ -87,6 +88,7 @@ class Worker:
     def _end_with_process(self) -> None:
         """When the process is dead: end what is left of its group, and the pipe after what it has said."""
         pid = self.process.pid
+        assert pid is not None
         with suppress(ChildProcessError):  # WNOWAIT: its number is not given away before its group has ended
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         with suppress(ProcessLookupError):  # nothing is left, or it died before it had a group

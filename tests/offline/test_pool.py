@@ -17,7 +17,7 @@ from rerank_kit.engine.machine import Machine
 from rerank_kit.engine.plan import plan_engine
 from rerank_kit.models.pair import Pair
 from rerank_kit.offline import program
-from rerank_kit.offline.pool import CHUNKS_AHEAD, CHUNKS_OPEN, RerankerPool
+from rerank_kit.offline.pool import CHUNKS_AHEAD, CHUNKS_OPEN, RerankerPool, Worker
 from rerank_kit.settings import ConfigError, get_config
 
 H100 = Machine("0.32.0", ("NVIDIA H100, 81559",), tuple(range(16)), 2**37)
@@ -110,6 +110,18 @@ def test_a_killed_process_is_reported_while_a_child_holds_its_pipe(tmp_path, whe
         for path in tmp_path.glob("child-*"):
             with suppress(ProcessLookupError):
                 os.kill(int(path.name.removeprefix("child-")), signal.SIGKILL)
+
+
+def test_ctrl_c_while_the_engines_load_does_not_wait_for_them(monkeypatch):
+    def interrupted(worker):
+        time.sleep(0.5)  # they are in their own process groups by now
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Worker, "read", interrupted)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        RerankerPool(plan(2, slow="start"), Reranker)
+    assert time.monotonic() - began < 10
 
 
 def test_a_slow_process_does_not_let_the_others_read_the_whole_input():

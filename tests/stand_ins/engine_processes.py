@@ -51,12 +51,14 @@ class Reranker(OfflineReranker):
     """Scores a document by its length.
 
     plan.dies: the document that ends the process; plan.fails: that raises; plan.killed: that brings SIGKILL; plan.slow:
-    that takes SLOW_S.
+    that takes SLOW_S. "start": it fails, or takes 20 s, before it is ready.
     """
 
     def __init__(self, plan):
         if plan.fails == "start":
             raise ConfigError("no room on the GPU")
+        if plan.slow == "start":
+            time.sleep(20)
         self.plan, self.embeds, self.fitter, self.chunk = plan, False, None, 4
         self.encoder = SimpleNamespace(encode=self.encode, max_length=99, first_tokens=lambda texts, n: texts)
         self.feeder = SlowEngine()
