@@ -45,7 +45,7 @@ class ShardScorer:
             try:
                 shard = find_shard(Path(source), Path(output))
                 bad = shard.failed
-                if shard.skip < shard.total or not shard.output.exists():
+                if not shard.done:
                     good, more, wrong = score_shards(self.reranker, [shard])
                     bad += more
             except ConfigError as exc:

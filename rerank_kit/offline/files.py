@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from rerank_kit.offline.records import (
     kind_of,
     parse_json,
     read_records,
+    read_table,
     write_table,
 )
 from rerank_kit.settings import ConfigError
@@ -146,6 +148,13 @@ class Shard:
     total: int = 0  # records of the input
     size: int | None = None  # bytes of the output then; another process may have appended since
     failed: int = 0  # records done before that have no score
+    in_table: bool = False  # they are in the finished table, whose input has grown, and not yet in `lines` again
+
+    @property
+    def done(self) -> bool:
+        """Nothing is left to score or to write."""
+        made = self.output.exists() and (self.lines == self.output or not self.lines.exists())
+        return self.skip == self.total and made
 
     @property
     def lines(self) -> Path:
@@ -168,10 +177,18 @@ def find_shard(source: Path, output: Path) -> Shard:
         is_table = kind_of(output) != "jsonl"
         if is_table:
             check_table(output)
-        earlier = _table_done(output) if is_table and output.exists() else lines_done(_lines_of(output))
+        earlier = lines_done(_lines_of(output))
+        in_table = False
+        if is_table and output.exists():
+            # Lines beside a finished table begin with its rows. Fewer: a run was stopped while it wrote them back.
+            table = _table_done(output)
+            if in_table := table.lines > earlier.lines:
+                earlier = table
         for total, (line, record) in enumerate(read_records(source), 1):
             if total == earlier.lines:
                 last, number = as_pair(record, line), line
+        if in_table and earlier.lines < total:
+            deque(read_table(output), maxlen=0)  # before anything is scored
     except UNREADABLE as exc:
         raise ConfigError(f"{getattr(exc, 'filename', None) or source}: {_reason(exc)}") from exc
     n = earlier.lines
@@ -186,7 +203,7 @@ def find_shard(source: Path, output: Path) -> Shard:
         raise ConfigError(f"line {n} of {output} {lines}: the input has changed since, choose another --output")
     file = _lines_of(output)
     size = file.stat().st_size if file.exists() else 0
-    return Shard(source, output, n, total, size, earlier.failed)
+    return Shard(source, output, n, total, size, earlier.failed, in_table)
 
 
 def _lines_of(output: Path) -> Path:
@@ -360,7 +377,14 @@ def _open_output(shard: Shard):
         _lock(file, shard.lines)
         if shard.size not in (None, file.tell()):
             raise OSError(None, "another process has written it meanwhile", str(shard.lines))
-    except OSError:
+        if shard.in_table:
+            file.truncate(0)
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in read_table(shard.output)]
+            file.write("".join(lines))
+            file.flush()
+            if len(lines) != shard.skip:
+                raise OSError(None, "another process has written it meanwhile", str(shard.output))
+    except UNREADABLE:
         file.close()
         raise
     return file

@@ -8,10 +8,12 @@ import multiprocessing
 import os
 import queue
 import signal
+import socket
 import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -22,11 +24,16 @@ from rerank_kit.offline.reranker import OfflineReranker
 from rerank_kit.settings import ConfigError
 
 CHUNKS_AHEAD = 16  # that a process holds: more pairs than its engine takes ahead (feeding.STEPS_AHEAD)
+CHUNKS_OPEN = 2 * CHUNKS_AHEAD  # a process, given out and not yet handed on: what the others do while one is slow
 END_S = 20.0  # for a process to end its engine
 
 
 class Worker:
-    """One process with its engine, as the parent sees it."""
+    """One process with its engine, as the parent sees it.
+
+    vLLM forks its engine, which inherits all descriptors of the process: the pipe and multiprocessing's sentinel stay
+    open when the process is killed and the engine lives on. So a thread waits for the process itself.
+    """
 
     def __init__(self, index: int, plan: Plan, make: Callable):
         context = multiprocessing.get_context("spawn")
@@ -35,6 +42,9 @@ class Worker:
         self.process = context.Process(target=_work, args=(theirs, plan, make), name=f"engine-{index}")
         self.process.start()
         theirs.close()
+        self._closing = threading.Lock()
+        self._watch = threading.Thread(target=self._end_with_process, name=f"watch-{index}", daemon=True)
+        self._watch.start()
 
     def read(self) -> tuple[int, list[Result]] | None:
         """(number of a chunk, its results), or None after the first message.
@@ -45,7 +55,7 @@ class Worker:
         try:
             kind, *rest = self.pipe.recv()
         except (EOFError, OSError):
-            self.process.join(END_S)
+            self._watch.join(END_S)
             raise RuntimeError(
                 f"engine process {self.index} ended with exit code {self.process.exitcode}; its own messages are above"
             ) from None
@@ -56,6 +66,37 @@ class Worker:
             return None
         self.n_chunks -= 1
         return rest[0], rest[1]
+
+    def close_pipe(self) -> None:
+        """The end of the process's input, at which it ends its engine."""
+        with self._closing:
+            self.pipe.close()
+
+    def end(self) -> None:
+        """Wait for the process, and end it where it does not end by itself."""
+        if self.chunk:  # while it loads, it does not see the end of its input
+            self._watch.join(END_S)
+        if self._watch.is_alive():
+            self.process.terminate()
+            self._watch.join(END_S)
+        if self._watch.is_alive():
+            self.process.kill()
+            self._watch.join()
+        self.process.join()
+        self.process.close()
+
+    def _end_with_process(self) -> None:
+        """When the process is dead: end what is left of its group, and the pipe after what it has said."""
+        pid = self.process.pid
+        assert pid is not None
+        with suppress(ChildProcessError):  # WNOWAIT: its number is not given away before its group has ended
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        with suppress(ProcessLookupError):  # nothing is left, or it died before it had a group
+            os.killpg(pid, signal.SIGKILL)
+        with self._closing, suppress(OSError):
+            if not self.pipe.closed:
+                with socket.socket(fileno=os.dup(self.pipe.fileno())) as end:
+                    end.shutdown(socket.SHUT_RDWR)
 
 
 class RerankerPool:
@@ -89,8 +130,12 @@ class RerankerPool:
         lists, more = iter(source), True
         waiting: deque[tuple[int, Any]] = deque()
         done: dict[int, list[Result]] = {}
+        most = CHUNKS_OPEN * len(self.workers)
         while True:
-            while more and (worker := min(self.workers, key=lambda one: one.n_chunks)).n_chunks < CHUNKS_AHEAD:
+            while more and len(waiting) < most:
+                worker = min(self.workers, key=lambda one: one.n_chunks)
+                if worker.n_chunks >= CHUNKS_AHEAD:
+                    break
                 tag, pairs = next(lists, (None, None))
                 if pairs is None:
                     more = False
@@ -115,16 +160,9 @@ class RerankerPool:
     def close(self) -> None:
         """End the processes: at the end of their input they end their engines."""
         for worker in self.workers:
-            worker.pipe.close()
+            worker.close_pipe()
         for worker in self.workers:
-            worker.process.join(END_S)
-            if worker.process.exitcode is None:
-                worker.process.terminate()
-                worker.process.join(END_S)
-            if worker.process.exitcode is None:
-                worker.process.kill()
-                worker.process.join()
-            worker.process.close()
+            worker.end()
         self.workers = []
 
     def __enter__(self):
@@ -149,7 +187,8 @@ class RerankerPool:
 
 def _work(pipe: Connection, plan: Plan, make: Callable) -> None:
     """A process of the pool: chunks in, results out, until the parent closes the pipe or dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
+    os.setpgid(0, 0)  # Ctrl-C does not reach it: the parent ends this process, and what it leaves by its group
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as little when all are signalled one by one
     code = 0
     try:
         with make(plan) as reranker:

@@ -113,7 +113,7 @@ def run_file(args: argparse.Namespace, plan: Plan, model: str | None = None) -> 
     else:
         shards = [find_shard(args.input, args.output)]
     skip, total, failed_before = (sum(getattr(s, name) for s in shards) for name in ("skip", "total", "failed"))
-    todo = [s for s in shards if s.skip < s.total or not s.output.exists()]
+    todo = [s for s in shards if not s.done]
     if not todo:
         lacks = f", {len(broken)} files not done" if broken else ""
         print(f"nothing to do: {args.output} has {total} lines, {failed_before} without a score{lacks}")

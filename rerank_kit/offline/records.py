@@ -202,3 +202,42 @@ def write_table(rows: list[dict], path: Path) -> None:
         writer = csv.DictWriter(file, names, extrasaction="ignore", delimiter="\t" if kind_of(path) == "tsv" else ",")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_table(path: Path) -> Iterator[dict]:
+    """The rows that write_table() has written, so that it writes them again as they are.
+
+    Raises:
+        OSError: something in it would be lost.
+    """
+    last = 0
+    for number, row in read_records(path, ("line", "score", "error")):
+        try:
+            if isinstance(row, Broken):
+                raise ValueError(row.reason)
+            if more := [name for name in row if name not in COLUMNS]:
+                raise ValueError(f"column {more[0]!r} is not this program's")
+            last, row = _score_row(row, last)
+        except (ValueError, TypeError) as exc:
+            why = " ".join(str(exc).split())[:200]
+            said = f"row {number} cannot be kept when rows are added: {why}; choose another --output"
+            raise OSError(None, said, str(path)) from exc
+        yield row
+
+
+def _score_row(cells: dict, last: int) -> tuple[int, dict]:
+    """(line, row of a JSON line) of a table's row, whose cells are texts in CSV. Raises ValueError, TypeError."""
+    line, score, error = int(cells["line"]), cells["score"], cells["error"]
+    if line <= last:
+        raise ValueError(f"line {line} comes after line {last}")
+    if (score is None) == (error is None):
+        raise ValueError("it has both a score and an error" if error else "it has neither a score nor an error")
+    row: dict[str, Any] = {"line": line}
+    row |= {"error": str(error)} if score is None else {"score": float(score)}
+    if not math.isfinite(row.get("score", 0)):
+        raise ValueError(f"score {score!r} is no number")
+    if cells.get("cut") not in (None, True, "True"):
+        raise ValueError(f"cut {cells['cut']!r} is neither True nor empty")
+    row |= {"cut": True} if cells.get("cut") else {}
+    row |= {"windows": int(cells["windows"])} if cells.get("windows") is not None else {}
+    return line, row | ({"id": cells["id"]} if "id" in cells else {})

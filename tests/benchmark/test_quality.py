@@ -186,6 +186,19 @@ def test_trec_files_and_a_run(tmp_path):
     [
         ([{"query": "q", "documents": ["a"], "relevance": [0.5]}], "line 1: relevance 0.5 is not a whole number"),
         ([{"query": "q", "documents": ["a"], "relevance": [101]}], "line 1: relevance 101 is not a whole number up to"),
+        *(
+            (
+                [{"query": "q", "documents": ["a"], "relevance": [x]}],
+                f"line 1: relevance .*{said}.* is not a whole number",
+            )
+            for x, said in (
+                (math.nan, "nan"),
+                (math.inf, "inf"),
+                (-math.inf, "-inf"),
+                (10**400, "1000"),
+                ("NaN", "NaN"),
+            )
+        ),
         ([{"query": "q", "documents": ["a", "b"], "relevance": [1]}], "line 1: 2 documents, relevance has 1"),
         ([{"query": "q", "documents": ["a"], "relevance": [0]}], r"no document has grade 1 or more \(highest: 0\)"),
         ([{"query": "q", "documents": []}], 'line 1 has no list of "documents"'),
@@ -204,6 +217,8 @@ def test_bad_json_lines_name_line_and_value(tmp_path, rows, said):
     [
         ("qrels/test.tsv", "1\td3\t1\n1\td3\t2\n", "line 2: query 1 judges d3 as 1 and as 2"),
         ("qrels/test.tsv", "1\td3\n", "line 1: 2 columns"),
+        ("qrels/test.tsv", "1\td3\t1\n1\td2\tnan\n", "line 2: relevance 'nan' is not a whole number"),
+        ("qrels/test.tsv", "1\td3\tinf\n", "line 1: relevance 'inf' is not a whole number"),
         ("qrels/test.tsv", "9\td3\t1\n", "no query of the judgements has a text"),
         ("corpus.jsonl", '{"_id": "d1", "text": "x"}\n' * 2, "line 2: the id 'd1' comes a second time"),
         ("corpus.jsonl", "broken\n", "line 1 is neither a JSON object nor id, tab, text"),
@@ -216,6 +231,23 @@ def test_bad_folders_name_file_and_line(tmp_path, file, text, said):
     (folder / file).write_text(text)
     with pytest.raises(JudgementError, match=said):
         read(folder)
+
+
+def test_a_run_whose_score_is_no_number_names_its_line(tmp_path):
+    folder, run = beir(tmp_path / "beir"), tmp_path / "run.txt"
+    run.write_text("1 Q0 d1 1 0.5 x\n1 Q0 d2 2 nan x\n")
+    with pytest.raises(JudgementError, match=r"run\.txt line 2: the score 'nan' is no number"):
+        read(folder, run=run)
+
+
+def test_sha256_tells_judgements_apart(tmp_path):
+    """A query's own instruction is sent with it, so scores of another one are those of other judgements."""
+    one = {"query": "q", "documents": ["a", "b"], "relevance": [0, 1]}
+    changed = [{}, {"instruction": "Judge."}, {"instruction": "Rank."}, {"instruction": ""}, {"query": "p"}]
+    changed += [{"documents": ["a", "c"]}, {"relevance": [0, 2]}, {"id": "x"}]
+    found = [read(lines(tmp_path / "j.jsonl", one | more)).sha256 for more in changed]
+    assert len(set(found)) == len(changed)
+    assert read(lines(tmp_path / "j.jsonl", one | {"instruction": None})).sha256 == found[0]
 
 
 def test_what_is_wrong_with_judgements_is_counted(tmp_path):

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +17,7 @@ from rerank_kit.engine.machine import Machine
 from rerank_kit.engine.plan import plan_engine
 from rerank_kit.models.pair import Pair
 from rerank_kit.offline import program
-from rerank_kit.offline.pool import RerankerPool
+from rerank_kit.offline.pool import CHUNKS_AHEAD, CHUNKS_OPEN, RerankerPool, Worker
 from rerank_kit.settings import ConfigError, get_config
 
 H100 = Machine("0.32.0", ("NVIDIA H100, 81559",), tuple(range(16)), 2**37)
@@ -24,6 +26,7 @@ H100 = Machine("0.32.0", ("NVIDIA H100, 81559",), tuple(range(16)), 2**37)
 def plan(engines=2, **more):
     profile = SimpleNamespace(instruction=True, name="cross_encoder", reference="cross-encoder")
     given = {"engines": engines, "profile": profile, "cfg": get_config(), "dies": None, "fails": None, "marks": None}
+    given |= {"killed": None, "slow": None, "child": None}
     return SimpleNamespace(**given | more)
 
 
@@ -73,6 +76,69 @@ def test_a_process_that_is_killed_between_two_runs_is_reported():
         os.kill(pool.workers[0].process.pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match="ended with exit code -9"):
             pool.score(pairs_of(2))
+
+
+def children_of(group):
+    """Processes of a process group that are no zombies."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, its = path.read_text().rpartition(")")[2].split()[:3]
+            found += [int(path.parent.name)] if int(its) == group and state != "Z" else []
+    return found
+
+
+@pytest.mark.parametrize("child", ["same group", "own group"])
+@pytest.mark.parametrize("when", ["at start", "in a chunk", "between two runs"])
+def test_a_killed_process_is_reported_while_a_child_holds_its_pipe(tmp_path, when, child):
+    began, pid = time.monotonic(), None
+    more = {"fails": "killed at start" if when == "at start" else None, "child": child, "marks": tmp_path}
+    try:
+        with (
+            pytest.raises(RuntimeError, match=r"engine process [01] ended with exit code -9"),
+            RerankerPool(plan(2, killed="ddd", **more), Reranker) as pool,
+        ):
+            pid = pool.workers[0].process.pid
+            assert len(children_of(pid)) == (1 if child == "own group" else 2)
+            if when == "between two runs":
+                os.kill(pid, signal.SIGKILL)
+                pool.score([Pair("q", "x" * 300_000)] * 8)  # more than a pipe holds
+            pool.score(pairs_of(40))
+        assert time.monotonic() - began < 15  # the child ends after 20 s
+        assert pid is None or not children_of(pid)
+    finally:
+        for path in tmp_path.glob("child-*"):
+            with suppress(ProcessLookupError):
+                os.kill(int(path.name.removeprefix("child-")), signal.SIGKILL)
+
+
+def test_ctrl_c_while_the_engines_load_does_not_wait_for_them(monkeypatch):
+    def interrupted(worker):
+        time.sleep(0.5)  # they are in their own process groups by now
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Worker, "read", interrupted)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        RerankerPool(plan(2, slow="start"), Reranker)
+    assert time.monotonic() - began < 10
+
+
+def test_a_slow_process_does_not_let_the_others_read_the_whole_input():
+    read = 0
+
+    def source():
+        nonlocal read
+        for i in range(600):
+            read += 1
+            yield i, pairs_of(1, i)
+
+    with RerankerPool(plan(2, slow="d"), Reranker) as pool:
+        lists = pool.stream(source())
+        assert next(lists)[0] == 0
+        # The other process has done all that it may meanwhile: more than it holds ahead, less than the input.
+        assert CHUNKS_AHEAD < read <= CHUNKS_OPEN * 2
+        assert [tag for tag, _ in lists] == list(range(1, 600))
 
 
 def test_processes_do_not_outlive_a_killed_parent(tmp_path):

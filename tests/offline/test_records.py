@@ -172,10 +172,13 @@ def test_a_run_goes_on_whatever_its_ids_are(tmp_path, one, name):
     source.write_text("".join(lines[:3]))
     assert score_shards(LengthReranker(), [find_shard(source, output)])[0] == 3
     assert find_shard(source, output).skip == 3
+    source.write_text("".join(lines))
+    whole = tmp_path / f"whole-{name}"
+    for path, n in ((output, 2), (whole, 5)):
+        assert score_shards(LengthReranker(), [find_shard(source, path)])[0] == n
     if name == "out.jsonl":
-        source.write_text("".join(lines))
-        assert score_shards(LengthReranker(), [find_shard(source, output)])[0] == 2
         assert [row["score"] for row in read_rows(output)] == [0, 0.01, 0.02, 0.03, 0.04]
+    assert list(read_records(output, ())) == list(read_records(whole, ()))
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.tsv", "out.parquet"])
@@ -211,6 +214,76 @@ def test_tables_out(tmp_path, name):
     output.write_text("query,document\na,b\n") if name != "out.parquet" else parquet(output, RECORDS)
     with pytest.raises(ConfigError, match="is not a table of scores"):
         find_shard(source, output)
+
+
+class Counted(LengthReranker):
+    """Stopped by Ctrl-C after n chunks of one pair."""
+
+    chunk = 1
+
+    def __init__(self, n):
+        super().__init__()
+        self.n = n
+
+    def run(self, pairs):
+        if len(self.calls) == self.n:
+            raise KeyboardInterrupt
+        return super().run(pairs)
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.tsv", "out.parquet"])
+def test_a_finished_table_keeps_its_rows_when_its_input_has_grown(tmp_path, name, monkeypatch):
+    if name == "out.parquet":
+        pytest.importorskip("pyarrow")
+    source, output, whole = tmp_path / "x.jsonl", tmp_path / name, tmp_path / f"whole-{name}"
+    rows = [{"query": "q", "document": "d" * n, "id": f"é\n{n}"} for n in (10, 30, 95, 7, 40)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    assert score_shards(LengthReranker(), [find_shard(source, output)]) == (2, 1, [])
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    score_shards(LengthReranker(), [find_shard(source, whole)])
+    before = output.read_bytes()
+
+    shard = find_shard(source, output)
+    assert (shard.skip, shard.total, shard.failed, shard.done) == (3, 5, 1, False) and not shard.lines.exists()
+    shard.lines.write_text('{"line": 1, "score": 0.1}\n{"line": 2, "sc')  # stopped while it wrote the rows back
+    with pytest.raises(KeyboardInterrupt):
+        score_shards(Counted(1), [find_shard(source, output)])
+    assert output.read_bytes() == before  # the table stays as it was until the new one is whole
+    assert find_shard(source, output).skip == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_table", lambda rows, path: (_ for _ in ()).throw(OSError(28, "No space left")))
+        assert score_shards(LengthReranker(), [find_shard(source, output)])[2]
+    shard = find_shard(source, output)
+    assert shard.skip == 5 and not shard.done and output.read_bytes() == before
+    assert score_shards(LengthReranker(), [shard]) == (0, 0, [])
+    assert output.read_bytes() == whole.read_bytes()
+    shard = find_shard(source, output)
+    assert shard.done and shard.failed == 1 and not shard.lines.exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("line,id,score,error,label\n1,,0.5,,good\n", "row 1 cannot be kept .*: column 'label' is not this program's"),
+        ("line,id,score,error\n1,,high,\n", "row 1 cannot be kept .*could not convert string to float: 'high'"),
+        ("line,id,score,error\n1,,inf,\n", "score 'inf' is no number"),
+        ("line,id,score,error\n1,,,\n", "it has neither a score nor an error"),
+        ("line,id,score,error\n1,,0.5,bad\n", "it has both a score and an error"),
+        ("line,id,score,error,cut\n1,,0.5,,no\n", "cut 'no' is neither True nor empty"),
+        ("line,id,score,error,windows\n1,,0.5,,few\n", "invalid literal for int"),
+        ("line,id,score,error\n1,,0.5,\n1,,0.5,\n", "row 2 .*line 1 comes after line 1"),
+    ],
+)
+def test_a_table_whose_rows_cannot_be_kept_is_refused_before_anything_is_scored(tmp_path, table, said):
+    source, output = tmp_path / "x.jsonl", tmp_path / "out.csv"
+    source.write_text('{"query": "q", "document": "d"}\n' * (table.count("\n") - 1))
+    output.write_text(table)
+    if "comes after" not in said:
+        assert find_shard(source, output).done  # nothing is written to it
+    source.write_text('{"query": "q", "document": "d"}\n' * 9)
+    with pytest.raises(ConfigError, match=said) as caught:
+        find_shard(source, output)
+    assert "choose another --output" in str(caught.value) and output.read_text() == table
 
 
 def test_a_finished_but_unconverted_table_is_made_by_the_next_run(tmp_path):

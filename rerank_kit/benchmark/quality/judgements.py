@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -47,8 +48,11 @@ class Judgements:
 
     @property
     def sha256(self) -> str:
-        """The same for the same queries, candidates and grades."""
-        rows = [(q.id, q.query, q.ids, q.documents, sorted(q.grades.items())) for q in self.queries]
+        """The same for the same queries, their own instructions, candidates and grades."""
+        rows: list[tuple] = []
+        for q in self.queries:
+            own = () if q.instruction is None else (q.instruction,)
+            rows.append((q.id, q.query, q.ids, q.documents, sorted(q.grades.items()), *own))
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
@@ -136,11 +140,11 @@ def _grade(value: object, where: str) -> int:
     """A grade as a whole number of at most 100; a negative one means not relevant (TREC: -1, -2)."""
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = 0.5
     if isinstance(value, bool):
         number = int(value)
-    if number != int(number) or number > MOST_GRADE:
+    if not math.isfinite(number) or number != int(number) or number > MOST_GRADE:
         raise JudgementError(f"{where}: relevance {value!r} is not a whole number up to {MOST_GRADE}")
     return int(number)
 
@@ -206,6 +210,8 @@ def _ranked(path: Path) -> dict[str, list[str]]:
             query, doc, score = words[0], words[2], float(words[4])
         except (IndexError, ValueError):
             raise JudgementError(f"{path} line {number}: a run has query, Q0, document, rank, score, tag") from None
+        if math.isnan(score):  # it has no place in an order
+            raise JudgementError(f"{path} line {number}: the score {words[4]!r} is no number")
         rows.setdefault(query, []).append((-score, doc))
     out = {}
     for query, ranked in rows.items():  # sorted() is stable: equal scores stay in the file's order
