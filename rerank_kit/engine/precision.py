@@ -7,6 +7,7 @@ import os
 import re
 from difflib import get_close_matches
 
+from rerank_kit.engine.extra_args import find_flag
 from rerank_kit.engine.machine import Machine, compute_capabilities, quantization_methods
 from rerank_kit.settings import ConfigError, EnvConfig, passed_on_env
 
@@ -14,8 +15,9 @@ MODE = "VLLM_BATCH_INVARIANT"
 # Below it FlashAttention and bf16 are missing, and vLLM's own kernels of this mode are not written for it.
 LEAST_CAPABILITY = (8, 0)
 PROVED_SINCE = (0, 32)
-UNPROVED = re.compile(
-    r"--(pipeline[-_]parallel|decode[-_]context[-_]parallel|enable[-_]lora|kv[-_]cache[-_]dtype|quantization)\S*|-pp\b"
+UNPROVED = (
+    *("--pipeline-parallel*", "--decode-context-parallel*", "--prefill-context-parallel*"),
+    *("--enable-lora*", "--kv-cache-dtype*", "--quantization*"),
 )
 
 
@@ -69,7 +71,7 @@ def check_exact(cfg: EnvConfig, machine: Machine, config: dict) -> str:
     given = {**passed_on_env(), **os.environ}.get(MODE)
     if given not in (None, "1"):
         raise ConfigError(f"EXACT=1 and {MODE}={given} contradict each other: unset {MODE}")
-    other = UNPROVED.search(cfg.extra_args)
+    other = find_flag(cfg.extra_args, *UNPROVED)
     if other:
-        raise ConfigError(f"EXACT=1 is not proved with {other[0]} (EXTRA_ARGS): take it out, or unset EXACT")
+        raise ConfigError(f"EXACT=1 is not proved with {other} (EXTRA_ARGS): take it out, or unset EXACT")
     return "EXACT: the bits of a score do not depend on batch, order, cache, engine or restart; costs throughput"
