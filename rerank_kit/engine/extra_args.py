@@ -87,6 +87,10 @@ def check_extra_args(cfg: EnvConfig) -> None:
             raise ConfigError(f"EXTRA_ARGS holds {_written(word)}: take it out, {REPLACED[name]}")
 
 
+# For a regular expression: flags of vLLM with a secret, and the beginnings of them that it takes.
+SECRET_FLAG = r"--(?:api[-_]k(?:ey?)?|hf[-_]t(?:o(?:k(?:en?)?)?)?)"
+
+
 def find_flag(extra_args: str, *wanted: str) -> str | None:
     """The first word of EXTRA_ARGS, as written and without its value, that vLLM takes for a wanted flag.
 

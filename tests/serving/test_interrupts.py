@@ -154,8 +154,7 @@ def test_a_start_whose_script_was_killed_keeps_its_lock_and_starts_nothing(kit, 
         start.wait()
         second = kit("start", shell=shell)
         assert second.returncode == 1 and "another start or stop for port" in second.stderr, second.stderr
-        with (slow_model["MODEL_PATH"] / "config.json").open("w"):
-            pass  # an empty file: the preparation ends, and fails
+        os.close(os.open(slow_model["MODEL_PATH"] / "config.json", os.O_RDWR))  # empty: the preparation ends, and fails
         until(lambda: not session_of(start.pid), 20)
     assert not kit.pid_file.exists() and kit("start", shell=shell).returncode == 0
 
