@@ -42,7 +42,8 @@ def published(checkpoint: Checkpoint) -> tuple[Published, bool] | None:
     """(the published checkpoint of this size, whether the files are surely that revision); None if there is none.
 
     The revision is that of the hub's cache or of `hf download --local-dir`, which noted it beside the weights. A weight
-    file that was written after its note, as by a fine-tune that was saved there, has no revision. Without one a fine-tune of the same size cannot be told from the original before it has answered.
+    file that was written after its note, as by a fine-tune that was saved there, has no revision. Without one a
+    fine-tune of the same size cannot be told from the original before it has answered.
     """
     sizes = checkpoint.config.get("hidden_size"), checkpoint.config.get("num_hidden_layers")
     known = next((k for k in KNOWN if k.sizes == sizes), None)
