@@ -103,7 +103,7 @@ def find_flag(extra_args: str, *wanted: str) -> str | None:
             whole = flag.rstrip("*")
             shortened = len(name) >= 4 and name.startswith("--") and whole.startswith(name)
             if name == whole or shortened or (flag != whole and name.startswith(whole)):
-                return _NAME.match(word)[0]  # type: ignore[index] # it matches every text
+                return _NAME.split(word, maxsplit=1)[0]
     return None
 
 
@@ -114,12 +114,12 @@ def _words(extra_args: str) -> list[str]:
         return extra_args.split()
 
 
-_NAME = re.compile(r"[^=.]*")
+_NAME = re.compile(r"[=.]")  # ends there: a value or a JSON path follows
 
 
 def _full(word: str) -> str:
     """The flag's name with dashes, without value and JSON path; that of a short form in full."""
-    name = re.split(r"[=.]", word, maxsplit=1)[0]
+    name = _NAME.split(word, maxsplit=1)[0]
     if name.startswith("--"):
         return name.replace("_", "-").rstrip("+")
     return {**SHORT, **OTHER_SHORT}.get(re.sub(r"^-O\d$", "-O", name), name)
