@@ -166,16 +166,21 @@ session_pids() {
   done
 }
 
-# Allows one start or stop at a time for a port. The lock file names its owner and what that does, and is void when that
-# process is gone. flock makes reading and writing it atomic. It is not held longer: processes started from here would
+# Allows one start or stop at a time for a port. The lock file names its owner, the script and the action. The owner is the
+# shell of the action: it may run on when the script was killed. The lock is void when the owner is gone. flock makes reading and writing it atomic. It is not held longer: processes started from here would
 # inherit it. A start that only waits for the model holds no lock; one that still prepares gives way to a stop.
 take_lock() {
   try_lock "$1"
   code=$?
-  if [ "$code" = 2 ] && [ "$1" = stop ] && [ "${said#* }" = start ]; then
-    owner=${said%% *}
-    warn "ending the start that is under way (PID $owner)"
-    since=$(born "$owner") && kill -TERM "$owner" 2>/dev/null
+  if [ "$code" = 2 ] && [ "$1" = stop ] && [ "${said##* }" = start ]; then
+    script=${said%% *} owner=${said#* }
+    owner=${owner%% *}
+    warn "ending the start that is under way (PID $script)"
+    since=$(born "$owner")
+    # The script ends its action at once. Without it the action's shell would run a trap only after its command.
+    [ "$script" != "$owner" ] || script=$(descendants "$owner")
+    # shellcheck disable=SC2086 # a list
+    kill -TERM $script 2>/dev/null
     for _ in 1 2 3 4 5 6 7 8 9 10; do
       [ "$(born "$owner")" = "$since" ] || break
       sleep 1
@@ -190,25 +195,32 @@ take_lock() {
   esac
 }
 
-# Returns 0 with the lock, 2 with "PID ACTION" of its owner in said, 1 with the fault in said.
+# Returns 0 with the lock, 2 with "SCRIPT OWNER ACTION" in said (both PIDs are the owner's if the script is gone), 1 with
+# the fault in said.
 try_lock() {
   [ -d "$LOG_DIR" ] || { mkdir -p "$LOG_DIR" && chmod 700 "$LOG_DIR"; } || die 1 "LOG_DIR=$LOG_DIR cannot be created"
   # Whoever can write there can have any process killed by means of a forged PID file.
   case $(LC_ALL=C ls -ld "$LOG_DIR/") in ????????w*) warn "LOG_DIR=$LOG_DIR can be written by everybody: set a folder of your own" ;; esac
   command -v flock >/dev/null || die 1 "flock is not installed: it comes with util-linux and with busybox"
+  # $$ is the script even in the shell of an action.
+  # shellcheck disable=SC2016 # for the other shell
+  me=$(exec sh -c 'echo "$PPID"')
   said=$(
     umask 077
     exec 2>&1
     # A failed exec ends the shell, so a subshell tries it first.
     (exec 9>>"$LOCK_FILE") && exec 9>>"$LOCK_FILE" && flock 9 || exit 1
-    if read -r owner began action <"$LOCK_FILE" && [ -n "$began" ] && [ "$owner" != $$ ] && [ "$(born "$owner")" = "$began" ]; then
-      printf '%s %s\n' "$owner" "$action"
+    if read -r owner began script action <"$LOCK_FILE" && [ -n "$began" ] && [ "$owner" != "$me" ] && [ "$(born "$owner")" = "$began" ]; then
+      [ -n "$action" ] || { action=$script; script=$owner; } # written by an older version
+      born "$script" >/dev/null || script=$owner
+      printf '%s %s %s\n' "$script" "$owner" "$action"
       exit 2
     fi
-    printf '%s %s %s\n' $$ "$(born $$)" "$1" >"$LOCK_FILE"
+    printf '%s %s %s %s\n' "$me" "$(born "$me")" $$ "$1" >"$LOCK_FILE"
   ) || return
   trap release_lock EXIT
   trap 'exit 130' INT
+  trap 'exit 131' QUIT
   trap 'exit 143' TERM HUP
 }
 
@@ -330,6 +342,8 @@ do_start() {
   kit serving.command check || exit $?
   kit serving.supervisor rotate || die 1 "$LOG_FILE cannot be rotated"
   (umask 077; : >"$LOG_FILE") || die 1 "$LOG_FILE cannot be written"
+  # Whoever killed the script wants no service. The action's shell notices it here at the latest.
+  born $$ >/dev/null || die 1 "the script was killed, so nothing is started"
   rm -f "$STATE_FILE"
   # HUP is ignored from the start, because the supervisor leaves this session only after Python has loaded.
   (trap '' HUP; become_kit serving.supervisor) </dev/null >>"$LOG_FILE" 2>&1 &
@@ -370,12 +384,14 @@ do_start() {
 # Whether the PID file still names the service that this start began.
 is_mine() { read_pid_file && [ "$pid $since" = "$mine" ]; }
 
-# Ends what is left of it, unless a stop or a restart has taken over.
+# Ends what is left of it, unless a stop or a restart has taken over. The state file of another live supervisor stays.
 end_mine() {
   try_lock start || return 0
   if is_mine; then
     kill_session
-    rm -f "$PID_FILE" "$STATE_FILE"
+    rm -f "$PID_FILE"
+    writer=$(sed -n 's/.*"pid": \([0-9]*\).*/\1/p' "$STATE_FILE" 2>/dev/null)
+    if [ "$writer" = "${mine% *}" ] || ! born "$writer" >/dev/null; then rm -f "$STATE_FILE"; fi
   fi
   release_lock
 }
@@ -490,6 +506,7 @@ do_demo() {
 act() {
   child='' acting=$1
   trap 'interrupted 130' INT
+  trap 'interrupted 131' QUIT
   trap 'interrupted 143' TERM HUP
   # Without this the action would read from /dev/null.
   if (: <&0) 2>/dev/null; then exec 3<&0; else exec 3</dev/null; fi
@@ -523,7 +540,7 @@ descendants() {
 }
 
 interrupted() {
-  trap '' INT TERM HUP
+  trap '' INT QUIT TERM HUP
   if [ -n "$child" ]; then
     all=$(descendants "$child")
     # shellcheck disable=SC2086 # a list

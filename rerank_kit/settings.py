@@ -145,7 +145,7 @@ class EnvConfig:
     @property
     def log_path(self) -> Path:
         """LOG_DIR as an absolute path."""
-        return KIT_DIR / Path(self.log_dir).expanduser()
+        return setting_path("LOG_DIR", self.log_dir)
 
 
 FIELDS = {f.name.upper(): f for f in dataclasses.fields(EnvConfig)}
@@ -317,8 +317,21 @@ def not_read_by_client() -> str:
     return f"; the client does not read {', '.join(names)} of the environment: set RERANK_BASE_URL, RERANK_API_KEY"
 
 
+def setting_path(key: str, name: str) -> Path:
+    """The path that a setting names; a relative one starts at the kit's folder.
+
+    Raises:
+        ConfigError: it starts with ~ and a user that this machine does not have.
+    """
+    try:
+        return KIT_DIR / Path(name).expanduser()
+    except RuntimeError:
+        user = name.split("/")[0]
+        raise ConfigError(f"{key}={name!r}: {user} is no user's home here, write the whole path") from None
+
+
 def _read_key(name: str) -> str:
-    path = KIT_DIR / Path(name).expanduser()
+    path = setting_path("API_KEY_FILE", name)
     try:
         key = path.read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as exc:
@@ -354,7 +367,7 @@ def permission_warnings(cfg: "EnvConfig", env_file: Path | str | None = None) ->
     files = [(".env", env_path(env_file), secret)]
     for key in ("API_KEY_FILE", "SSL_KEYFILE"):
         if name := getattr(cfg, key.lower()):
-            files.append((key, KIT_DIR / Path(name).expanduser(), True))
+            files.append((key, setting_path(key, name), True))
     out = []
     for name, path, holds_secret in files:
         try:
@@ -395,12 +408,21 @@ def model_setting(name: str) -> str:
     """A setting that names a model: a relative folder starts at the kit's folder, like every path in a setting.
 
     Raises:
-        ConfigError: only the caller's folder has it, so that another folder would get another model.
+        ConfigError: only the caller's folder has it, so that another folder would get another model; or no file system
+            takes such a name.
     """
+    found = setting_path("MODEL_PATH", name)
     path = Path(name).expanduser()
-    if (KIT_DIR / path).is_dir():
-        return str(KIT_DIR / path)
-    if not path.is_absolute() and path.is_dir():
+    try:
+        if found.is_dir():
+            return str(found)
+        elsewhere = not path.is_absolute() and path.is_dir()
+    except OSError as exc:
+        shown = name if len(name) < 100 else f"{name[:60]}... ({len(name)} characters)"
+        raise ConfigError(
+            f"MODEL_PATH={shown!r} cannot be looked up: {exc.strerror}; give the folder of the checkpoint or a hub id"
+        ) from None
+    if elsewhere:
         raise ConfigError(
             f"MODEL_PATH={name!r} starts at the kit's folder {KIT_DIR}, which has no such folder; "
             f"for the one in the current folder write MODEL_PATH={path.absolute()}"

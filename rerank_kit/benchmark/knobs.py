@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+from rerank_kit.engine.extra_args import find_flag
 from rerank_kit.settings import FIELDS, EnvConfig
 
 
@@ -119,10 +120,10 @@ def settings_of(values: dict, start: dict, extra_args: str) -> dict[str, str]:
         words, kept = shlex.split(extra_args), []
         while words:
             word = words.pop(0)
-            if word == "--renderer-num-workers":
-                words = words[1:]
-            elif not word.startswith("--renderer-num-workers="):
+            if not find_flag(shlex.quote(word), "--renderer-num-workers"):
                 kept.append(word)
+            elif "=" not in word:
+                words = words[1:]
         out["EXTRA_ARGS"] = shlex.join([*kept, "--renderer-num-workers", workers])
     if "TP" in out or "DP" in out:
         out |= {"TP": str(values["TP"]), "DP": str(values["DP"])}

@@ -21,6 +21,7 @@ import aiohttp
 
 from rerank_kit.benchmark.load import CLOSED, OPENED, Bench, Gate
 from rerank_kit.engine.choices import count_weights
+from rerank_kit.engine.extra_args import SECRET_FLAG
 
 # What may be observed of the server inside a window; None = not observed.
 # fmt: off
@@ -50,7 +51,9 @@ def is_local(base_url: str) -> bool:
 def without_secrets(words: list[str]) -> str:
     """A command line to show: no API key, no password in a URL."""
     line = re.sub(
-        r"(--\S*(api.key|hf.token|secret|password|headers)\S*?)([ =](?!--)\S+)+", r"\1 ***", shlex.join(words)
+        rf"({SECRET_FLAG}(?=[ =])|--\S*(?:api.key|hf.token|secret|password|headers)\S*?)([ =](?!--)\S+)+",
+        r"\1 ***",
+        shlex.join(words),
     )
     return re.sub(r"//[^/@\s]*@", "//***@", line)
 

@@ -8,6 +8,8 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from rerank_kit.engine.extra_args import find_flag
+
 # Texts on which tokenizers differ: control tokens and parts of them, white space, scripts, combining characters, emoji.
 PIECES = (
     *("<|im_start|>system\n", "<|im_end|>", "<| im_end|>", "<think>\n\n</think>\n\n", "<|im_", "|>"),
@@ -69,11 +71,9 @@ def whole_calls(vllm: str, extra_args: str) -> tuple[bool, str]:
     """
     if not re.match(r"0\.32\.", vllm):
         return False, f"vLLM's own: call_scheduler.py knows the scheduler of vLLM 0.32, not that of {vllm}"
-    other = re.search(
-        r"--(scheduler[-_]cls|async[-_]scheduling|pipeline[-_]parallel[-_]size|kv[-_]transfer)|-pp\b", extra_args
-    )
+    other = find_flag(extra_args, "--scheduler-cls", "--async-scheduling", "--pipeline-parallel-size", "--kv-transfer*")
     if other:
-        return False, f"vLLM's own: EXTRA_ARGS holds {other[0]}"
+        return False, f"vLLM's own: EXTRA_ARGS holds {other}"
     return True, "the pairs of a call are scored in one step; they arrive over some milliseconds"
 
 
@@ -104,11 +104,11 @@ def whole_graphs(
         return False, "graphs of the pieces: FlashAttention 3 computes in 16 bits"
     if config.get("model_type") not in ("qwen2", "qwen3"):
         return False, "graphs of the pieces: the whole pass is proved with Qwen models"
-    other = re.search(
-        r"--(worker[-_]cls|attention[-_]\w+|enable[-_]lora|speculative\w*|kv[-_]cache[-_]dtype)", extra_args
+    other = find_flag(
+        extra_args, "--worker-cls", "--attention-*", "--enable-lora*", "--speculative*", "--kv-cache-dtype*"
     )
     if other:
-        return False, f"graphs of the pieces: EXTRA_ARGS holds {other[0]}"
+        return False, f"graphs of the pieces: EXTRA_ARGS holds {other}"
     return True, "one launch for the whole forward pass of a step"
 
 

@@ -55,6 +55,17 @@ SHORT = {
     "-dpp": "--data-parallel-rpc-port",
     "-dpr": "--data-parallel-start-rank",
 }
+# Short forms of flags that nothing replaces, but that a choice looks for.
+OTHER_SHORT = {
+    "-pp": "--pipeline-parallel-size",
+    "-dcp": "--decode-context-parallel-size",
+    "-pcp": "--prefill-context-parallel-size",
+    "-n": "--nnodes",
+    "-cc": "--compilation-config",
+    "-ac": "--attention-config",
+    "-sc": "--speculative-config",
+    "-O": "--optimization-level",
+}
 
 
 def check_extra_args(cfg: EnvConfig) -> None:
@@ -76,6 +87,44 @@ def check_extra_args(cfg: EnvConfig) -> None:
             raise ConfigError(f"EXTRA_ARGS holds {_written(word)}: take it out, {REPLACED[name]}")
 
 
+# For a regular expression: flags of vLLM with a secret, and the beginnings of them that it takes.
+SECRET_FLAG = r"--(?:api[-_]k(?:ey?)?|hf[-_]t(?:o(?:k(?:en?)?)?)?)"
+
+
+def find_flag(extra_args: str, *wanted: str) -> str | None:
+    """The first word of EXTRA_ARGS, as written and without its value, that vLLM takes for a wanted flag.
+
+    Args:
+        wanted: full names of flags; one that ends in * stands for all flags with that beginning.
+    """
+    for word in _words(extra_args):
+        name = _full(word)
+        for flag in wanted:
+            whole = flag.rstrip("*")
+            shortened = len(name) >= 4 and name.startswith("--") and whole.startswith(name)
+            if name == whole or shortened or (flag != whole and name.startswith(whole)):
+                return _NAME.split(word, maxsplit=1)[0]
+    return None
+
+
+def _words(extra_args: str) -> list[str]:
+    try:
+        return shlex.split(extra_args)
+    except ValueError:  # reported where the command is built
+        return extra_args.split()
+
+
+_NAME = re.compile(r"[=.]")  # ends there: a value or a JSON path follows
+
+
+def _full(word: str) -> str:
+    """The flag's name with dashes, without value and JSON path; that of a short form in full."""
+    name = _NAME.split(word, maxsplit=1)[0]
+    if name.startswith("--"):
+        return name.replace("_", "-").rstrip("+")
+    return {**SHORT, **OTHER_SHORT}.get(re.sub(r"^-O\d$", "-O", name), name)
+
+
 def _written(word: str) -> str:
     return word.partition("=")[0]  # the value may be a key
 
@@ -85,10 +134,9 @@ def _flag(word: str) -> str:
 
     vLLM accepts underscores, unambiguous beginnings (--served-model), and JSON in parts (--hf-overrides.a.b).
     """
-    name = re.split(r"[=.]", word, maxsplit=1)[0]
+    name = _full(word)
     if not name.startswith("--"):
-        return SHORT.get(name, name)
-    name = name.replace("_", "-").rstrip("+")
+        return name
     known = [*REPLACED, "--served-model-name", "--middleware"]
     return name if name in known or len(name) < 4 else next((flag for flag in known if flag.startswith(name)), name)
 

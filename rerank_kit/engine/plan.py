@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from rerank_kit.engine.choices import (
     whole_calls,
     whole_graphs,
 )
-from rerank_kit.engine.extra_args import check_extra_args
+from rerank_kit.engine.extra_args import check_extra_args, find_flag
 from rerank_kit.engine.machine import GIB, Machine, compute_capabilities, cpu_has_bf16, probe_machine
 from rerank_kit.engine.nodes import check_nodes, describe_node, has_other_nodes, is_headless, node_env
 from rerank_kit.engine.precision import MODE, check_exact, quantization
@@ -29,6 +28,12 @@ from rerank_kit.models.opened import opened
 from rerank_kit.models.profiles import Profile
 from rerank_kit.settings import FIELDS, ConfigError, EnvConfig, model_setting, passed_on_env
 
+# Flags in EXTRA_ARGS that decide the worker processes, and the CUDA graphs.
+WORKERS = ("--distributed*", "--pipeline*", "--nnodes*")
+GRAPHS = (
+    *("--enforce-eager", "--compilation-config", "--optimization-level", "--cudagraph*", "--cuda-graph*"),
+    "--max-cudagraph*",
+)
 KV_GIB_AT_MOST = 16  # limit for each of several engines on a GPU: six full steps of a 0.6B model
 ENGINE_GIB = 4  # CUDA context, activations of one step and graphs of one engine, in addition to weights and KV cache
 
@@ -253,7 +258,7 @@ def _engines(plan: Plan) -> tuple[int, str]:
         return 1, "1: the CPU build"
     if cfg.tp > 1 or has_other_nodes(cfg):
         return 1, "1: TP or several hosts"
-    if "--data-parallel" in cfg.extra_args:
+    if find_flag(cfg.extra_args, "--data-parallel*"):
         return 1, "1: EXTRA_ARGS sets up data parallel ranks"
     n_cores = len(machine.cores) // cfg.dp
     n, why = engines_per_gpu(count_weights(plan.checkpoint.config), machine.gpu_mib, n_cores)
@@ -294,7 +299,7 @@ def _plan_gpu(plan: Plan, tokens: int, pairs: int, reason: str) -> None:
     _plan_steps(plan, tokens, pairs, reason)
     why.setdefault("quantization", "off: it changes scores, see docs/performance.md")
     why["gpu_memory_utilization"] = "GPU_MEMORY_UTILIZATION" if cfg.gpu_memory_utilization else "0.85 unless set"
-    if plan.copies > 1 and cfg.tp == 1 and not re.search("--(distributed|pipeline|nnodes)", cfg.extra_args):
+    if plan.copies > 1 and cfg.tp == 1 and not find_flag(cfg.extra_args, *WORKERS):
         # By default each rank has a worker process of its own. H100, 0.6B, two engines on the card, vLLM 0.26, pairs/s
         # at 64 calls in flight: 2069 with worker processes, 2335 with the worker inside the engine's process.
         engine["distributed_executor_backend"] = "uni"
@@ -320,7 +325,7 @@ def _plan_steps(plan: Plan, tokens: int, pairs: int, reason: str) -> None:
 def _plan_kv_cache(plan: Plan) -> None:
     """KV cache of one of several engines on a GPU. vLLM's own measurement would count the memory of the others."""
     engine, cfg = plan.engine, plan.cfg
-    if "--kv-cache-memory-bytes" in cfg.extra_args:
+    if find_flag(cfg.extra_args, "--kv-cache-memory-bytes"):
         return
     share = engine["gpu_memory_utilization"] * plan.machine.gpu_mib * 2**20
     left = int(share - weight_bytes(plan.checkpoint.path, plan.checkpoint.config) / cfg.tp - ENGINE_GIB * GIB)
@@ -356,7 +361,7 @@ def _plan_light_load(plan: Plan) -> None:
     if fits:
         engine["scheduler_cls"] = "rerank_kit.engine.call_scheduler.CallScheduler"
         plan.env["RERANK_ENGINES"] = str(plan.copies)  # the scheduler cannot learn it from vLLM's configuration
-    if re.search(r"--(enforce[-_]eager|compilation[-_]config|cuda[-_]?graph)|(^|\s)-(cc|O)", cfg.extra_args):
+    if find_flag(cfg.extra_args, *GRAPHS):
         why["compilation_config"] = "EXTRA_ARGS"
     elif (
         plan.profile.prefix_caching
@@ -390,7 +395,7 @@ def _plan_whole_graphs(plan: Plan) -> None:
 def _plan_watchdog(plan: Plan) -> None:
     """vLLM's own watchdog, from 0.33 on: it writes the stacks of all threads of a step that stalls into LOG_DIR."""
     cfg = plan.cfg
-    if plan.machine.release < (0, 33) or not cfg.health_timeout_s or "--watchdog" in cfg.extra_args.replace("_", "-"):
+    if plan.machine.release < (0, 33) or not cfg.health_timeout_s or find_flag(cfg.extra_args, "--watchdog*"):
         return
     # Well before the supervisor kills what hangs for HEALTH_TIMEOUT_S.
     plan.engine["watchdog_config"] = {"dump_dir": str(cfg.log_path), "timeout": max(1, cfg.health_timeout_s // 2)}

@@ -7,6 +7,7 @@ import os
 import re
 from difflib import get_close_matches
 
+from rerank_kit.engine.extra_args import find_flag
 from rerank_kit.engine.machine import Machine, compute_capabilities, quantization_methods
 from rerank_kit.settings import ConfigError, EnvConfig, passed_on_env
 
@@ -14,8 +15,10 @@ MODE = "VLLM_BATCH_INVARIANT"
 # Below it FlashAttention and bf16 are missing, and vLLM's own kernels of this mode are not written for it.
 LEAST_CAPABILITY = (8, 0)
 PROVED_SINCE = (0, 32)
-UNPROVED = re.compile(
-    r"--(pipeline[-_]parallel|decode[-_]context[-_]parallel|enable[-_]lora|kv[-_]cache[-_]dtype|quantization)\S*|-pp\b"
+DECODERS = ("qwen2", "qwen3")
+UNPROVED = (
+    *("--pipeline-parallel*", "--decode-context-parallel*", "--prefill-context-parallel*"),
+    *("--enable-lora*", "--kv-cache-dtype*", "--quantization*"),
 )
 
 
@@ -61,6 +64,13 @@ def check_exact(cfg: EnvConfig, machine: Machine, config: dict) -> str:
     if weak or not capabilities:
         found = f"a GPU here has {min(weak)}" if weak else "nvidia-smi does not say what this GPU has"
         raise ConfigError(f"EXACT=1 needs GPUs of compute capability 8.0 or higher, {found}: unset EXACT")
+    if config.get("model_type") not in DECODERS:
+        raise ConfigError(
+            f"EXACT=1 is not proved with models of type {config.get('model_type')!r} (config.json), only with Qwen "
+            "decoders: unset EXACT, or set MODEL_PATH to one of these"
+        )
+    if cfg.dtype in ("float", "float32"):  # with "auto" vLLM serves float32 weights in 16 bits
+        raise ConfigError(f"EXACT=1 is not proved with DTYPE={cfg.dtype}: set DTYPE=bfloat16, or unset EXACT")
     if cfg.tp > 1:
         raise ConfigError(f"EXACT=1 is not proved with TP={cfg.tp}: set TP=1 (DP copies keep the bits), or unset EXACT")
     method = cfg.quantization or (config.get("quantization_config") or {}).get("quant_method")
@@ -69,7 +79,7 @@ def check_exact(cfg: EnvConfig, machine: Machine, config: dict) -> str:
     given = {**passed_on_env(), **os.environ}.get(MODE)
     if given not in (None, "1"):
         raise ConfigError(f"EXACT=1 and {MODE}={given} contradict each other: unset {MODE}")
-    other = UNPROVED.search(cfg.extra_args)
+    other = find_flag(cfg.extra_args, *UNPROVED)
     if other:
-        raise ConfigError(f"EXACT=1 is not proved with {other[0]} (EXTRA_ARGS): take it out, or unset EXACT")
+        raise ConfigError(f"EXACT=1 is not proved with {other} (EXTRA_ARGS): take it out, or unset EXACT")
     return "EXACT: the bits of a score do not depend on batch, order, cache, engine or restart; costs throughput"

@@ -28,10 +28,14 @@ def locate(model: str) -> Path:
     Raises:
         ConfigError: `model` is neither a folder nor a hub id, or no hub could deliver it.
     """
-    path = Path(model).expanduser()
-    for folder in (path, KIT_DIR / path):
-        if folder.is_dir():
-            return snapshot_of(folder.absolute())
+    try:
+        path = Path(model).expanduser()
+        for folder in (path, KIT_DIR / path):
+            if folder.is_dir():
+                return snapshot_of(folder.absolute())
+    except (OSError, RuntimeError):
+        model_setting(model)  # says what is wrong with the name
+        raise
     if not HUB_ID.fullmatch(model):
         raise ConfigError(f"MODEL_PATH={model!r} does not exist: give the folder of the checkpoint or a hub id")
     return _from_hub(model)

@@ -6,6 +6,7 @@ of Qwen/Qwen3-Reranker-0.6B, -4B and -8B (bfloat16); for 0.6B also a float32 run
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from rerank_kit.models.checkpoint import Checkpoint
 
@@ -40,8 +41,9 @@ KNOWN = (
 def published(checkpoint: Checkpoint) -> tuple[Published, bool] | None:
     """(the published checkpoint of this size, whether the files are surely that revision); None if there is none.
 
-    The revision is that of the hub's cache or of `hf download --local-dir`, which noted it beside the weights. Without
-    it a fine-tune of the same size cannot be told from the original before it has answered.
+    The revision is that of the hub's cache or of `hf download --local-dir`, which noted it beside the weights. A weight
+    file that was written after its note, as by a fine-tune that was saved there, has no revision. Without one a
+    fine-tune of the same size cannot be told from the original before it has answered.
     """
     sizes = checkpoint.config.get("hidden_size"), checkpoint.config.get("num_hidden_layers")
     known = next((k for k in KNOWN if k.sizes == sizes), None)
@@ -54,9 +56,21 @@ def _revision(checkpoint: Checkpoint) -> str:
     folder = checkpoint.path.absolute()
     if folder.parent.name == "snapshots":
         return folder.name
-    notes = sorted((folder / ".cache" / "huggingface" / "download").glob("*.safetensors.metadata"))
-    found = {note.read_text("utf-8", "replace").partition("\n")[0].strip() for note in notes}
+    found = {_noted(folder, weights) for weights in folder.glob("*.safetensors")}
     return found.pop() if len(found) == 1 else ""
+
+
+def _noted(folder: Path, weights: Path) -> str:
+    """The revision that was noted for this file, "" if there is none or the file was written later.
+
+    A note has three lines: revision, etag, time of the download. huggingface_hub allows the file one second more.
+    """
+    note = folder / ".cache" / "huggingface" / "download" / f"{weights.name}.metadata"
+    try:
+        revision, _, downloaded = note.read_text("utf-8").split("\n")[:3]
+        return revision.strip() if weights.stat().st_mtime <= float(downloaded) + 1 else ""
+    except (OSError, ValueError):
+        return ""
 
 
 def logit(score: float) -> float:

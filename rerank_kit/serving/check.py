@@ -167,8 +167,9 @@ def run_checks(cfg: EnvConfig, reference: bool = False) -> Iterator[tuple[str, s
     prompt, head, known = judge(expected, answers)
     yield prompt
     yield head
-    if max(cfg.dp, len(progress(cfg))) > 1 and "--disable-log-stats" not in cfg.extra_args:
-        yield check_engines(cfg)
+    engines = [engine for engine in progress(cfg) if engine]  # none without vLLM's metrics
+    if max(cfg.dp, len(engines)) > 1:
+        yield check_engines(cfg) if engines else ("engines", None, "not compared: the service has no vLLM metrics")
 
     yield known
 

@@ -13,6 +13,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from rerank_kit.engine.extra_args import SECRET_FLAG
 from rerank_kit.engine.machine import GIB, NoVllm, vllm_command, vllm_version
 from rerank_kit.engine.nodes import check_rpc_port, has_other_nodes, is_headless, node_flags
 from rerank_kit.engine.plan import Plan, plan_service
@@ -84,7 +85,7 @@ def shown_env(env: dict[str, str]) -> dict[str, str]:
 def _hidden(text: str) -> str:
     """The text with the values of key and token arguments replaced by ***."""
     more = r"(?:[\s\0]+(?!-)[^\s\0]+)*"  # --api-key takes several values
-    return re.sub(rf"(--(?:api[-_]key|hf[-_]token)[=\s\0]+)[^\s\0]+{more}", r"\1***", text)
+    return re.sub(rf"({SECRET_FLAG}['\"]?[=\s\0]+)[^\s\0]+{more}", r"\1***", text)
 
 
 def _template_file(plan: Plan) -> Path:

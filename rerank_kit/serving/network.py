@@ -8,7 +8,7 @@ import ssl
 from contextlib import suppress
 from pathlib import Path
 
-from rerank_kit.settings import KIT_DIR, ConfigError, EnvConfig, check_host, passed_on_env, source_of
+from rerank_kit.settings import ConfigError, EnvConfig, check_host, passed_on_env, setting_path, source_of
 
 
 def check_network(cfg: EnvConfig) -> None:
@@ -39,8 +39,7 @@ def tls_files(cfg: EnvConfig) -> tuple[str, str]:
     """Paths of certificate and key; a relative one starts at the kit's folder. ConfigError if one is not set."""
     if not (cfg.ssl_certfile and cfg.ssl_keyfile):
         raise ConfigError("SSL_CERTFILE and SSL_KEYFILE belong together: set both or neither")
-    certificate, key = (str(KIT_DIR / Path(name).expanduser()) for name in (cfg.ssl_certfile, cfg.ssl_keyfile))
-    return certificate, key
+    return str(setting_path("SSL_CERTFILE", cfg.ssl_certfile)), str(setting_path("SSL_KEYFILE", cfg.ssl_keyfile))
 
 
 def check_address(cfg: EnvConfig) -> None:

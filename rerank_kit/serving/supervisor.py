@@ -127,7 +127,9 @@ class Supervisor:
     def _end(self) -> int:
         """Remove state and PID file after a stop, so that status does not report a death."""
         self._note("stopped")
-        state_file(self.cfg).unlink(missing_ok=True)
+        with suppress(OSError, ValueError, LookupError):  # another supervisor's files stay
+            if json.loads(state_file(self.cfg).read_text())["pid"] == os.getpid():
+                state_file(self.cfg).unlink()
         with suppress(OSError, IndexError):
             if pid_file(self.cfg).read_text().split()[0] == str(os.getpid()):
                 pid_file(self.cfg).unlink()

@@ -329,8 +329,10 @@ def test_without_secrets():
         "k4",
         "--max-num-batched-tokens",
         "9",
+        "--hf_tok=k5",
     ]
-    assert without_secrets(words) == "m --api-key *** --port 8 --api-key *** --hf-token *** --max-num-batched-tokens 9"
+    shown = "m --api-key *** --port 8 --api-key *** --hf-token *** --max-num-batched-tokens 9 --hf_tok ***"
+    assert without_secrets(words) == shown
 
 
 def test_server_flags_finds_the_server_by_port(closed_port):

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from rerank_kit.engine.extra_args import REPLACED, SHORT, check_extra_args
+from rerank_kit.engine.extra_args import OTHER_SHORT, REPLACED, SHORT, check_extra_args, find_flag
 from rerank_kit.settings import FIELDS, ConfigError, EnvConfig
 
 
@@ -58,6 +58,27 @@ def test_what_no_setting_replaces_is_passed_on(text):
     check_extra_args(EnvConfig(extra_args=text))
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted", "found"),
+    [
+        ("--seed 1 --kv_cache_dtype=fp8", "--kv-cache-dtype", "--kv_cache_dtype"),
+        ("--data_parallel_backend ray", "--data-parallel*", "--data_parallel_backend"),
+        ("--scheduler_c a.B", "--scheduler-cls", "--scheduler_c"),
+        ("-pp 2", "--pipeline-parallel*", "-pp"),
+        ("-O3", "--optimization-level", "-O3"),
+        ("-cc.mode=3", "--compilation-config", "-cc"),
+        ("--compilation_config.cudagraph_mode NONE", "--compilation-config", "--compilation_config"),
+        ("--enforce_eager 'open", "--enforce-eager", "--enforce_eager"),
+        ("--no-async-scheduling", "--async-scheduling", None),
+        ("--kv-cache-dtype-skip-layers 1", "--kv-cache-dtype", None),
+        ('--model-loader-extra-config \'{"a": "--enforce-eager"}\'', "--enforce-eager", None),
+        ("", "--enforce-eager", None),
+    ],
+)
+def test_a_flag_is_found_in_every_way_that_vllm_takes_it(text, wanted, found):
+    assert find_flag(text, "--other", wanted) == found
+
+
 def test_every_setting_that_is_named_exists():
     named = {word for why in REPLACED.values() for word in re.findall(r"\b[A-Z][A-Z_]+\b", why)}
     assert named and named <= set(FIELDS)
@@ -69,9 +90,9 @@ def test_the_flags_are_those_of_the_installed_vllm():
     """A flag that vLLM renames would be let through; read from its source, since its parser takes 10 s to import."""
     root = find_spec("vllm").submodule_search_locations[0]
     missing = []
-    for flag in {*REPLACED, *SHORT} - {"--task", "--model-tag"}:
+    for flag in {*REPLACED, *SHORT, *OTHER_SHORT, *OTHER_SHORT.values()} - {"--task", "--model-tag"}:
         field = flag.lstrip("-").replace("-", "_")
-        pattern = rf'"{flag}"' if flag in SHORT else rf'"{flag}"|^    {field}:|^    {field} ='
+        pattern = rf'"{flag}"' if flag in {*SHORT, *OTHER_SHORT} else rf'"{flag}"|^    {field}:|^    {field} ='
         command = ["grep", "-rqE", "--include=*.py", pattern, f"{root}/engine", f"{root}/entrypoints", f"{root}/utils"]
         if subprocess.run(command).returncode:
             missing.append(flag)

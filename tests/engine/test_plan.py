@@ -282,6 +282,7 @@ def test_tls_reaches_vllm_and_the_url(checkpoints, tmp_path):
     "extra",
     [
         *("--hf-token s3cret --seed 5", "--hf-token=s3cret --seed 5", "--hf_token s3cret --seed 5"),
+        *("--hf-tok s3cret --seed 5", "--hf_t=s3cret --seed 5", "'--hf-token' s3cret --seed 5"),
     ],
 )
 def test_a_key_in_extra_args_is_not_shown(checkpoints, extra):

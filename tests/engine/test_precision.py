@@ -81,15 +81,29 @@ def test_exact_reaches_the_service_and_the_cold_start(checkpoints):
         (CPU, {}, "the CPU build of vLLM (0.32.0+cpu) has no batch-invariant mode"),
         (Machine("0.31.0", GPU.gpus, GPU.cores, 2**37), {}, "this is 0.31.0"),
         (GPU2, {"tp": 2}, "not proved with TP=2"),
+        (GPU, {"dtype": "float32"}, "not proved with DTYPE=float32"),
         (GPU, {"quantization": "fp8"}, "not proved with quantized weights (fp8)"),
         (GPU, {"extra_args": "-pp 2"}, "not proved with -pp"),
         (GPU, {"extra_args": "--kv-cache-dtype fp8"}, "not proved with --kv-cache-dtype"),
+        (GPU, {"extra_args": "--kv_cache_dtype=fp8"}, "not proved with --kv_cache_dtype"),
+        (GPU, {"extra_args": "-dcp 2"}, "not proved with -dcp"),
     ],
 )
 def test_exact_is_refused_where_it_is_not_proved(checkpoints, on, settings, said):
     with pytest.raises(ConfigError) as caught:
         plan_service(get_config(exact=1, **settings), checkpoints["qwen3"], on)
     assert said in str(caught.value) and "EXACT" in str(caught.value)
+
+
+@pytest.mark.parametrize(("model_type", "proved"), [("qwen2", True), ("qwen3", True), ("bert", False), (None, False)])
+def test_exact_is_for_the_decoders_that_are_proved(model_type, proved):
+    config = {"model_type": model_type}
+    for dtype in ("auto", "bfloat16", "float16"):
+        if proved:
+            assert precision.check_exact(get_config(exact=1, dtype=dtype), GPU, config).startswith("EXACT")
+        else:
+            with pytest.raises(ConfigError, match=rf"not proved with models of type {model_type!r}.*unset EXACT"):
+                precision.check_exact(get_config(exact=1, dtype=dtype), GPU, config)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The answers that model cards print, and what `check` says beside them."""
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,20 @@ def test_a_checkpoint_is_recognised_by_sizes_and_by_the_revision_of_its_files(tm
     assert published(found("/models/any", hidden_size=64)) is None
     notes = tmp_path / ".cache" / "huggingface" / "download"
     notes.mkdir(parents=True)
-    (notes / "model.safetensors.metadata").write_text("e61197ed45024b0ed8a2d74b80b4d909f1255473\netag\n1.5\n")
+    parts = [tmp_path / f"model-{n}.safetensors" for n in "12"]
+    for part in parts:
+        (notes / f"{part.name}.metadata").write_text("e61197ed45024b0ed8a2d74b80b4d909f1255473\netag\n1700000000.5\n")
+        part.touch()
+        os.utime(part, (1700000001, 1700000001))
     assert published(found(str(tmp_path))) == (KNOWN[0], True)
+    os.utime(parts[1], (1700000002, 1700000002))
+    assert published(found(str(tmp_path))) == (KNOWN[0], False), "a fine-tune was saved there"
+    os.utime(parts[1], (1700000001, 1700000001))
+    for spoilt in ("", "e61197ed\n", "e61197ed\netag\nsoon\n"):
+        (notes / f"{parts[0].name}.metadata").write_text(spoilt)
+        assert published(found(str(tmp_path))) == (KNOWN[0], False)
+    (tmp_path / "model.safetensors").touch()  # saved beside them, and nobody noted it
+    assert published(found(str(tmp_path))) == (KNOWN[0], False)
 
 
 def test_distance_is_that_to_the_closest_published_run():

@@ -142,3 +142,78 @@ def test_the_script_reads_the_terminal_of_its_caller(tmp_path):
         command = [*shell.split(), "-c", script, str(KIT / "start_rerank.sh")]
         done = subprocess.run(command, input="secret\n", capture_output=True, text=True, timeout=20)
         assert done.stdout == "got secret\n", done.stderr
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_start_whose_script_was_killed_keeps_its_lock_and_starts_nothing(kit, shell, slow_model):
+    """Its action's shell runs on: two starts at once would fight for the port and for the PID file."""
+    with begin(kit, "start", shell, **slow_model) as start:
+        until(lambda: prepares(kit))
+        time.sleep(0.5)  # it waits for config.json now
+        start.kill()
+        start.wait()
+        second = kit("start", shell=shell)
+        assert second.returncode == 1 and "another start or stop for port" in second.stderr, second.stderr
+        os.close(os.open(slow_model["MODEL_PATH"] / "config.json", os.O_RDWR))  # empty: the preparation ends, and fails
+        until(lambda: not session_of(start.pid), 20)
+    assert not kit.pid_file.exists() and kit("start", shell=shell).returncode == 0
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_stop_ends_a_start_whose_script_was_killed(kit, shell, slow_model):
+    with begin(kit, "start", shell, **slow_model) as start:
+        until(lambda: prepares(kit))
+        time.sleep(0.5)
+        start.kill()
+        start.wait()
+        began = time.monotonic()
+        stopped = kit("stop", shell=shell)
+        assert stopped.returncode == 0 and time.monotonic() - began < 5, stopped.stderr
+        assert "ending the start that is under way" in stopped.stderr and not session_of(start.pid)
+
+
+def test_a_killed_script_launches_no_supervisor(kit, tmp_path):
+    """It dies while the last check before the launch runs."""
+    script = (KIT / "start_rerank.sh").read_text().replace('main "$@"\n', "")
+    script += f"kit() {{ [ \"$*\" != 'serving.command check' ] || {{ touch {tmp_path}/there; sleep 1.5; }}; }}\n"
+    script += f"become_kit() {{ touch {tmp_path}/launched; }}\nLOG_DIR={tmp_path} PORT=1 HAVE_VLLM=yes\n"
+    script += "PID_FILE=$LOG_DIR/pid STATE_FILE=$LOG_DIR/state LOCK_FILE=$LOG_DIR/lock LOG_FILE=$LOG_DIR/log\n"
+    script += "server_pid() { return 1; }\nact do_start\n"
+    for shell in SHELLS:
+        (tmp_path / "there").unlink(missing_ok=True)
+        command = [*shell.split(), "-c", script.replace("kit serving.status server-pid", "false"), str(KIT / "x")]
+        with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, start_new_session=True) as start:
+            until(lambda: (tmp_path / "there").exists())
+            start.kill()
+            said = start.communicate(timeout=20)[1]
+        assert "the script was killed, so nothing is started" in said, said
+        assert not (tmp_path / "launched").exists() and not (tmp_path / "pid").exists()
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_quit_ends_the_action_too(kit, shell, slow_model):
+    """Ctrl-\\ reaches the script alone: a background shell ignores it."""
+    with begin(kit, "start", shell, **slow_model) as start:
+        until(lambda: prepares(kit))
+        time.sleep(0.5)
+        start.send_signal(signal.SIGQUIT)
+        assert start.wait(3) == 131
+        until(lambda: not session_of(start.pid), 3)
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_failed_start_leaves_the_state_of_another_live_supervisor(tmp_path, shell):
+    script = (KIT / "start_rerank.sh").read_text().replace('main "$@"\n', "")
+    script += f"""
+LOG_DIR={tmp_path} PORT=1
+PID_FILE=$LOG_DIR/pid STATE_FILE=$LOG_DIR/state LOCK_FILE=$LOG_DIR/lock
+kill_session() {{ :; }}
+echo '999999999 1' >"$PID_FILE"
+mine='999999999 1'
+echo '{{"state": "ready", "pid": '$OWNER', "server_pid": 999999998}}' >"$STATE_FILE"
+end_mine
+"""
+    for owner, stays in ((os.getpid(), True), (999999999, False)):
+        command = [*shell.split(), "-c", script, str(KIT / "start_rerank.sh")]
+        subprocess.run(command, check=True, timeout=20, env={**os.environ, "OWNER": str(owner)})
+        assert (tmp_path / "state").exists() is stays and not (tmp_path / "pid").exists()

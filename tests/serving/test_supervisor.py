@@ -270,6 +270,16 @@ def test_term_to_the_supervisor_is_a_stop(kit):
     assert kit("status").returncode == 3
 
 
+def test_a_stop_removes_only_its_own_files(tmp_path):
+    ended = object.__new__(supervisor.Supervisor)
+    ended.cfg = get_config(log_dir=str(tmp_path), port=1)
+    pid, state = tmp_path / "rerank-1.pid", tmp_path / "rerank-1.state"
+    for owner, stays in ((os.getppid(), True), (os.getpid(), False)):
+        pid.write_text(f"{owner} 1\n")
+        state.write_text(json.dumps({"server_pid": 1, "pid": owner}))
+        assert ended._end() == 0 and pid.exists() is stays and state.exists() is stays
+
+
 def test_wait_blocks_until_ready_or_dead(kit):
     assert kit("wait").returncode == 3
     kit("start", FAKE_MODE="slow", START_TIMEOUT_S=1)

@@ -198,6 +198,16 @@ def test_a_relative_model_starts_at_the_kits_folder_from_everywhere(tmp_path, mo
     assert settings.model_setting(str(tmp_path / "elsewhere/models/b")) == str(tmp_path / "elsewhere/models/b")
     with pytest.raises(ConfigError, match=f"write MODEL_PATH={tmp_path}/elsewhere/models/b"):
         settings.model_setting("models/b")
+    with pytest.raises(ConfigError, match="MODEL_PATH='~nouser/m': ~nouser is no user's home here"):
+        settings.model_setting("~nouser/m")
+    with pytest.raises(
+        ConfigError, match=r"MODEL_PATH=.mm.* \(300 characters\)" r". cannot be looked up: File name too long"
+    ):
+        settings.model_setting("m" * 300)
+    for broken in ({"log_dir": "~nouser/l"}, {"ssl_keyfile": "~nouser/k"}):
+        with pytest.raises(ConfigError, match=r"(LOG_DIR|SSL_KEYFILE)='~nouser/"):
+            cfg = EnvConfig(**broken)
+            settings.permission_warnings(cfg), cfg.log_path
 
 
 def test_shell_values_survive_nasty_text(monkeypatch, tmp_path):
