@@ -83,6 +83,7 @@ LANES_FOLDER = pytest.StashKey[tempfile.TemporaryDirectory]()
 def ctrl_c_is_heard():
     """A shell ignores SIGINT for what it runs in the background, and children inherit it; --tune keeps its handler."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
