@@ -141,7 +141,7 @@ def test_no_key_no_answer_and_no_trace_of_it(real):
 
 @pytest.mark.server
 def test_stop_lets_calls_in_flight_finish(real):
-    """The last test of this service: stop comes while six calls of many documents are being scored."""
+    """The last test of this service: stop comes while most of six calls of many documents are being scored."""
     body = {"model": "qwen3-reranker", "query": "capital", "documents": [f"{i} " + "word " * 400 for i in range(120)]}
     url, key = f"https://127.0.0.1:{real['PORT']}/v1/rerank", {"Authorization": f"Bearer {KEY}"}
     pids = session_of(json.loads(run_kit("status", "--json", **real).stdout)["pid"])
