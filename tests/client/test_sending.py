@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import free_port
+from conftest import free_port, until
 from fault_server import (
     DOCS,
     RIGHT,
@@ -775,7 +775,13 @@ def test_failover_returns_to_the_first_when_it_is_back(client, serve, monkeypatc
 
 def test_failover_asks_a_server_that_was_down_with_one_call_only(client, serve, monkeypatch):
     monkeypatch.setattr(sending, "DOWN_S", 0.2)
-    first, second = serve(status(503), default=slow(0.3)), serve()
+    second = serve()
+
+    def when_the_others_are_through(server, connection, request):
+        until(lambda: len(second.requests) == 5)
+        return answer(server, connection, request)
+
+    first = serve(status(503), default=when_the_others_are_through)
     both = f"{first.url},{second.url}"
     client.rerank("q", DOCS, base_url=both)
     time.sleep(0.25)
