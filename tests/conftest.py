@@ -33,23 +33,34 @@ SETTINGS = {*settings.FIELDS, *settings.CLIENTS_OWN, "VLLM_API_KEY", "KIT_ENV_FI
 
 
 # pytest -n 4: what uses one of these fixtures is run by one process, one fixture after the other; a file is run by one
-# process too. Two real servers at a time would wait for each other's cores: the other processes run what sleeps.
+# process too. Two of them run real servers: more would wait for each other's cores. The others run what sleeps.
 # (--dist loadgroup of xdist 3.8 does nothing under pytest 9.2: findings/xdist_loadgroup_pytest9.sh.)
-REAL = ("keyed_service", "fleet", "fork_server", "service", "demo")
+REAL = {
+    "real services": ("keyed_service", "fleet", "demo"),
+    "forked services": ("fork_server", "service"),
+}
 # What takes longest comes first.
-FIRST = ("real", "test_supervisor", "test_start_rerank", "test_one_service", "test_compare", "test_nodes")
+FIRST = (*REAL, "test_supervisor", "test_start_rerank", "test_one_service", "test_compare", "test_nodes")
+
+
+def _lane(item) -> tuple[str, int]:
+    """(what one process runs, place in it)."""
+    for lane, fixtures in REAL.items():
+        for place, name in enumerate(fixtures):
+            if name in item.fixturenames:
+                return lane, place
+    return item.path.stem, 0
 
 
 def pytest_collection_modifyitems(config, items):
     """Sort the tests by lane, and tell the process that deals them out."""
     if not hasattr(config, "workerinput"):
         return
-    real = {item: next((i for i, name in enumerate(REAL) if name in item.fixturenames), None) for item in items}
-    lanes = {item: item.path.stem if number is None else "real" for item, number in real.items()}
-    places = {lane: number for number, lane in enumerate(FIRST)}
-    items.sort(key=lambda item: (places.get(lanes[item], len(FIRST)), real[item] or 0))
+    lanes = {item: _lane(item) for item in items}
+    order = {lane: number for number, lane in enumerate(FIRST)}
+    items.sort(key=lambda item: (order.get(lanes[item][0], len(FIRST)), lanes[item][1]))
     file = Path(config.workerinput["lanes"])
-    file.write_text(json.dumps({item.nodeid: lane for item, lane in lanes.items()}))
+    file.write_text(json.dumps({item.nodeid: lane for item, (lane, _) in lanes.items()}))
 
 
 @pytest.hookimpl(optionalhook=True)

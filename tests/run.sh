@@ -1,7 +1,7 @@
 #!/bin/sh
 # The whole test suite from nothing: sets up .venv as a user would, adds the test tools, checks style, runs pytest.
 #   sh tests/run.sh [--coverage] [pytest arguments]
-# Without a file, -m or -n the suite runs in two parts: four tests at a time, then those that measure time, alone.
+# Without a file, -m or -n the suite runs in two parts: four tests at a time, then those that measure time.
 #   sh tests/run.sh                                   all but what needs a GPU or many minutes
 #   sh tests/run.sh --coverage                        and print the lines of the kit that no test reaches (slower)
 #   sh tests/run.sh -x --durations=25                 options of pytest
@@ -80,6 +80,7 @@ if [ -z "$WHOLE" ]; then
 fi
 FAILED=0 RAN=''
 part -m "not gpu and not soak and not timing" -n 4 ${COVERAGE:+--cov --cov-report=} "$@"
-part -m "timing and not gpu and not soak" ${COVERAGE:+--cov --cov-append} "$@"
+# They wait most of the time: three together leave more than half of two cores idle.
+part -m "timing and not gpu and not soak" -n 3 ${COVERAGE:+--cov --cov-append} "$@"
 [ -n "$RAN" ] || { printf '[ERR] %s\n' "no test was selected by: $*" >&2; exit 5; }
 exit "$FAILED"

@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 
-from rerank_kit.guard import dialects, playground
+from rerank_kit.guard import dialects, playground, upgrades
 from rerank_kit.guard.admission import FIRST_PAIRS, Load
 from rerank_kit.guard.answers import Refusal, _send_json, _send_refusal, whole
 from rerank_kit.guard.asked import Asked, understand
@@ -113,6 +113,7 @@ class Guard:
         self.metrics.started.set(time.time())
         self.metrics.version.labels(self.version.decode()).set(1)
         logging.getLogger(SCORE_LOGGER).addFilter(_once(SCORE_WARNING))
+        upgrades.read_bodies()
         self.long = LongDocuments(self.limits.max_docs, self.encode, self._take_windows)
         self.health = Health(counts, _setting("HEALTH_TIMEOUT_S", float), self.long.prepare)
         mib = _setting("RESULT_CACHE_MIB", float)

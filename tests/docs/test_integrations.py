@@ -59,6 +59,10 @@ CLIENTS = {
     "Haystack, JinaRanker": Client("jina-haystack", "R/v1/rerank", RUNTIME),
     "rerankers": Client("rerankers", "R/v1/rerank", "builtins.KeyError", "results"),
     "LiteLLM, other providers": Client("litellm", "R or R/v1", "litellm.AuthenticationError"),
+    "Together SDK": Client("together", "R", "together.AuthenticationError"),
+    "Infinity client": Client("infinity-client", "R/v1", "infinity_client.UnexpectedStatus"),
+    "Xinference client": Client("xinference-client", "R", RUNTIME),
+    "LightRAG": Client("lightrag-hku", "R/v1/rerank", "tenacity.RetryError", ""),
     "OpenAI SDK": Client("openai", "R/v1", "openai.AuthenticationError"),
 }
 AI_ERROR = "AI_APICallError"
@@ -68,6 +72,15 @@ JS_CLIENTS = {
     "Vercel AI SDK, voyage": Client("@ai-sdk/voyage", "R/v1", AI_ERROR),
     "cohere-ai, v2": Client("cohere-ai", "R", "UnauthorizedError"),
     "cohere-ai, v1": Client("cohere-ai", "R", "UnauthorizedError"),
+}
+# Programs that are whole: (language of the code block, file, command).
+LANGUAGES = {
+    "curl": ("sh", "rank.sh", "sh"),
+    "wget": ("sh", "rank.sh", "sh"),
+    "Java": ("java", "Rank.java", "java"),
+    "Go": ("go", "rank.go", "go run"),
+    "PHP": ("php", "rank.php", "php"),
+    "Ruby": ("ruby", "rank.rb", "ruby"),
 }
 QUERY = "What is the capital of China?"
 DOCUMENTS = ["Gravity attracts bodies.", "The capital of China is Beijing.", "首都是北京。", "a "]
@@ -79,7 +92,8 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(300)]
 def program(title: str) -> tuple[str, str]:
     """(text, code) of a section."""
     section = PAGE.partition(f"### {title}\n")[2].partition("\n##")[0]
-    text, _, rest = section.partition("```js\n" if title in JS_CLIENTS else "```python\n")
+    fence = LANGUAGES[title][0] if title in LANGUAGES else "js" if title in JS_CLIENTS else "python"
+    text, _, rest = section.partition(f"```{fence}\n")
     return text, rest.partition("```")[0]
 
 
@@ -169,6 +183,26 @@ def test_client_in_javascript_ranks_as_the_kits_own(title, keyed_service, expect
     check(run_js(title, keyed_service, tmp_path), expected, JS_CLIENTS[title])
 
 
+@pytest.mark.parametrize("title", LANGUAGES)
+def test_client_of_another_language_ranks_as_the_kits_own(title, service, tmp_path):
+    _, name, command = LANGUAGES[title]
+    if not shutil.which(title if name == "rank.sh" else command.split()[0]):
+        pytest.skip(f"{title} is not installed")
+    (tmp_path / name).write_text(program(title)[1].replace("http://127.0.0.1:11438", service.url))
+    done = subprocess.run([*command.split(), name], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    if done.stdout.startswith("{"):
+        results = json.loads(done.stdout)["results"]
+        ranked = [(row["relevance_score"], row["document"]["text"]) for row in results]
+    else:
+        ranked = [(float(score), text) for score, text in (line.split(" ", 1) for line in done.stdout.splitlines())]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings, "_cache", {})
+        items, _, _ = rerank(QUERY, DOCUMENTS[:3], 2, base_url=f"{service.url}/v1")
+    assert [text for _, text in ranked] == [item.doc for item in items]
+    assert [score for score, _ in ranked] == pytest.approx([item.score for item in items], abs=1e-6)
+
+
 def table() -> str:
     """The table of docs/integrations.md."""
     pins = dict(re.findall(r"(?m)^([\w-]+)==(\S+)$", (KIT / "tests" / "requirements-sdk.txt").read_text()))
@@ -193,7 +227,7 @@ def test_the_newest_cohere_sdk_too(title, keyed_service, expected):
 
 def test_the_page_names_every_error_and_version():
     titles = re.findall(r"(?m)^### (.+)$", PAGE.partition("## Run by the tests")[2].partition("## Read, not run")[0])
-    assert titles == [*CLIENTS, *JS_CLIENTS, "TLS"]
+    assert titles == [*CLIENTS, *JS_CLIENTS, "TLS", *LANGUAGES]
     assert table() in PAGE, table()
     for title, client in (CLIENTS | JS_CLIENTS).items():
         assert f"`{client.error.removeprefix('builtins.')}`" in program(title)[0]
