@@ -1,6 +1,7 @@
 """Shared fixtures: seeded tiny checkpoints and one real service for the whole session."""
 
 import gc
+import importlib
 import itertools
 import json
 import os
@@ -27,6 +28,19 @@ from rerank_kit.client.sessions import SharedResources
 
 KIT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(Path(__file__).parent / "stand_ins"), str(Path(__file__).parent)]
+
+
+class Later:
+    """A module that is imported at its first use: each process collects all tests, and torch and vLLM take seconds."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str):
+        if attribute.startswith("_"):  # pytest looks at all that a test file holds
+            raise AttributeError(attribute)
+        return getattr(importlib.import_module(self._name), attribute)
+
 
 # Variables of the developer's own shell that would change what is tested.
 SETTINGS = {*settings.FIELDS, *settings.CLIENTS_OWN, "VLLM_API_KEY", "KIT_ENV_FILE"}
@@ -56,6 +70,7 @@ def pytest_collection_modifyitems(config, items):
     """Sort the tests by lane, and tell the process that deals them out."""
     if not hasattr(config, "workerinput"):
         return
+    assert not {"torch", "vllm"} & set(sys.modules), "a test file imports torch or vLLM: use conftest.Later"
     lanes = {item: _lane(item) for item in items}
     order = {lane: number for number, lane in enumerate(FIRST)}
     items.sort(key=lambda item: (order.get(lanes[item][0], len(FIRST)), lanes[item][1]))

@@ -1,14 +1,14 @@
 """call_scheduler.py inside vLLM's own scheduling code: one engine's scheduler, without a model."""
 
 import time
+from importlib.util import find_spec
 
 import pytest
 import tiny_models
+from conftest import Later
 
-pytest.importorskip("vllm")
-
-from rerank_kit.engine.call_scheduler import HOLD_S, KNOWN_QUIET_S, QUIET_S, CallScheduler
-
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+code = Later("rerank_kit.engine.call_scheduler")
 TOKENS = 20  # of a pair
 
 
@@ -54,7 +54,7 @@ def make(config):
     spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=16, dtype=torch.float32)
     cache = KVCacheConfig(num_blocks=1000, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)])
     manager = StructuredOutputManager(config)
-    return CallScheduler(config, cache, manager, block_size=16, hash_block_size=16, log_stats=True)
+    return code.CallScheduler(config, cache, manager, block_size=16, hash_block_size=16, log_stats=True)
 
 
 def add(scheduler, *ids, task="classify", tokens=TOKENS):
@@ -97,9 +97,9 @@ def test_single_pair_never_waits(scheduler):
 
 def test_call_that_stops_arriving_is_scored(scheduler, clock):
     add(scheduler, pair("a", 9, 0), pair("a", 9, 1))
-    clock.now_s += KNOWN_QUIET_S * 0.9
+    clock.now_s += code.KNOWN_QUIET_S * 0.9
     assert n_pairs(scheduler) == 0
-    clock.now_s += KNOWN_QUIET_S * 0.2
+    clock.now_s += code.KNOWN_QUIET_S * 0.2
     assert n_pairs(scheduler) == 2
 
 
@@ -110,14 +110,14 @@ def test_wait_is_bounded_while_pairs_trickle_in(scheduler, clock):
         index += 1
         if scheduler.schedule().num_scheduled_tokens:
             break
-        clock.now_s += QUIET_S / 1.5
-    assert clock.now_s - begin <= HOLD_S + QUIET_S
+        clock.now_s += code.QUIET_S / 1.5
+    assert clock.now_s - begin <= code.HOLD_S + code.QUIET_S
 
 
 def test_unknown_count_waits_for_one_quiet_step(scheduler, clock):
     add(scheduler, "score-mine-0-0123abcd", "score-mine-1-0123abcd")
     assert n_pairs(scheduler) == 0
-    clock.now_s += QUIET_S * 1.1
+    clock.now_s += code.QUIET_S * 1.1
     assert n_pairs(scheduler) == 2
 
 
@@ -125,7 +125,7 @@ def test_embedding_texts_beyond_the_count_are_waited_for(scheduler, clock):
     add(scheduler, pair("a", 2, 0), pair("a", 2, 1), task="embed")
     assert n_pairs(scheduler) == 0
     add(scheduler, pair("a", 2, 2), task="embed")
-    clock.now_s += QUIET_S * 1.1
+    clock.now_s += code.QUIET_S * 1.1
     assert n_pairs(scheduler) == 3
 
 
@@ -216,5 +216,5 @@ def test_clock_is_the_real_one_outside_tests(config):
     scheduler = make(config)
     add(scheduler, pair("a", 5, 0))
     assert n_pairs(scheduler) == 0
-    time.sleep(KNOWN_QUIET_S * 2)
+    time.sleep(code.KNOWN_QUIET_S * 2)
     assert n_pairs(scheduler) == 1

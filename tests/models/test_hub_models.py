@@ -3,12 +3,10 @@
 import json
 import os
 
-import plain_encoders
 import pytest
 import tiny_hub_models
 import tiny_models
-import torch
-from transformers import AutoTokenizer
+from conftest import Later
 
 from rerank_kit.engine.machine import Machine
 from rerank_kit.engine.plan import plan_service
@@ -19,6 +17,7 @@ from rerank_kit.models.reference import qwen3_vl_prompt_ids, reference_scores
 from rerank_kit.serving.command import server_commands
 from rerank_kit.settings import ConfigError, get_config
 
+plain_encoders, torch, transformers = (Later(name) for name in ("plain_encoders", "torch", "transformers"))
 CPU = Machine("0.32.0+cpu", (), (0, 1), 64 * 2**30)
 MODELS = {
     "jina_reranker_v2": tiny_hub_models.jina_reranker_v2,
@@ -36,7 +35,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_reference_computes_what_the_published_code_computes(folders, name):
     folder, plain = folders[name], getattr(plain_encoders, name)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     both = [p.query for p in PAIRS], [p.document for p in PAIRS]
     ids = tokenizer(*both, truncation="longest_first", max_length=256)["input_ids"]
     expected = [torch.tensor(plain(folder, row)).sigmoid().item() for row in ids]
@@ -109,7 +108,7 @@ def test_qwen3_vl_is_refused_where_vllm_cannot_import_it(tmp_path, monkeypatch):
 
 def test_qwen3_vl_template_and_cut_are_those_of_the_model_card(tmp_path):
     tiny_models.qwen3_tokenizer(tmp_path)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     template = all_profiles()["qwen3_vl_reranker"].template_text()
     for query, document, instruction in (("q", "d", None), ("", "", None), ("a\nb", "中国 ", "Find 判断\nit")):
         chat = [{"role": "query", "content": query}, {"role": "document", "content": document}]

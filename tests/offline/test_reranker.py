@@ -12,8 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from conftest import KIT, kit_environment
+from conftest import KIT, Later, kit_environment
 from one_file import score_file
 
 import vllm_usage
@@ -30,6 +29,8 @@ from rerank_kit.offline.feeding import Batch
 from rerank_kit.offline.files import Result, lines_done, parse_line, read_chunks
 from rerank_kit.offline.prompts import Prompt
 from rerank_kit.settings import ConfigError, get_config
+
+torch = Later("torch")
 
 
 class LengthReranker:
