@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from conftest import free_port
+from conftest import free_port, until
 from fault_server import (
     DOCS,
     RIGHT,
@@ -774,11 +774,16 @@ def test_failover_returns_to_the_first_when_it_is_back(client, serve, monkeypatc
 
 
 def test_failover_asks_a_server_that_was_down_with_one_call_only(client, serve, monkeypatch):
+    def when_the_others_are_over(server, connection, request):
+        until(lambda: len(second.requests) == 5)
+        return answer(server, connection, request)
+
     monkeypatch.setattr(sending, "DOWN_S", 0.2)
-    first, second = serve(status(503), default=slow(0.3)), serve()
+    first, second = serve(status(503), default=when_the_others_are_over), serve()
     both = f"{first.url},{second.url}"
     client.rerank("q", DOCS, base_url=both)
     time.sleep(0.25)
+    monkeypatch.setattr(sending, "DOWN_S", 30)  # for the call that asks it again
     if client.mode == "sync":
         with ThreadPoolExecutor(5) as pool:
             list(pool.map(lambda _: rerank("q", DOCS, base_url=both), range(5)))

@@ -200,7 +200,7 @@ def test_accounting_is_exact_under_chaos(monkeypatch):
         await send({"type": "http.response.body", "body": b""})
 
     async def client():
-        for _ in range(20):
+        while len(seen) < 300:  # whatever a busy machine makes of the times
             task = asyncio.create_task(ask(guard, RERANK, documents(rng.randint(1, 40))))
             await asyncio.sleep(rng.random() * 0.002)
             if rng.random() < 0.3:
@@ -213,7 +213,6 @@ def test_accounting_is_exact_under_chaos(monkeypatch):
     monkeypatch.setenv("GUARD_MAX_PAIRS_IN_FLIGHT", "60")
     guard = Guard(inner)
     asyncio.run(main())
-    assert len(seen) > 100
     assert all(in_flight <= 60 for _, in_flight in seen)
     assert max(in_flight for _, in_flight in seen) > 50  # the room was used
     assert guard.load.in_flight == 0 and not guard.tasks
