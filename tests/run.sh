@@ -61,7 +61,7 @@ fi
 "$PY" -m ruff check .
 "$PY" -m ruff format --check .
 "$PY" -m mypy
-shellcheck start_rerank.sh deploy/switch_model.sh tests/run.sh .ci/run
+shellcheck start_rerank.sh rerank_kit/setup.sh deploy/switch_model.sh tests/run.sh .ci/run
 
 # One part of the suite. It may have nothing to run (pytest's exit code 5), but not both.
 part() {

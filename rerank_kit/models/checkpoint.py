@@ -1,6 +1,7 @@
 """What the files of a checkpoint say about it."""
 
 import re
+import sys
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -113,18 +114,24 @@ class Checkpoint:
         return first, second
 
 
+class MissingPackage(ConfigError, ImportError):
+    """This Python lacks a package."""
+
+
 def load_tokenizer(path: Path):
     """The `tokenizers.Tokenizer` in a folder's tokenizer.json, which neither cuts nor pads.
 
     Raises:
-        ConfigError: the file is missing or damaged.
+        ConfigError: the file is missing or damaged, or this Python has no tokenizers.
     """
     file = path / "tokenizer.json"
     try:
         found = file.stat()
         return _loaded(file, found.st_mtime_ns, found.st_size)
-    except ImportError:
-        raise  # says of this Python, not of the file
+    except ImportError as exc:  # says of this Python, not of the file
+        raise MissingPackage(
+            f"{sys.executable} cannot read {file}: {exc}; use the Python that serves (sh start_rerank.sh python)"
+        ) from exc
     except Exception as exc:  # tokenizers raises plain Exception
         read_json(file)  # says more of a file that is no JSON
         line = str(exc).splitlines()[0][:160] if str(exc) else type(exc).__name__

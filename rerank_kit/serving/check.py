@@ -21,7 +21,7 @@ from typing import Any
 from rerank_kit.engine.machine import GIB, free_memory, vllm_version
 from rerank_kit.engine.nodes import is_headless
 from rerank_kit.models.chat_template import render, special_tokens
-from rerank_kit.models.checkpoint import Checkpoint, load_tokenizer, read_checkpoint
+from rerank_kit.models.checkpoint import Checkpoint, MissingPackage, load_tokenizer, read_checkpoint
 from rerank_kit.models.known_pairs import KNOWN, PAIRS, judge
 from rerank_kit.models.library import compare
 from rerank_kit.models.pair import Pair
@@ -240,6 +240,9 @@ def main(argv: list[str]) -> int:
             failed += fault is not None
             if fault or "--quiet" not in argv:
                 print(f"{'FAILED' if fault else 'ok':<6}  {name:<9}  {fault or seen}")
+    except MissingPackage as exc:
+        print(f"FAILED  {exc}")
+        return 4
     except ConfigError as exc:
         print(f"ConfigError: {exc}", file=sys.stderr)
         return 6

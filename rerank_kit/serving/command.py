@@ -1,6 +1,6 @@
 """Builds the `vllm serve` command of a plan, to explain, check or start it.
 
-start_rerank.sh calls `python -m rerank_kit.serving.command cfg | check | vllm | exec`.
+start_rerank.sh calls `python -m rerank_kit.serving.command cfg | vllm | exec`.
 """
 
 import json
@@ -21,7 +21,7 @@ from rerank_kit.models.served_folder import make_adapted
 from rerank_kit.models.settled import Settled
 from rerank_kit.serving.check import expectation
 from rerank_kit.serving.network import check_network, check_port, hold_port, tls_files
-from rerank_kit.settings import FIELDS, KIT_DIR, ConfigError, get_config, passed_on_env
+from rerank_kit.settings import FIELDS, KIT_DIR, ConfigError, EnvConfig, get_config, passed_on_env
 
 
 def serve_args(plan: Plan, group: int = 0, rpc_port: int | str = "FREE_PORT") -> list[str]:
@@ -218,39 +218,48 @@ def become_server(plan: Plan) -> None:
     os.execve(commands[0][0], commands[0], env)
 
 
+def startable_plan(cfg: EnvConfig) -> Plan:
+    """The plan of a service that can be started here and now.
+
+    Raises:
+        ConfigError: why it cannot.
+    """
+    plan = plan_service(cfg)
+    vllm_command()
+    serve_args(plan)
+    if not is_headless(cfg):  # a headless node listens on no port
+        check_network(cfg)
+        hold_port(cfg).close()
+        check_port(cfg)
+        if has_other_nodes(cfg):
+            check_rpc_port(cfg)
+    return plan
+
+
+def refused(exc: ConfigError | OSError) -> int:
+    """Say in one line why these settings start no service. Returns the exit code."""
+    # OSError: another user owns the folder, the weights or LOG_DIR.
+    text = exc if isinstance(exc, ConfigError) else f"{exc.filename}: {exc.strerror}"
+    print(f"ConfigError: {text}", file=sys.stderr)
+    return 5 if isinstance(exc, NoVllm) else 6
+
+
 def main(argv: list[str]) -> int:
-    """`cfg` explains the plan, `check` validates it, `vllm` prints the release, `exec` becomes the server."""
-    if len(argv) != 1 or argv[0] not in ("cfg", "check", "vllm", "exec"):
-        print("usage: python -m rerank_kit.serving.command cfg | check | vllm | exec", file=sys.stderr)
-        return 2
+    """`cfg` explains the plan, `vllm` prints the release, `exec` checks the settings and becomes the server."""
     try:
-        if argv[0] == "vllm":
+        if argv == ["vllm"]:
             print(vllm_version())
-            return 0
-        plan = plan_service(get_config())
-        if argv[0] == "cfg":
+        elif argv == ["cfg"]:
+            plan = plan_service(get_config())
             make_files(plan)  # so that the printed command can be pasted
             print(explain(plan))
-        elif argv[0] == "check":
-            vllm_command()
-            serve_args(plan)
-            if not is_headless(plan.cfg):  # a headless node listens on no port
-                check_network(plan.cfg)
-                hold_port(plan.cfg).close()
-                check_port(plan.cfg)
-                if has_other_nodes(plan.cfg):
-                    check_rpc_port(plan.cfg)
+        elif argv == ["exec"]:
+            become_server(startable_plan(get_config()))
         else:
-            become_server(plan)
-    except NoVllm as exc:
-        print(f"ConfigError: {exc}", file=sys.stderr)
-        return 5
-    except ConfigError as exc:
-        print(f"ConfigError: {exc}", file=sys.stderr)
-        return 6
-    except OSError as exc:  # another user owns the folder, the weights or LOG_DIR
-        print(f"ConfigError: {exc.filename}: {exc.strerror}", file=sys.stderr)
-        return 6
+            print("usage: python -m rerank_kit.serving.command cfg | vllm | exec", file=sys.stderr)
+            return 2
+    except (ConfigError, OSError) as exc:
+        return refused(exc)
     return 0
 
 

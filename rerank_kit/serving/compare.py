@@ -9,11 +9,11 @@ import os
 import sys
 from dataclasses import replace
 
-from rerank_kit.engine.machine import NoVllm, probe_machine, vllm_command
+from rerank_kit.engine.machine import probe_machine, vllm_command
 from rerank_kit.engine.nodes import is_headless
 from rerank_kit.engine.plan import Plan, plan_service
 from rerank_kit.models.download import locate
-from rerank_kit.serving.command import serve_args, server_env, shown_args, shown_env
+from rerank_kit.serving.command import refused, serve_args, server_env, shown_args, shown_env
 from rerank_kit.serving.network import check_address, check_network
 from rerank_kit.serving.status import known_state, memory_of_service
 from rerank_kit.settings import ConfigError, EnvConfig, get_config, model_setting
@@ -139,15 +139,8 @@ def main(argv: list[str]) -> int:
         if not is_headless(cfg):
             check_network(cfg)
             check_address(cfg)
-    except NoVllm as exc:
-        print(f"ConfigError: {exc}", file=sys.stderr)
-        return 5
-    except ConfigError as exc:
-        print(f"ConfigError: {exc}", file=sys.stderr)
-        return 6
-    except OSError as exc:  # a folder, the weights or LOG_DIR belong to somebody else
-        print(f"ConfigError: {exc.filename}: {exc.strerror}", file=sys.stderr)
-        return 6
+    except (ConfigError, OSError) as exc:
+        return refused(exc)
     return 0
 
 

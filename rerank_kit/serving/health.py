@@ -69,7 +69,7 @@ def probe(cfg: EnvConfig, timeout_s: float = 60.0, n_docs: int = 1) -> str | Non
     if cfg.guard and cfg.result_cache_mib:  # its key: a score of the cache would say nothing of the engine
         body["cache_salt"] = secrets.token_hex(8)
     try:
-        status, data = request(cfg, "GET", "/health", timeout_s=5)
+        status, data = request(cfg, "GET", "/health", timeout_s=min(5.0, timeout_s))
         if status != 200:
             return f"/health answers {status}"
         status, data = request(cfg, "POST", "/v1/rerank", body, timeout_s)
@@ -312,7 +312,8 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
         if waited >= timeout_s:
             print(f"[WARN] still {now} after {waited:.0f} s ({last})", file=sys.stderr)
             return LOADING
-        time.sleep(0.5)
+        # What is over soon is seen soon. Later a look at the log and a score must not cost the loading server much.
+        time.sleep(min(0.5, 0.1 + waited / 20))
 
 
 def main(argv: list[str]) -> int:

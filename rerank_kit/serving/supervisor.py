@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -24,9 +25,10 @@ from pathlib import Path
 from rerank_kit.engine.nodes import describe_node, has_other_nodes, is_headless
 from rerank_kit.engine.plan import Plan, plan_service
 from rerank_kit.processes import born, is_alive, session_pids
-from rerank_kit.serving.command import server_commands, server_env, shown_args, shown_env
+from rerank_kit.serving.command import refused, server_commands, server_env, shown_args, shown_env, startable_plan
 from rerank_kit.serving.compare import key_mark, supervised_settings
 from rerank_kit.serving.health import WARMING, log_file, pid_file, state_file
+from rerank_kit.serving.launch import launch, rotate
 from rerank_kit.serving.log_causes import read_log, root_cause
 from rerank_kit.serving.network import hold_port
 from rerank_kit.serving.peers import HEAD_LOST, NO_HEAD, Peers
@@ -97,7 +99,12 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_stop)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # rings the bell
         adopt_orphans()
+        with Bell() as self.bell:
+            return self._keep_running()
+
+    def _keep_running(self) -> int:
         while True:
             try:
                 self._start()
@@ -155,7 +162,7 @@ class Supervisor:
         self._save(restarts=self.state.restarts + 1, next_start=time.time() + wait_s)
         self._note(f"restart {self.state.restarts} in {wait_s:.0f} s")
         while time.monotonic() < end and not self.asked_to_stop:
-            time.sleep(TICK_S)
+            self.bell.wait(TICK_S)
         return not self.asked_to_stop
 
     def _start(self) -> None:
@@ -187,7 +194,11 @@ class Supervisor:
         next_rotation = 0.0
         try:
             peers = Peers(self.cfg, rest_of_session) if has_other_nodes(self.cfg) else None
-            watch = peers if peers and is_headless(self.cfg) else Watch(self.cfg, self.warm, self.plan.copies)
+            watch = (
+                peers
+                if peers and is_headless(self.cfg)
+                else Watch(self.cfg, self.warm, self.plan.copies, self.bell.ring)
+            )
             while True:
                 ended = [(number, reap(pid)) for number, pid in enumerate(self.servers)]
                 if self.asked_to_stop:
@@ -211,9 +222,9 @@ class Supervisor:
                     kill_rest()
                     return hung
                 if not self.foreground and time.monotonic() >= next_rotation:
-                    next_rotation = time.monotonic() + 5
+                    next_rotation = time.monotonic() + 1
                     rotate_if_large(self.log, self.cfg.log_max_mib * 2**20, self.cfg.log_keep)
-                time.sleep(TICK_S)
+                self.bell.wait(TICK_S)
         finally:
             for thread in (watch, peers):
                 if thread:
@@ -241,12 +252,12 @@ class Supervisor:
                 os.kill(pid, signal.SIGTERM)
             while time.monotonic() < end and is_alive(pid):
                 reap(pid)
-                time.sleep(TICK_S)
+                self.bell.wait(TICK_S)
         # Its engine ends with it and needs a moment.
         end = time.monotonic() + 2
         while time.monotonic() < end and rest_of_session():
             reap(0)
-            time.sleep(TICK_S)
+            self.bell.wait(TICK_S)
         if left := rest_of_session():
             self._note(f"killing remaining processes: {' '.join(map(str, left))}")
             kill_rest()
@@ -268,6 +279,29 @@ class Supervisor:
             scratch = path.with_suffix(".part")
             scratch.write_text(json.dumps(asdict(self.state)), "utf-8")
             scratch.replace(path)
+
+
+class Bell:
+    """A sleep that a signal with a handler ends, or another thread: what happens is seen at once."""
+
+    def __enter__(self) -> "Bell":
+        self.read_end, self.write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(self.write_end, warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.set_wakeup_fd(-1)
+        # The pipe stays open: a thread that still runs may ring, and this process ends soon.
+
+    def ring(self) -> None:
+        """End the wait that runs, or the next one."""
+        with suppress(BlockingIOError):  # full, so it rings already
+            os.write(self.write_end, b"\0")
+
+    def wait(self, seconds: float) -> None:
+        """Sleep until it rings, at most so long."""
+        if select.select([self.read_end], [], [], seconds)[0]:
+            os.read(self.read_end, 4096)
 
 
 def adopt_orphans() -> None:
@@ -316,17 +350,8 @@ def kill_rest() -> None:
         for pid in left:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        time.sleep(TICK_S)
+        time.sleep(0.02)
         reap(0)
-
-
-def rotate(log: Path, keep: int) -> None:
-    """Rename log.1 to log.2 and so on, so that log.1 is free. At most `keep` old logs remain."""
-    with suppress(FileNotFoundError):
-        log.with_name(f"{log.name}.{keep}").unlink()
-    for number in range(keep - 1, 0, -1):
-        with suppress(FileNotFoundError):
-            log.with_name(f"{log.name}.{number}").rename(log.with_name(f"{log.name}.{number + 1}"))
 
 
 def rotate_if_large(log: Path, limit: int, keep: int) -> bool:
@@ -373,34 +398,35 @@ def run_in_foreground(cfg: EnvConfig) -> int:
             return os.waitstatus_to_exitcode(status)
 
 
-def main(argv: list[str]) -> int:
-    """Without arguments: start a session and run until stopped.
-
-    `rotate`: rename the old log to make room for a new one. `foreground`: see run_in_foreground().
-    """
+def begin(script: int) -> int:
+    """Check the settings, and launch a supervisor for start_rerank.sh of that PID."""
     try:
-        cfg = get_config()
-        if argv == ["rotate"]:
-            log = log_file(cfg)
-            if log.exists() and cfg.log_keep:
-                rotate(log, cfg.log_keep)
-                log.rename(log.with_name(f"{log.name}.1"))
-            return 0
-        if argv == ["foreground"]:
-            return run_in_foreground(cfg)
-        if argv:
-            print("usage: python -m rerank_kit.serving.supervisor [rotate | foreground]", file=sys.stderr)
-            return 2
-        os.setsid()  # protects it from a closing terminal, and stop finds every process by the session
-        plan = plan_service(cfg)
-        with _held_port(cfg):
+        plan = startable_plan(get_config())
+    except (ConfigError, OSError) as exc:
+        return refused(exc)
+
+    def supervise() -> int:
+        with _held_port(plan.cfg):
             return Supervisor(plan).run()
+
+    return launch(plan.cfg, script, supervise)
+
+
+def main(argv: list[str]) -> int:
+    """`begin PID` is what `start` calls, `foreground` what `run` becomes with several engines or hosts."""
+    try:
+        if argv[:1] == ["begin"] and len(argv) == 2:
+            return begin(int(argv[1]))
+        if argv == ["foreground"]:
+            return run_in_foreground(get_config())
     except ConfigError as exc:
         print(f"ConfigError: {exc}", file=sys.stderr)
         return 6
     except OSError as exc:
         print(f"[ERR] {describe_error(exc)}", file=sys.stderr)
         return 1
+    print("usage: python -m rerank_kit.serving.supervisor begin PID | foreground", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 
 from rerank_kit.serving.health import (
     BUSY,
@@ -16,6 +17,8 @@ from rerank_kit.serving.health import (
 from rerank_kit.settings import EnvConfig
 
 PROBE_EVERY_S = 10.0
+LOOK_EVERY_S = 0.1  # at the port while the server loads: a refused connect costs 0.02 ms
+AGAIN_S = 0.5  # after a first score that failed
 
 
 class Watch(threading.Thread):
@@ -26,9 +29,10 @@ class Watch(threading.Thread):
     suspect while its counter does not grow although a probe got no answer or the engine holds pairs.
     """
 
-    def __init__(self, cfg: EnvConfig, warm: bool, n_engines: int = 1):
+    def __init__(self, cfg: EnvConfig, warm: bool, n_engines: int = 1, tell: Callable[[], None] = lambda: None):
+        """tell() is called when warming, ready or fault have changed."""
         super().__init__(daemon=True)
-        self.cfg, self.warm = cfg, warm
+        self.cfg, self.warm, self.tell = cfg, warm, tell
         # vLLM distributes the pairs of a call over its engines, so each gets some.
         self.n_docs = 1 if n_engines == 1 else PROBE_PAIRS * n_engines
         limit = cfg.health_timeout_s or 10 * PROBE_EVERY_S
@@ -41,9 +45,11 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         seen: dict[str, float] = {}
-        while not self.stopped.wait(self.every_s if self.ready else 0.5):
+        pause_s = LOOK_EVERY_S
+        while not self.stopped.wait(self.every_s if self.ready else pause_s):
             if not self.ready and not listens(self.cfg):
                 continue
+            pause_s = AGAIN_S
             try:
                 seen = self._look(seen)
             except Exception as exc:  # e.g. no thread can be started; without this loop no hang is detected
@@ -57,11 +63,15 @@ class Watch(threading.Thread):
         if wrong in (None, BUSY) and (unready := not_ready(self.cfg)):
             # The guard scores a few known pairs after each start, so a restart with wrong scores is seen too.
             self.fault = unready if WRONG_SCORES in unready else ""
+            if self.fault:
+                self.tell()
             return seen
         if self.warm and wrong is None:
             self.warming = True
+            self.tell()
             warm_up(self.cfg)
         self.ready = wrong in (None, BUSY)
+        self.tell()
         return seen
 
     def _judge(self, now: dict, seen: dict[str, float], answered: bool, asked_at: float) -> dict[str, float]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import run_kit
 from fault_server import config, reply, serve, status
 
 import main
@@ -66,3 +67,19 @@ def test_main_with_a_bad_setting_says_which(serve):
     done = run(RETRIES="many")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("ConfigError: RETRIES='many' (environment)") and done.stderr.count("\n") == 1
+
+
+def test_example_of_the_script_takes_the_clients_own_names_first(serve):
+    """RERANK_BASE_URL, BASE_URL, then the service of the settings; RERANK_API_KEY, then API_KEY."""
+    own, general, service = serve(), serve(), serve()
+    given = {"PORT": service.url.rpartition(":")[2].removesuffix("/v1"), "API_KEY": "general"}
+    for server, key, more in (
+        (service, "general", {}),
+        (general, "general", {"BASE_URL": general.url}),
+        (own, "own", {"RERANK_BASE_URL": own.url, "RERANK_API_KEY": "own"}),
+    ):
+        given |= more
+        done = run_kit("example", **given)
+        assert (done.returncode, done.stderr) == (0, "") and "- score=" in done.stdout
+        assert [request.headers["authorization"] for request in server.requests] == [f"Bearer {key}"] * 2
+    assert [len(server.requests) for server in (own, general, service)] == [2, 2, 2]

@@ -105,31 +105,50 @@ def test_connections_are_those_of_the_processes(programs):
     assert connections([server.pid, caller.pid])[0] == {}, "both ends are ours"
 
 
+def looked_at(monkeypatch, process):
+    """pids() for Peers, which counts the looks; they come twenty times as often."""
+    monkeypatch.setattr(serving_peers, "LOST_AFTER_S", 0.3)
+    monkeypatch.setattr(serving_peers, "LOOK_EVERY_S", 0.05)
+
+    def pids():
+        pids.looks += 1
+        return [process.pid]
+
+    pids.looks = 0
+    return pids
+
+
+def looks(pids, n: int) -> None:
+    """Wait for n looks more."""
+    wanted = pids.looks + n
+    until(lambda: pids.looks >= wanted)
+
+
 def test_a_headless_node_sees_that_its_head_is_gone(programs, monkeypatch):
-    monkeypatch.setattr(serving_peers, "LOST_AFTER_S", 0.5)
     server, port = programs(LISTENER, 0)
     caller, _ = programs(CALLER, port)
     cfg = get_config(**NODES | {"dp_address": "127.0.0.1"}, node_rank=1)
-    peers = Peers(cfg, lambda: [caller.pid])
+    pids = looked_at(monkeypatch, caller)
+    peers = Peers(cfg, pids)
     until(lambda: peers.ready)
-    time.sleep(2.5)
+    looks(pids, 20)
     assert not peers.lost()
     server.kill()
     assert "the head is lost" in until(peers.lost)
 
 
 def test_the_head_sees_that_a_node_is_gone(programs, monkeypatch):
-    monkeypatch.setattr(serving_peers, "LOST_AFTER_S", 0.5)
     server, port = programs(LISTENER, 0)
     caller, _ = programs(CALLER, port)
     programs(CALLER, port)  # another node at the same address
     cfg = get_config(**NODES | {"dp_address": "127.0.0.1"})
     until(lambda: len(connections([server.pid])[0]) == 4)
-    peers = Peers(cfg, lambda: [server.pid])
-    time.sleep(1.5)
+    pids = looked_at(monkeypatch, server)
+    peers = Peers(cfg, pids)
+    looks(pids, 10)
     assert not peers.baseline, "before the first ready nothing is watched"
     peers.watch()
-    time.sleep(1.5)
+    looks(pids, 20)
     assert not peers.lost()
     caller.kill()
     assert "a node is lost: connections to 127.0.0.1 are gone" in until(peers.lost)
@@ -141,6 +160,8 @@ def test_the_head_sees_that_a_node_is_gone(programs, monkeypatch):
 
 def test_life_of_a_headless_node(kit, programs):
     """The stand-in connects to a head: ready, status, wait; the head goes away and comes back; stop."""
+    kit.change("serving/peers.py", "LOST_AFTER_S = 5.0", "LOST_AFTER_S = 0.5")
+    kit.change("serving/peers.py", "LOOK_EVERY_S = 1.0", "LOOK_EVERY_S = 0.1")
     server, port = programs(LISTENER, 0)
     kit.settings |= {"DP": 2, "DP_LOCAL": 1, "DP_ADDRESS": "127.0.0.1", "NODE_RANK": 1, "FAKE_HEAD": port}
     started = kit("start")
@@ -165,9 +186,10 @@ def test_life_of_a_headless_node(kit, programs):
 
 def test_run_of_a_headless_node_ends_with_its_head(kit, programs):
     """Whoever started it (systemd, a container runtime) starts it again."""
+    kit.change("serving/peers.py", "LOST_AFTER_S = 5.0", "LOST_AFTER_S = 0.5")
     server, port = programs(LISTENER, 0)
     kit.settings |= {"DP": 2, "DP_LOCAL": 1, "DP_ADDRESS": "127.0.0.1", "NODE_RANK": 1, "FAKE_HEAD": port}
-    command = ["dash", str(KIT / "start_rerank.sh"), "run"]
+    command = ["dash", str(kit.folder / "start_rerank.sh"), "run"]
     with subprocess.Popen(command, env=kit_environment(**kit.settings), stdout=subprocess.PIPE, text=True) as node:
         try:
             until(lambda: " ready after " in node.stdout.readline(), 30)

@@ -294,6 +294,9 @@ def test_min_score(more, kept, left_out):
     _, said, got, _ = ask_vllm(RERANK, {**THREE, **more})
     assert got == THREE  # all are scored, so that all that are left out can be counted
     assert [row["index"] for row in said["results"]] == kept and said["meta"] == {"left_out": left_out}
+    assert FIELDS["min_score"].about == "documents below it are left out; `meta.left_out` counts them", (
+        "whatever top_n is"
+    )
 
 
 def test_score_scale_is_in_meta(monkeypatch):

@@ -188,7 +188,10 @@ async def pass_s(guard, clock, seconds):
             await asyncio.sleep(0)
 
 
-def test_a_hang_is_seen_after_the_limit_and_ends_with_the_next_scores(monkeypatch):
+@pytest.mark.parametrize("statistics", [False, True])
+def test_a_hang_is_seen_after_the_limit_and_ends_with_the_next_scores(monkeypatch, statistics):
+    """Statistics of an engine without scores are no sign of life."""
+
     async def case():
         core = Core()
         guard, clock, inner = await watched(monkeypatch, core=core)
@@ -197,30 +200,15 @@ def test_a_hang_is_seen_after_the_limit_and_ends_with_the_next_scores(monkeypatc
         call = await started(guard, 3)
         await pass_s(guard, clock, 95)
         assert (await probes(guard))[0] == [200, 200]
+        if statistics:
+            core.outputs.put_nowait(SimpleNamespace(outputs=[], engine_index=0))
+            await guard.health.core.get_output_async()
         await pass_s(guard, clock, 15)
         status, message = await probes(guard)
         assert status == [503, 503] and "the engine hangs: pairs wait, and none was scored for 10" in message
         core.outputs.put_nowait(SimpleNamespace(outputs=[1], engine_index=0))
         await guard.health.core.get_output_async()
         assert (await probes(guard))[0] == [200, 200]
-        inner.gate.set()
-        await call
-
-    run(case)
-
-
-def test_statistics_without_scores_are_no_sign_of_life(monkeypatch):
-    async def case():
-        core = Core()
-        guard, clock, inner = await watched(monkeypatch, core=core)
-        inner.gate = asyncio.Event()
-        inner.script = [inner.gate] * 9
-        call = await started(guard, 3)
-        await pass_s(guard, clock, 95)
-        core.outputs.put_nowait(SimpleNamespace(outputs=[], engine_index=0))
-        await guard.health.core.get_output_async()
-        await pass_s(guard, clock, 15)
-        assert (await probes(guard))[0] == [503, 503]
         inner.gate.set()
         await call
 

@@ -1,6 +1,7 @@
 """Which profile serves a checkpoint, and how a checkpoint gets here."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ def checkpoint(name, architectures, modules=(), logit_tokens=None, **config):
     return Checkpoint(Path("/m") / name, {"architectures": architectures, **config}, modules, logit_tokens)
 
 
+MODULES = [("", "Transformer"), ("1_LogitScore", "LogitScore")]
 ONE_LABEL = {"id2label": {"0": "LABEL_0"}}
 THREE_LABELS = {"id2label": {"0": "a", "1": "b", "2": "c"}}
 
@@ -186,6 +188,23 @@ def test_locate_refuses_a_half_downloaded_model_without_a_hub(hub, tmp_path):
     assert done.returncode == 6
     assert "org/m is not on this machine and no hub gave it" in done.stderr
     assert "HF_ENDPOINT" in done.stderr
+
+
+def test_a_python_without_tokenizers_is_one_line(kit):
+    """The checkpoint names its score tokens by their ids, and only the tokenizer knows their text."""
+    folder = kit.root / "ft"
+    shutil.copytree(kit.settings["MODEL_PATH"], folder)
+    modules = [{"idx": n, "name": str(n), "path": path, "type": f"x.{kind}"} for n, (path, kind) in enumerate(MODULES)]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_LogitScore").mkdir()
+    (folder / "1_LogitScore" / "config.json").write_text('{"true_token_id": 3, "false_token_id": 4}')
+    done = kit("cfg", MODEL_PATH=folder)
+    assert (done.returncode, done.stdout) == (6, "")
+    (line,) = done.stderr.splitlines()
+    assert (
+        f"cannot read {folder}/tokenizer.json: No module named 'tokenizers'" in line
+        and "start_rerank.sh python" in line
+    )
 
 
 def test_minilm_is_downloaded_once_and_checked(tmp_path, monkeypatch):

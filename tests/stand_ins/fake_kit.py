@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from conftest import free_port, run_kit
+from conftest import KIT, copy_kit, free_port, run_kit
 
 FAKE = Path(__file__).parent / "fake_vllm.py"
 
@@ -44,8 +44,9 @@ class FakeKit:
             info.mkdir()
             (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
         vllm = bin_dir / "vllm"
-        vllm.write_text(f'#!/bin/sh\nexec "{sys._base_executable}" "{program}" "$@"\n')
+        vllm.write_text(f'#!/bin/sh\nexec "{sys._base_executable}" -S "{program}" "$@"\n')
         vllm.chmod(0o755)
+        self.folder, self.root = KIT, root
         self.logs = root / "logs"
         self.settings = {
             "PYTHON": bin_dir / "python",
@@ -58,7 +59,16 @@ class FakeKit:
         }
 
     def __call__(self, *args, shell="dash", timeout_s=90, **settings):
-        return run_kit(*args, shell=shell, timeout_s=timeout_s, **{**self.settings, **settings})
+        return run_kit(*args, shell=shell, timeout_s=timeout_s, folder=self.folder, **{**self.settings, **settings})
+
+    def change(self, module: str, old: str, new: str) -> None:
+        """From now on a copy of the kit runs in which a piece of code is another one, as a shorter time limit."""
+        if self.folder == KIT:
+            self.folder = copy_kit(self.root / "changed kit")
+        file = self.folder / "rerank_kit" / module
+        text = file.read_text()
+        assert text.count(old) == 1, f"{old} is not once in {module}"
+        file.write_text(text.replace(old, new))
 
     @property
     def pid_file(self) -> Path:

@@ -1,8 +1,7 @@
 """Stand-in for the vllm program, for outcomes that are rare with the real one. FAKE_MODE selects the behaviour:
 ok, die (FAKE_LOG on stderr), slow (never ready, ignores TERM), stubborn (ignores TERM), family (a child outlives it).
-FAKE_WARM_S: each call of 64 documents, as in the burst before ready, takes that many seconds.
-FAKE_LOAD_S: it binds the port at once and listens that many seconds later, as vLLM does while it loads; FAKE_LOADS:
-it listens when that file is gone.
+FAKE_WARMS: a call of 64 documents, as in the burst before ready, takes until that file is gone.
+FAKE_LOADS: it binds the port at once, as vLLM does while it loads, and listens when that file is gone.
 It dies at start while the file FAKE_DIE exists, and refuses calls with 429 while the file FAKE_BUSY exists; its
 counters grow then only if that file says so. /ready is 503 with the text of the file FAKE_UNREADY while that exists."""
 
@@ -18,7 +17,7 @@ from pathlib import Path
 
 MODE = os.environ.get("FAKE_MODE", "ok")
 DIE, BUSY, UNREADY = (os.environ.get(name, "/nonexistent") for name in ("FAKE_DIE", "FAKE_BUSY", "FAKE_UNREADY"))
-pairs = 0
+pairs = refused = 0
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -38,21 +37,24 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, {})
         if os.path.exists(BUSY) and "grow" in Path(BUSY).read_text():
             pairs += 1
-        data = f'rerank_guard_pairs_total {pairs}\nvllm:num_requests_running{{engine="0"}} 2.0\n'.encode()
+        data = f"rerank_guard_pairs_total {pairs}\nfake_refused_total {refused}\n".encode()
+        data += b'vllm:num_requests_running{engine="0"} 2.0\n'
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
 
     def do_POST(self):
+        global refused
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         key = os.environ.get("VLLM_API_KEY")
         if key and self.headers.get("Authorization") != f"Bearer {key}":
             return self.answer(401, {"error": "no key"})
         if os.path.exists(BUSY):
+            refused += 1
             return self.answer(429, {"error": "busy"})
-        if len(body["documents"]) == 64:
-            time.sleep(float(os.environ.get("FAKE_WARM_S", "0")))
+        while len(body["documents"]) == 64 and os.path.exists(os.environ.get("FAKE_WARMS", "/nonexistent")):
+            time.sleep(0.05)
         results = [
             {"index": i, "relevance_score": 0.5, "document": {"text": d}} for i, d in enumerate(body["documents"])
         ]
@@ -90,7 +92,6 @@ def main():
     host, port = args[args.index("--host") + 1], int(args[args.index("--port") + 1])
     server = ThreadingHTTPServer((host, port), Handler, bind_and_activate=False)
     server.server_bind()
-    time.sleep(float(os.environ.get("FAKE_LOAD_S", "0")))
     while os.path.exists(os.environ.get("FAKE_LOADS", "/nonexistent")):
         time.sleep(0.05)
     server.server_activate()
