@@ -101,11 +101,11 @@ def test_the_reference_has_the_librarys_scores(folders, all_environments):
     assert not wrong, "\n".join(wrong)
 
 
-def engine_scores(python: list[str], folders: list[Path], work: Path) -> list[list[float]]:
+def engine_scores(python: list[str], folders: list[Path], work: Path, dtype: str = "float32") -> list[list[float]]:
     """Scores of PAIRS with each checkpoint by OfflineReranker, one engine after the other."""
     script = work / "offline.py"
     script.write_text(OFFLINE)
-    env = kit_environment(DTYPE="float32", PYTHONPATH=KIT, VLLM_ENABLE_V1_MULTIPROCESSING=0, LOG_DIR=work / "log")
+    env = kit_environment(DTYPE=dtype, PYTHONPATH=KIT, VLLM_ENABLE_V1_MULTIPROCESSING=0, LOG_DIR=work / "log")
     asked = json.dumps([PAIRS, [str(folder) for folder in folders], str(work)])
     done = subprocess.run([*python, str(script)], input=asked, env=env, capture_output=True, text=True, timeout=1800)
     scores = [work / str(number) for number in range(len(folders))]
