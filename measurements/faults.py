@@ -269,8 +269,9 @@ def faults(service: Service, args: argparse.Namespace) -> int:
 
     rng = random.Random(args.seed)
     # Rounds, each with every kind in random order: a part of a run has all kinds too.
-    n_rounds = 1 + (args.first + args.faults) // len(service.kinds)
-    plan = [kind for _ in range(n_rounds) for kind in rng.sample(service.kinds, len(service.kinds))]
+    kinds = [kind for kind in service.kinds if not args.only or ",".join(kind) == args.only]
+    n_rounds = 1 + (args.first + args.faults) // len(kinds)
+    plan = [kind for _ in range(n_rounds) for kind in rng.sample(kinds, len(kinds))]
     service.right = service.replica.scores()
     version, head, bad = service.replica.version, describe(service, args), 0
     use_client()
@@ -287,7 +288,7 @@ def faults(service: Service, args: argparse.Namespace) -> int:
                 append(args.csv, head, row)
     finally:
         load.stop()
-    print(f"all calls: {load.summary()}; errors {kinds(load.lost)}")
+    print(f"all calls: {load.summary()}; errors {by_kind(load.lost)}")
     return int(bool(bad))
 
 
@@ -311,13 +312,13 @@ def saturate(service: Service, args: argparse.Namespace) -> int:
     finally:
         load.stop()
     now = service.status()
-    print(f"{args.saturate:g} min, {args.in_flight} in flight: {load.summary()}, errors {kinds(load.lost)}")
+    print(f"{args.saturate:g} min, {args.in_flight} in flight: {load.summary()}, errors {by_kind(load.lost)}")
     print(f"restarts {now['restarts'] - before}, /ready not 200 {not_ready} times, load {os.getloadavg()[0]:.1f}")
     print(f"head: {describe(service, args)}")
     return int(bool(now["restarts"] - before or load.wrong))
 
 
-def kinds(errors: list[str]) -> dict[str, int]:
+def by_kind(errors: list[str]) -> dict[str, int]:
     """How often each came: "RerankHTTPError: HTTP 429"."""
     return dict(Counter(" ".join(error.split()[:3]) for error in errors))
 
@@ -352,6 +353,7 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=100)
     parser.add_argument("--first", type=int, default=0, help="number of the first fault of the seed's sequence")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", metavar="VICTIM,FAULT", help="such faults alone, as api,STOP")
     parser.add_argument("--minutes", type=float, help="begin no fault after that")
     parser.add_argument("--api-servers", type=int, default=2)
     parser.add_argument("--health-timeout", type=int, default=20, help="HEALTH_TIMEOUT_S")
