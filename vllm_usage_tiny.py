@@ -13,7 +13,8 @@ import sys
 
 from rerank_kit import settings
 from rerank_kit.engine.plan import Plan, plan_engine
-from rerank_kit.models.library import compare
+from rerank_kit.models.library import RECIPE, compare
+from rerank_kit.models.library import TOLERANCE as LIBRARY_TOLERANCE
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.reference import reference_scores
 from rerank_kit.offline.program import arguments, example_pairs, leave, print_example, run_file, tell_loading
@@ -41,9 +42,12 @@ def check(plan: Plan, reranker: OfflineReranker, pairs: list[Pair]) -> bool:
         verdict = "ok" if difference <= tolerance else "DIFFERS"
         print(f"- idx={index} | vllm={score} | reference={wanted:.6f} | difference={difference:.2e} | {verdict}")
     print(f"largest difference {worst:.2e}: {'agrees' if worst <= tolerance else 'DOES NOT AGREE'}")
-    agrees, said = compare(plan.checkpoint, plan.profile, pairs, plan.cfg.instruction, expected)
-    print(said)
-    return agrees and worst <= tolerance
+    others = {f"vLLM in {dtype}": (scores, tolerance), RECIPE: (expected, LIBRARY_TOLERANCE)}
+    agrees = worst <= tolerance
+    for same, said in compare(plan.checkpoint, plan.profile, pairs, plan.cfg.instruction, others):
+        print(said)
+        agrees &= same
+    return agrees
 
 
 def main() -> int:

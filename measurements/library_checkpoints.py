@@ -105,11 +105,10 @@ def base(folder: Path) -> None:
         if name == "modernbert":  # the name of transformers 5, which 4 does not know
             settings = folder / name / "tokenizer_config.json"
             settings.write_text(settings.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
-        else:
-            skip = shutil.ignore_patterns("*.safetensors", "config*")
-            shutil.copytree(folder / name, folder / f"{name}_embedding", ignore=skip)
-            bare = transformers.AutoModel.from_config(config, add_pooling_layer=False)
-            _save(bare, folder / f"{name}_embedding")
+        skip = shutil.ignore_patterns("*.safetensors", "config*")
+        shutil.copytree(folder / name, folder / f"{name}_embedding", ignore=skip)
+        more = {} if name == "modernbert" else {"add_pooling_layer": False}
+        _save(transformers.AutoModel.from_config(config, **more), folder / f"{name}_embedding")
 
 
 def _save(model, folder: Path) -> None:
@@ -186,7 +185,7 @@ class Maker:
         batch = tokenizer("a query", "a document", return_tensors="pt")
         model(**batch, labels=torch.tensor([1.0]))
 
-    def lora(self, folder: Path, kind: str):
+    def lora(self, folder: Path, kind: str, layers: tuple[str, ...] = ("q_proj", "v_proj")):
         """The model after peft added an adapter, trained it (here: drew it) and merged it."""
         import torch
         from peft import LoraConfig, get_peft_model
@@ -196,7 +195,7 @@ class Maker:
         torch.manual_seed(3)
         model = get_peft_model(
             loader.from_pretrained(folder, torch_dtype=torch.float32),
-            LoraConfig(task_type=task, r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+            LoraConfig(task_type=task, r=2, target_modules=list(layers), init_lora_weights=False),
         )
         return model.merge_and_unload()
 
@@ -256,21 +255,32 @@ class Maker:
         from torch import nn
 
         work = self.out / "work" / "saved"
+
+        def emptied(folder: Path) -> str:
+            shutil.rmtree(folder, ignore_errors=True)
+            return str(folder)
+
         for name in ("bert", "xlmr", "modernbert"):
             cases = {"plain": {}, "max_length": {"max_length": 24}, "identity": {"activation_fn": nn.Identity()}}
-            for case, more in cases.items() if name == "bert" else list(cases.items())[:1]:
-                shutil.rmtree(work, ignore_errors=True)
-                self.cross_encoder(self.base(name), **more).save_pretrained(str(work))
+            for case, more in cases.items():
+                self.cross_encoder(self.base(name), **more).save_pretrained(emptied(work))
                 self.keep(f"{name}-{case}", work, "cross_encoder", self.predict)
             again = self.out / "work" / "again"
-            shutil.rmtree(again, ignore_errors=True)
-            self.cross_encoder(work).save_pretrained(str(again))
+            self.cross_encoder(work).save_pretrained(emptied(again))
             self.keep(f"{name}-saved_again", again, "cross_encoder", self.predict)
-        model = self.cross_encoder(self.base("bert"))
-        self.with_labels(model.model, model.tokenizer)
-        shutil.rmtree(work, ignore_errors=True)
-        model.save_pretrained(str(work))
-        self.keep("bert-labels", work, "cross_encoder", self.predict)
+            for case in ("labels", "resized"):
+                model = self.cross_encoder(self.base(name))
+                if case == "labels":
+                    self.with_labels(model.model, model.tokenizer)
+                else:
+                    model.model.resize_token_embeddings(model.model.config.vocab_size + 24)
+                model.save_pretrained(emptied(work))
+                self.keep(f"{name}-{case}", work, "cross_encoder", self.predict)
+            layers = ("Wqkv",) if name == "modernbert" else ("query", "value")
+            merged = self.lora(self.base(name), "SequenceClassification", layers)
+            merged.save_pretrained(emptied(work))
+            self.transformers.AutoTokenizer.from_pretrained(self.base(name)).save_pretrained(str(work))
+            self.keep(f"{name}-lora", work, "cross_encoder", self.predict)
         # The key of ms-marco checkpoints, which older releases wrote.
         folder = self.base("bert")
         config = json.loads((folder / "config.json").read_text())
@@ -289,7 +299,7 @@ class Maker:
         from sentence_transformers import SentenceTransformer, models
 
         work = self.out / "work" / "saved"
-        for name, pooling in (("bert", "cls"), ("xlmr", "mean"), ("qwen", "lasttoken")):
+        for name, pooling in (("bert", "cls"), ("xlmr", "mean"), ("modernbert", "mean"), ("qwen", "lasttoken")):
             folder = self.base(f"{name}_embedding", template=None) if name == "qwen" else self.base(f"{name}_embedding")
             word = models.Transformer(str(folder), max_seq_length=24 if name == "bert" else None)
             chain = [word, models.Pooling(word.get_word_embedding_dimension(), pooling_mode=pooling)]
@@ -299,9 +309,10 @@ class Maker:
             SentenceTransformer(modules=chain, device="cpu").save_pretrained(str(work))
             self.keep(f"{name}_embedding-plain", work, "embedding", self.cosines)
         again = self.out / "work" / "again"
-        shutil.rmtree(again, ignore_errors=True)
-        SentenceTransformer(str(self.out / "bert_embedding-plain"), device="cpu").save_pretrained(str(again))
-        self.keep("bert_embedding-saved_again", again, "embedding", self.cosines)
+        for name in ("xlmr", "modernbert", "qwen", "bert"):
+            shutil.rmtree(again, ignore_errors=True)
+            SentenceTransformer(str(self.out / f"{name}_embedding-plain"), device="cpu").save_pretrained(str(again))
+            self.keep(f"{name}_embedding-saved_again", again, "embedding", self.cosines)
         model = SentenceTransformer(str(again), device="cpu", prompts={"q": "query: "}, default_prompt_name="q")
         shutil.rmtree(work, ignore_errors=True)
         model.save_pretrained(str(work))

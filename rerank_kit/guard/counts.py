@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rerank_kit.processes import born
 
-TOTALS = 7  # numbers of a process that do not belong to an engine
-READY = 6  # the last of them
+TOTALS = 8  # numbers of a process that do not belong to an engine
+READY, ALIVE = 6, 7  # the last of them
 MISSING_S = 60.0
 
 
@@ -17,10 +17,11 @@ class Counts:
     """What is in flight and what was served, over all API processes of a service that share a folder.
 
     They share the engine, so how long a call waits depends on the pairs in all processes, and the kernel may hand one
-    process most connections. Each writes seven numbers of its own (a counter that is odd while it writes, pairs in
+    process most connections. Each writes eight numbers of its own (a counter that is odd while it writes, pairs in
     flight, pairs served, pair-seconds, seconds with a pair in flight, time of the last change, when it had scored its
-    first pairs) and reads those of the others, without locks. Two more for each engine show a hang: the time of its
-    last scores, and since when pairs wait for it (0 = none do). CLOCK_MONOTONIC is the same in all processes.
+    first pairs, when its event loop ran last) and reads those of the others, without locks. Two more for each engine
+    show a hang: the time of its last scores, and since when pairs wait for it (0 = none do). CLOCK_MONOTONIC is the
+    same in all processes.
     """
 
     def __init__(self, folder: str | None, n_processes: int, clock=time.monotonic, pid: int = 0, n_engines: int = 1):
@@ -96,6 +97,20 @@ class Counts:
             self._find_others()
         missing = len(self._others) < self._n_others and self._clock() - self._own[READY] < MISSING_S
         return not missing and all(view[READY] for view in self._others.values())
+
+    def note_alive(self, alive: bool = True) -> None:
+        """Note that the event loop of this process runs; False: that it ends, and nobody waits for its next note."""
+        self._own[ALIVE] = self._clock() if alive else 0.0
+
+    def mute_s(self) -> float:
+        """Seconds since the last note of the process that is silent longest, of the others; 0 = there is none.
+
+        They share the port: one that hangs accepts nothing, and a probe never reaches it.
+        """
+        if len(self._others) < self._n_others:
+            self._find_others()
+        noted = [view[ALIVE] for view in self._others.values() if view[ALIVE]]
+        return self._clock() - min(noted) if noted else 0.0
 
     def engine_scored(self, engine: int) -> None:
         if engine < self.n_engines:

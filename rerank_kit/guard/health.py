@@ -2,7 +2,8 @@
 
 The guard asks for scores itself, in its own process and past its own limits. `/ready` is 503 until a first pair was
 scored and, with GUARD_CHECK, the scores of a few known pairs are what the model's family gives. `/ready` and `/live`
-are 503 while pairs wait for an engine that gave no scores for GUARD_HEALTH_TIMEOUT_S. docs/guard.md describes both.
+are 503 while pairs wait for an engine that gave no scores for GUARD_HEALTH_TIMEOUT_S, and while another API process has
+given no sign of life for that time. docs/guard.md describes both.
 
 Source: vllm/v1/engine/async_llm.py (output_handler) and core_client.py (reqs_in_flight) of vLLM 0.32.0.
 """
@@ -48,6 +49,7 @@ class Health:
         self.probe: asyncio.Task | None = None
         self.tasks: list[asyncio.Task] = []
         self.told = self.ending = False
+        self.mute_s = [0.0, 0.0]  # silence of another API process at the last two looks
 
     def begin(self, app: Any, inner: Callable) -> None:
         """Begin to watch. app: vLLM's, for the scope of the guard's own calls; inner: what the guard wraps."""
@@ -61,6 +63,7 @@ class Health:
     def end(self) -> None:
         """Ask for no more scores: the service stops."""
         self.ending = True
+        self.counts.note_alive(False)
         for task in filter(None, (*self.tasks[:1], self.probe)):
             task.cancel()
 
@@ -72,9 +75,12 @@ class Health:
 
     @property
     def hang(self) -> str:
-        """One line about the engines that hang; empty = none does."""
+        """One line about the engines or the API process that hang; empty = none does."""
         if not self.timeout_s:
             return ""
+        # Two looks, because after a pause of the whole machine one process runs before the other.
+        if (mute_s := min(self.mute_s)) > self.timeout_s:
+            return f"an API process hangs: it gave no sign of life for {mute_s:.0f} s"
         hung = {engine: s for engine, s in self.counts.silent_s().items() if s > self.timeout_s}
         if not hung:
             return ""
@@ -171,8 +177,11 @@ class Health:
         self.core.get_output_async = noted
 
     def look(self) -> None:
-        """Note for which engines pairs wait."""
+        """Note for which engines pairs wait, and that this process lives."""
         counts = self.counts
+        if not self.ending:
+            counts.note_alive()
+        self.mute_s = [self.mute_s[1], counts.mute_s()]
         if self.exact:
             # A pair stays here until its engine has answered or dropped it, also when its client has left.
             waited_for = {int.from_bytes(identity, "little") for identity in tuple(self.core.reqs_in_flight.values())}

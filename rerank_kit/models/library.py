@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +22,7 @@ FOLDER = KIT_DIR / "models" / "sentence-transformers"
 INSTALL = f"pip install --no-deps --target {FOLDER.relative_to(KIT_DIR)} -r requirements-reference.txt"
 TIMEOUT_S = 1800
 TOLERANCE = 1e-4  # two references in float32 differ by rounding alone
+RECIPE = "the kit's own recipe"
 
 
 class NotComparable(Exception):
@@ -70,27 +72,33 @@ def library_scores(checkpoint: Checkpoint, profile: Profile, pairs: list[Pair], 
 
 
 def compare(
-    checkpoint: Checkpoint, profile: Profile, pairs: list[Pair], instruction: str | None, expected: list[float]
-) -> tuple[bool, str]:
-    """Whether the library's scores are those of the kit's own recipe (`expected`), and one line about it.
+    checkpoint: Checkpoint,
+    profile: Profile,
+    pairs: list[Pair],
+    instruction: str | None,
+    others: dict[str, tuple[Sequence[float | None], float]],
+) -> Iterator[tuple[bool, str]]:
+    """Whether the library's scores are those of the others, and one line about each.
 
-    What cannot be compared is no difference.
+    Args:
+        others: {whose scores: (the scores, the difference that rounding explains)}; None is no score.
+
+    What cannot be compared is no difference, and one line.
     """
     try:
         theirs = library_scores(checkpoint, profile, pairs, instruction)
     except NotComparable as exc:
-        return True, f"not compared with sentence-transformers: {exc}"
-    differences = [abs(a - b) for a, b in zip(theirs, expected, strict=True)]
-    worst = max(math.inf if math.isnan(value) else value for value in differences)  # max() passes over NaN
-    what = f"sentence-transformers {version()} in float32"
-    if worst <= TOLERANCE:
-        return True, f"{what} and the kit's own recipe agree within {worst:.1e}"
-    shown = ", ".join(f"{score:.4f}" for score in theirs)
-    return (
-        False,
-        f"{what} DIFFERS from the kit's own recipe by {worst:.4f} (it gives {shown}): one of them reads the "
-        + ("checkpoint's files wrong"),
-    )
+        yield True, f"not compared with sentence-transformers: {exc}"
+        return
+    what, shown = f"sentence-transformers {version()} in float32", ", ".join(f"{score:.4f}" for score in theirs)
+    for who, (scores, tolerance) in others.items():
+        differences = [math.inf if a is None else abs(a - b) for a, b in zip(scores, theirs, strict=True)]
+        worst = max(math.inf if math.isnan(value) else value for value in differences)  # max() passes over NaN
+        if worst <= tolerance:
+            yield True, f"{what} and {who} agree within {worst:.1e}"
+        else:
+            reads = "one of them reads the checkpoint's files wrong"
+            yield False, f"{what} DIFFERS from {who} by {worst:.4f} (it gives {shown}): {reads}"
 
 
 def main() -> None:

@@ -184,7 +184,18 @@ def _network(model: Path, kind: str):
         loader = transformers.AutoModelForCausalLM
     elif kind == "embedding":
         loader = transformers.AutoModel
-    return loader.from_pretrained(model, config=config, dtype=torch.float32).eval()
+    try:
+        return loader.from_pretrained(model, config=config, dtype=torch.float32).eval()
+    except ImportError as exc:
+        own = json.loads((model / "config.json").read_text("utf-8"))
+        method = (own.get("quantization_config") or {}).get("quant_method")
+        if not method:
+            raise
+        why = " ".join(str(exc).split())[:200]
+        raise ConfigError(
+            f"{model} has weights in {method}, which transformers cannot load here ({why}): compare the "
+            "checkpoint from which it was made, and judge this one by your own relevance data"
+        ) from exc
 
 
 # Names in jina-reranker-v2's checkpoint -> names in XLM-RoBERTa. Its hub repository converts in the other direction.

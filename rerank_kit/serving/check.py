@@ -23,7 +23,8 @@ from rerank_kit.engine.nodes import is_headless
 from rerank_kit.models.chat_template import render, special_tokens
 from rerank_kit.models.checkpoint import Checkpoint, MissingPackage, load_tokenizer, read_checkpoint
 from rerank_kit.models.known_pairs import KNOWN, PAIRS, judge
-from rerank_kit.models.library import compare
+from rerank_kit.models.library import RECIPE, compare
+from rerank_kit.models.library import TOLERANCE as LIBRARY_TOLERANCE
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.profiles import find_profile
 from rerank_kit.models.published import DOCUMENTS, QUERY, Published, distance, logit, published
@@ -209,7 +210,11 @@ def check_references(
     pairs = [Pair(*pair) for pair in PAIRS]
     length = min(checkpoint.max_length, 8192)
     divisor = profile.pooler_config.get("logit_sigma", 1)
-    expected = reference_scores(checkpoint.path, profile.reference, pairs, cfg.instruction, length, divisor)
+    try:
+        expected = reference_scores(checkpoint.path, profile.reference, pairs, cfg.instruction, length, divisor)
+    except ConfigError as exc:
+        yield "reference", f"not compared: {exc}", ""
+        return
     differences = [abs(a - b) if isinstance(a, float) else math.inf for a, b in zip(scores, expected, strict=True)]
     worst = max(math.inf if math.isnan(value) else value for value in differences)  # max() passes over NaN
     fault = None if worst <= TOLERANCE else f"a score differs by {worst:.4f} from transformers in float32"
@@ -220,9 +225,12 @@ def check_references(
             "compare without QUANTIZATION first, and judge this one by your own relevance data"
         )
     yield "reference", fault, f"transformers in float32 agrees within {worst:.1e} (bf16 explains {TOLERANCE})"
-    # The recipe beside the library, which loads the folder by rules of its own.
-    agrees, said = compare(checkpoint, profile, pairs, cfg.instruction, expected)
-    yield "library", None if agrees else said, said
+    # Recipe and service beside the library, which loads the folder by rules of its own.
+    others = {RECIPE: (expected, LIBRARY_TOLERANCE)}
+    if not quantized:
+        others["the service"] = (scores, TOLERANCE)
+    for agrees, said in compare(checkpoint, profile, pairs, cfg.instruction, others):
+        yield "library", None if agrees else said, said
 
 
 def main(argv: list[str]) -> int:

@@ -28,6 +28,7 @@ WARMING = "warming up"  # the supervisor's state between the first score and rea
 BUSY = "busy: it scores, and refuses further calls for now (429)"
 
 WRONG_SCORES = "the scores cannot be right"  # how the guard begins the fault of its own check (GUARD_CHECK)
+API_HANGS = "an API process hangs"  # how the guard begins what one API process says of another
 
 PROBE_PAIRS = 4  # pairs that the supervisor scores on each of several engines, every 10 s
 

@@ -92,6 +92,7 @@ class Supervisor:
         self.asked_to_stop = False
         self.crashes: list[float] = []  # monotonic times, within RESTART_WINDOW_S
         self.servers: list[int] = []  # the first is the service, the others are engines beside it
+        self.unsaved = False  # the state file does not say what is, because the disk was full
         self.umask = os.umask(0o077)  # only the owner may read log, state and old logs
 
     def run(self) -> int:
@@ -224,6 +225,8 @@ class Supervisor:
                 if not self.foreground and time.monotonic() >= next_rotation:
                     next_rotation = time.monotonic() + 1
                     rotate_if_large(self.log, self.cfg.log_max_mib * 2**20, self.cfg.log_keep)
+                    if self.unsaved:
+                        self._save()
                 self.bell.wait(TICK_S)
         finally:
             for thread in (watch, peers):
@@ -274,11 +277,12 @@ class Supervisor:
     def _save(self, **changes) -> None:
         for name, value in changes.items():
             setattr(self.state, name, value)
-        path = state_file(self.cfg)
+        path, self.unsaved = state_file(self.cfg), True
         with suppress(OSError):
             scratch = path.with_suffix(".part")
             scratch.write_text(json.dumps(asdict(self.state)), "utf-8")
             scratch.replace(path)
+            self.unsaved = False
 
 
 class Bell:

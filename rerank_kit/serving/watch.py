@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 
 from rerank_kit.serving.health import (
+    API_HANGS,
     BUSY,
     PROBE_PAIRS,
     WRONG_SCORES,
@@ -26,7 +27,8 @@ class Watch(threading.Thread):
 
     A server is alive if it answers the probe with a score, or if it refuses or times out while its engines' counters
     grow (busy). Each engine has its own counter, because the API may answer while one engine hangs. An engine is
-    suspect while its counter does not grow although a probe got no answer or the engine holds pairs.
+    suspect while its counter does not grow although a probe got no answer or the engine holds pairs. Of several API
+    processes one that hangs is never asked, because they share the port: the guard of another one tells.
     """
 
     def __init__(self, cfg: EnvConfig, warm: bool, n_engines: int = 1, tell: Callable[[], None] = lambda: None):
@@ -40,6 +42,7 @@ class Watch(threading.Thread):
         self.warming = self.ready = False
         self.fault = ""  # what is wrong with the first scores after this start
         self.suspect_since: dict[str, float] = {}  # by engine; monotonic
+        self.told = ""  # the guard's word that an API process hangs, after HEALTH_TIMEOUT_S
         self.stopped = threading.Event()
         self.start()
 
@@ -59,6 +62,8 @@ class Watch(threading.Thread):
         asked_at = time.monotonic()
         wrong = probe(self.cfg, self.every_s if self.ready else 60.0, self.n_docs)
         if self.ready:
+            unready = not_ready(self.cfg)
+            self.told = unready if API_HANGS in unready else ""
             return self._judge(progress(self.cfg), seen, wrong is None, asked_at)
         if wrong in (None, BUSY) and (unready := not_ready(self.cfg)):
             # The guard scores a few known pairs after each start, so a restart with wrong scores is seen too.
@@ -91,9 +96,11 @@ class Watch(threading.Thread):
         return counters
 
     def hangs(self) -> str:
-        """One line about the hung engines; empty = none hangs."""
+        """One line about the engines or the API process that hang; empty = none does."""
         limit, now = self.cfg.health_timeout_s, time.monotonic()
         hung = sorted(engine for engine, since in dict(self.suspect_since).items() if now - since > limit)
+        if limit and self.told:
+            return "it hung: an API process gave no sign of life"
         if not limit or not hung:
             return ""
         return f"it hung: engine {', '.join(hung)} scored nothing" if any(hung) else "it hung: no answer"

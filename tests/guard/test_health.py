@@ -13,6 +13,7 @@ from rerank_kit.guard import health
 from rerank_kit.guard.admission import Load
 from rerank_kit.guard.counts import Counts
 from rerank_kit.models.known_pairs import PAIRS
+from rerank_kit.serving.health import API_HANGS
 
 EXPECTED = {"tokens": [9] * len(PAIRS), "low": 0, "high": 1, "known": [["What is ...?", 0, 1]]}
 
@@ -318,6 +319,56 @@ def test_api_processes_know_each_others_engines(tmp_path):
     assert one.silent_s() == two.silent_s() == {1: 5}
     one.engine_waits(1, False)
     assert one.silent_s() == two.silent_s() == {}
+
+
+def test_an_api_process_that_hangs_is_seen_by_the_others(monkeypatch, tmp_path):
+    """It shares their port and accepts nothing: only they can say it. One that ends is no hang."""
+
+    async def case():
+        guard, clock, _ = await watched(monkeypatch)
+        one, two = (Counts(str(tmp_path), 2, clock, pid) for pid in (os.getpid(), os.getppid()))
+        guard.health.counts = one
+        two.note_ready()
+        await pass_s(guard, clock, 200)  # the other has not begun to watch
+        assert (await probes(guard))[0] == [200, 200]
+        for _ in range(30):  # both live
+            two.note_alive()
+            await pass_s(guard, clock, 5)
+            assert (await probes(guard))[0] == [200, 200]
+        await pass_s(guard, clock, 95)
+        assert (await probes(guard))[0] == [200, 200]
+        await pass_s(guard, clock, 15)
+        status, message = await probes(guard)
+        assert status == [503, 503]
+        assert message.startswith(f"{API_HANGS}: it gave no sign of life for 110 s")
+        two.note_alive()
+        await pass_s(guard, clock, 5)
+        assert (await probes(guard))[0] == [200, 200], "it goes on"
+        clock.now += 500  # a pause of the whole machine
+        guard.health.look()
+        assert (await probes(guard))[0] == [200, 200]
+        two.note_alive()
+        two.note_alive(False)
+        await pass_s(guard, clock, 500)
+        assert (await probes(guard))[0] == [200, 200], "it has ended"
+
+    run(case)
+
+
+def test_a_stopping_process_is_not_missed(monkeypatch, tmp_path):
+    async def case():
+        guard, clock, _ = await watched(monkeypatch)
+        one, two = (Counts(str(tmp_path), 2, clock, pid) for pid in (os.getpid(), os.getppid()))
+        guard.health.counts = one
+        guard.health.look()
+        clock.now += 7
+        assert two.mute_s() == 7
+        guard.health.end()
+        guard.health.look()
+        clock.now += 500
+        assert two.mute_s() == 0
+
+    run(case)
 
 
 def test_ready_when_all_api_processes_are(monkeypatch, tmp_path):

@@ -1,7 +1,7 @@
 """No folder gives a traceback: what is no checkpoint, or a damaged one, is one ConfigError before vLLM is started.
 
-The soak test damages 2,500 folders and runs `cfg` of some:
-python -m pytest -m soak tests/models/test_damaged_folders.py
+The soak test damages 2,500 folders, and asks the script itself (`cfg`, and `start` where it must refuse) about every
+tenth: python -m pytest -m soak tests/models/test_damaged_folders.py
 """
 
 import json
@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import run_kit
+from conftest import free_port, run_kit
 from library import checkpoints_of
 
 from rerank_kit.engine.machine import Machine
@@ -52,7 +52,9 @@ def planned(folder: Path) -> str | None:
         plan_service(get_config(), locate(str(folder)), CPU)
     except ConfigError as exc:
         said = str(exc)
-        assert said and len(said) < 3000, said
+        reason, *listing = said.splitlines()
+        assert reason and len(said) < 3000, said
+        assert all(line.startswith(("  ", "profiles that are served: ")) for line in listing), "a list, below one line"
         return said
     finally:
         assert time.monotonic() - began < 5
@@ -123,14 +125,30 @@ def test_a_damaged_folder_is_refused_in_words_or_planned_for(whole, tmp_path, n,
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(whole[number % len(whole)], folder)
         how = " and ".join(damage(folder, rng) for _ in range(rng.randint(1, 2)) if any(folder.iterdir()))
+        where = f"{number}: {whole[number % len(whole)].name}: {how}"
         try:
-            refused += planned(folder) is not None
+            said = planned(folder)
         except Exception as exc:
-            raise AssertionError(f"{number}: {whole[number % len(whole)].name}: {how}") from exc
-        if n > 1000 and number % 100 == 0:
-            done = run_kit("cfg", MODEL_PATH=folder, LOG_DIR=tmp_path / "log", timeout_s=20)
-            assert done.returncode in (0, 6) and "Traceback" not in done.stderr, f"{how}: {done.stderr}"
+            raise AssertionError(where) from exc
+        refused += said is not None
+        if n > 1000 and number % 10 == 0:
+            ask_the_script(folder, tmp_path / "log", said, where)
     assert n / 4 < refused < n, refused
+
+
+def ask_the_script(folder: Path, log: Path, refusal: str | None, where: str) -> None:
+    """`cfg` and `start` end within 5 s with the line of the refusal; what is planned for is never started."""
+    settings = {"MODEL_PATH": folder, "LOG_DIR": log, "PORT": free_port()}
+    for action in ("cfg", "start") if refusal else ("cfg",):
+        began = time.monotonic()
+        done = run_kit(action, **settings, timeout_s=20)
+        took_s, lines = time.monotonic() - began, done.stderr.splitlines()
+        assert took_s < 5, f"{where}: {action} took {took_s:.1f} s"
+        if refusal:
+            wanted = f"ConfigError: {refusal}".splitlines()
+            assert (done.returncode, lines) == (6, wanted), f"{where}: {action}: {done.stderr}"
+        else:
+            assert done.returncode == 0 and "Traceback" not in done.stderr, f"{where}: {action}: {done.stderr}"
 
 
 CASES = {

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import KIT, kit_environment
+from conftest import KIT, free_port, http, kit_environment, run_kit
 from library import all_checkpoints, record
 
 from rerank_kit.models import library
@@ -101,11 +101,11 @@ def test_the_reference_has_the_librarys_scores(folders, all_environments):
     assert not wrong, "\n".join(wrong)
 
 
-def engine_scores(python: list[str], folders: list[Path], work: Path) -> list[list[float]]:
+def engine_scores(python: list[str], folders: list[Path], work: Path, dtype: str = "float32") -> list[list[float]]:
     """Scores of PAIRS with each checkpoint by OfflineReranker, one engine after the other."""
     script = work / "offline.py"
     script.write_text(OFFLINE)
-    env = kit_environment(DTYPE="float32", PYTHONPATH=KIT, VLLM_ENABLE_V1_MULTIPROCESSING=0, LOG_DIR=work / "log")
+    env = kit_environment(DTYPE=dtype, PYTHONPATH=KIT, VLLM_ENABLE_V1_MULTIPROCESSING=0, LOG_DIR=work / "log")
     asked = json.dumps([PAIRS, [str(folder) for folder in folders], str(work)])
     done = subprocess.run([*python, str(script)], input=asked, env=env, capture_output=True, text=True, timeout=1800)
     scores = [work / str(number) for number in range(len(folders))]
@@ -135,6 +135,42 @@ def test_the_engine_has_the_librarys_scores_for_all(folders, environment, fork_s
     compare(fork_server, [f for f in folders if f.parent.name == environment and record(f)["profile"]], tmp_path)
 
 
+def server_scores(python: Path, folder: Path, logs: Path) -> list[float]:
+    """Scores of PAIRS by a service of its own."""
+    settings = {"MODEL_PATH": folder, "PORT": free_port(), "LOG_DIR": logs, "DTYPE": "float32", "STOP_TIMEOUT_S": 0}
+    # The API computes in its own process: it starts faster.
+    settings |= {"PYTHON": python, "EXTRA_ARGS": "--distributed-executor-backend uni"}
+    settings |= {"VLLM_ENABLE_V1_MULTIPROCESSING": 0}
+    started, scores = run_kit("start", **settings), []
+    try:
+        assert started.returncode == 0, started.stdout + started.stderr
+        for query, document in PAIRS:
+            body = {"model": "qwen3-reranker", "text_1": query, "text_2": document}
+            status, answer = http("POST", f"http://127.0.0.1:{settings['PORT']}/v1/score", body)
+            assert status == 200, answer
+            scores.append(answer["data"][0]["score"])
+        return scores
+    finally:
+        assert run_kit("stop", **settings).returncode == 0
+
+
+@pytest.mark.server
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+def test_the_service_has_the_librarys_scores_for_all(folders, environment, forked_python, tmp_path):
+    wrong = []
+    for folder in (f for f in folders if f.parent.name == environment and record(f)["profile"]):
+        try:
+            scores = server_scores(forked_python, folder, tmp_path / "log")
+        except AssertionError as exc:
+            wrong.append(f"{shown(folder)}: {exc}")
+            continue
+        if scores != pytest.approx(recorded(folder), abs=1e-4):
+            wrong.append(f"{shown(folder)}: {scores}, the library has {recorded(folder)}")
+    assert not wrong, "\n".join(wrong)
+
+
 # --- the library itself as reference (requirements-reference.txt) ---
 
 needs_library = pytest.mark.skipif(not library.FOLDER.is_dir(), reason=library.INSTALL)
@@ -152,6 +188,24 @@ def test_the_library_is_asked_in_a_process_of_its_own(folders, name):
     assert "sentence_transformers" not in sys.modules
 
 
+@needs_library
+@pytest.mark.server
+@pytest.mark.parametrize("wrong", [False, pytest.param(True, marks=pytest.mark.soak)])
+def test_tiny_check_has_a_line_for_vllm_and_one_for_the_recipe(folders, fork_server, tmp_path, wrong):
+    folder = shutil.copytree(next(f for f in reversed(folders) if f.name == "own_default_prompt"), tmp_path / "mine")
+    settings = {"MODEL_PATH_TINY": folder, "DTYPE": "float32", "LOG_DIR": tmp_path / "log"}
+    if wrong:  # another prompt than the library's: the kit and its recipe agree, and neither with the library
+        settings["MODEL_PROFILE"] = "qwen3_reranker"
+    command = [*fork_server.command, str(KIT / "vllm_usage_tiny.py"), "--check"]
+    done = subprocess.run(command, env=kit_environment(**settings), capture_output=True, text=True, timeout=300)
+    said = done.stdout
+    assert "largest difference" in said and ": agrees" in said, said + done.stderr[-2000:]
+    for who in ("vLLM in float32", library.RECIPE):
+        line = f"sentence-transformers 6.2.0 in float32 {'DIFFERS from' if wrong else 'and'} {who} "
+        assert len([one for one in said.splitlines() if one.startswith(line)]) == 1, said
+    assert done.returncode == wrong, said + done.stderr[-2000:]
+
+
 def test_a_difference_between_recipe_and_library_is_said(monkeypatch):
     def theirs(*_):
         if isinstance(answers[-1], Exception):
@@ -162,13 +216,18 @@ def test_a_difference_between_recipe_and_library_is_said(monkeypatch):
     monkeypatch.setattr(library, "library_scores", theirs)
     for answer, agrees, said in (
         ([0.5, 0.70005], True, "agree within 5.0e-05"),
-        ([0.5, 0.71], False, "DIFFERS from the kit's own recipe by 0.0100 (it gives 0.5000, 0.7100)"),
+        ([0.5, 0.71], False, "DIFFERS from the kit's own recipe by 0.0100 (it gives 0.5000, 0.7100): one"),
         ([0.5, float("nan")], False, "DIFFERS"),
         (library.NotComparable("it is not installed"), True, "not compared with sentence-transformers: it is not"),
     ):
         answers.append(answer)
-        found, text = library.compare(None, None, [], None, [0.5, 0.7])
+        [(found, text)] = library.compare(None, None, [], None, {library.RECIPE: ([0.5, 0.7], 1e-4)})
         assert found is agrees and said in text
+    answers.append([0.5, 0.71])
+    others = {"vLLM in bfloat16": ([0.5, 0.7], 0.02), library.RECIPE: ([0.5, 0.7], 1e-4), "nobody": ([0.5, None], 0.02)}
+    lines = list(library.compare(None, None, [], None, others))
+    assert [same for same, _ in lines] == [True, False, False]
+    assert "and vLLM in bfloat16 agree within 1.0e-02" in lines[0][1]
 
 
 def test_the_library_says_why_it_cannot_compare(folders, monkeypatch, tmp_path):

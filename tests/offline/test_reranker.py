@@ -579,7 +579,8 @@ def test_check_fails_when_scores_differ(monkeypatch, capsys):
         ([0.5, float("nan")], True, False),
         ([0.5, 0.7], False, False),
     ):
-        monkeypatch.setattr(vllm_usage_tiny, "compare", lambda *_, library=library: (library, "what it says"))
+        said = [(True, "what it says"), (library, "what it says")]
+        monkeypatch.setattr(vllm_usage_tiny, "compare", lambda *_, said=said: said)
         monkeypatch.setattr(vllm_usage_tiny, "reference_scores", lambda *_, expected=expected: expected)
         assert vllm_usage_tiny.check(plan, reranker, [None, None]) is agrees
-        assert capsys.readouterr().out.endswith("what it says\n")
+        assert capsys.readouterr().out.endswith("what it says\nwhat it says\n")

@@ -12,7 +12,7 @@ import pytest
 from conftest import KIT, free_port, http, kit_environment, until
 from fake_kit import session_of
 
-from rerank_kit.serving.health import metrics
+from rerank_kit.serving.health import API_HANGS, metrics
 from rerank_kit.settings import get_config
 
 pytestmark = [pytest.mark.server, pytest.mark.timeout(400)]
@@ -20,10 +20,10 @@ KEY = "a-key-that-nobody-may-see"
 LIMIT_S = 5
 
 
-def engines_of(session: int) -> list[int]:
-    """PIDs of the engines in a session, in the order of their ranks."""
+def members_of(session: int, title: str) -> list[int]:
+    """PIDs of the engines (EngineCore) or API processes (APIServer) in a session, in the order of their ranks."""
     named = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace") for pid in session_of(session)}
-    return sorted((pid for pid, name in named.items() if "EngineCore" in name), key=named.get)
+    return sorted((pid for pid, name in named.items() if title in name), key=named.get)
 
 
 class Caller(threading.Thread):
@@ -51,16 +51,18 @@ class Caller(threading.Thread):
 
 
 @pytest.mark.parametrize(
-    ("model", "more"),
+    ("model", "more", "victim"),
     [
-        ("qwen3", {}),
+        ("qwen3", {}, "EngineCore"),
         # Two engines and two API processes, one of which may have no pair when it is asked. One engine hangs.
-        pytest.param("qwen3", {"DP": 2}, marks=pytest.mark.soak),
-        pytest.param("bert", {"LONG_DOCUMENTS": "chunk", "API_SERVER_COUNT": 2}, marks=pytest.mark.soak),
-        pytest.param("qwen3_seq_cls", {"STARTUP_CHECK": 0}, marks=pytest.mark.soak),
+        pytest.param("qwen3", {"DP": 2}, "EngineCore", marks=pytest.mark.soak),
+        pytest.param("bert", {"LONG_DOCUMENTS": "chunk", "API_SERVER_COUNT": 2}, "EngineCore", marks=pytest.mark.soak),
+        pytest.param("qwen3_seq_cls", {"STARTUP_CHECK": 0}, "EngineCore", marks=pytest.mark.soak),
+        # One of two API processes hangs: it shares the port, so no probe reaches it.
+        pytest.param("qwen3", {"API_SERVER_COUNT": 2}, "APIServer", marks=pytest.mark.soak),
     ],
 )
-def test_a_hang_is_seen_by_both_probes_without_a_supervisor(model, more, checkpoints, quick_python, tmp_path):
+def test_a_hang_is_seen_by_both_probes_without_a_supervisor(model, more, victim, checkpoints, quick_python, tmp_path):
     port, told = free_port(), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     told.bind(str(tmp_path / "notify"))
     told.setblocking(False)
@@ -111,14 +113,15 @@ def test_a_hang_is_seen_by_both_probes_without_a_supervisor(model, more, checkpo
         assert not wrong and sum(caller.good for caller in callers) > 4
 
         # Every client leaves after a second, so no pair is in flight for as long as the limit.
-        stopped = engines_of(server.pid)[-1]
+        stopped = members_of(server.pid, victim)[-1]
         os.kill(stopped, signal.SIGSTOP)
         began = time.monotonic()
         caller = Caller(url, 1)
         until(both(503), 40)
         assert time.monotonic() - began > LIMIT_S - 1
         for _, answer in probes():
-            assert "hangs: pairs wait, and none was scored for" in answer["error"]["message"]
+            said = "hangs: pairs wait, and none was scored for" if victim == "EngineCore" else API_HANGS
+            assert said in answer["error"]["message"]
             assert ("engine 1 hangs" in answer["error"]["message"]) == ("DP" in more)
         assert both(503)(), "all API processes say so"
         assert until(notified, 5) == b"WATCHDOG=trigger"

@@ -15,7 +15,7 @@ from fake_kit import alive, session_of
 
 from rerank_kit.serving import supervisor
 from rerank_kit.serving import watch as serving_watch
-from rerank_kit.serving.health import metrics
+from rerank_kit.serving.health import API_HANGS, metrics
 from rerank_kit.settings import get_config
 
 
@@ -166,6 +166,24 @@ def test_watch_judges_each_engine_by_its_own_counter(monkeypatch, looks, suspect
     for limit_s in (1000, 0):
         watch.cfg = get_config(health_timeout_s=limit_s)
         assert not watch.hangs(), "suspect for less than HEALTH_TIMEOUT_S, or 0: nothing counts as a hang"
+
+
+def test_watch_takes_the_guards_word_for_an_api_process_that_hangs(monkeypatch):
+    """Of several API processes that share the port, one that hangs is never reached by a probe."""
+    monkeypatch.setattr(serving_watch.Watch, "start", lambda self: None)
+    monkeypatch.setattr(serving_watch, "probe", lambda *_: None)
+    monkeypatch.setattr(serving_watch, "progress", lambda cfg: {"0": (5, False)})
+    watch = serving_watch.Watch(get_config(health_timeout_s=10), False)
+    watch.ready = True
+    for said, hangs in (
+        ("", ""),
+        ("the server is stopping", ""),
+        (f"{API_HANGS}: it gave no sign of life for 11 s", "it hung: an API process gave no sign of life"),
+        ("", ""),
+    ):
+        monkeypatch.setattr(serving_watch, "not_ready", lambda cfg, said=said: said)
+        watch._look({})
+        assert watch.hangs() == hangs
 
 
 def test_watch_outlives_an_error_of_its_own(monkeypatch, capfd):
@@ -348,6 +366,9 @@ def test_a_full_disk_does_not_end_the_service(kit):
         port = kit.settings["PORT"]
         until(lambda: not alive(first) and _answers(port))
         (kit.logs / "filler").unlink()
+        # There was no room to write it down: status must not show the dead server for ever.
+        until(has(kit, restarts=1, state="ready"))
+        assert kit.server_pid != first and "1 restart, last death" in kit("status").stdout
         assert kit("stop").returncode == 0
     finally:
         if kit.pid_file.exists():
