@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 
 from rerank_kit.models.chat_template import agrees, pair_template
-from rerank_kit.models.checkpoint import Checkpoint
+from rerank_kit.models.checkpoint import Checkpoint, load_tokenizer
 from rerank_kit.settings import KIT_DIR, ConfigError
 
 PROFILE_DIR = KIT_DIR / "profiles"
@@ -43,6 +43,8 @@ class Profile:
     unless: tuple[str, ...] = ()
     # The prompt is the checkpoint's own chat template, whatever it says, and the score tokens are its LogitScore's.
     own_template: bool = False
+    # Of a family with a prompt: the function from the head's logit to the score, Sigmoid or Identity.
+    activation: str = "Sigmoid"
 
     def named(self, checkpoint: Checkpoint) -> bool:
         """Whether the folder's or hub's name is one of this family."""
@@ -121,6 +123,11 @@ def _has_prompt_of(checkpoint: Checkpoint, template: str) -> bool:
     return own is not None and agrees(own, (PROFILE_DIR / template).read_text("utf-8"), own.instruction)
 
 
+def _first_token(checkpoint: Checkpoint) -> str | None:
+    """The token with id 0, by tokenizer.json."""
+    return load_tokenizer(checkpoint.path).id_to_token(0) if (checkpoint.path / "tokenizer.json").is_file() else None
+
+
 def _fits(checkpoint: Checkpoint, rule: dict) -> bool:
     """All conditions of one match rule hold."""
     tests = {
@@ -137,6 +144,7 @@ def _fits(checkpoint: Checkpoint, rule: dict) -> bool:
         "labels_besides": lambda v: checkpoint.num_labels != v,
         "logit_tokens": lambda v: checkpoint.logit_tokens == tuple(v),
         "logit_texts": lambda v: checkpoint.logit_texts == tuple(v),
+        "first_token": lambda v: _first_token(checkpoint) == v,
         "logit_score": lambda v: (checkpoint.logit_tokens is not None) == v,
         "pair_template": lambda v: (pair_template(checkpoint) is not None) == v,
         "prompt_of": lambda v: _has_prompt_of(checkpoint, v),

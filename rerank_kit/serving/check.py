@@ -20,13 +20,14 @@ from typing import Any
 
 from rerank_kit.engine.machine import GIB, free_memory, vllm_version
 from rerank_kit.engine.nodes import is_headless
+from rerank_kit.engine.scale import score_scale
 from rerank_kit.models.chat_template import render, special_tokens
 from rerank_kit.models.checkpoint import Checkpoint, load_tokenizer, read_checkpoint
 from rerank_kit.models.known_pairs import KNOWN, PAIRS, judge
 from rerank_kit.models.library import compare
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.profiles import find_profile
-from rerank_kit.models.published import DOCUMENTS, QUERY, Published, distance, logit, published
+from rerank_kit.models.published import DOCUMENTS, QUERY, Published, distance, logit, probability, published
 from rerank_kit.models.published import TOLERANCE as TOLERANCE_LOGIT
 from rerank_kit.models.reference import INSTRUCTION, reference_scores
 from rerank_kit.models.settled import Settled, settle
@@ -107,7 +108,8 @@ def expectation(checkpoint: Checkpoint, settled: Settled) -> dict[str, Any]:
     if (checkpoint.path / "tokenizer.json").exists():
         tokens = [prompt_tokens(checkpoint, settled, *pair) for pair in PAIRS]
     is_embedding = settled.profile.reference == "embedding"
-    low, high = (0.0, 1.0) if settled.template else (-1.0, 1.0) if is_embedding else (None, None)
+    is_probability = settled.template is not None and settled.profile.activation == "Sigmoid"
+    low, high = (0.0, 1.0) if is_probability else (-1.0, 1.0) if is_embedding else (None, None)
     known: list[tuple[str, int, int]] = []
     if checkpoint.config.get("hidden_size", 0) >= REAL_MODEL:
         # The Chinese question is not for an English model, whose tokenizer knows few Chinese characters.
@@ -210,7 +212,11 @@ def check_references(
     length = min(checkpoint.max_length, 8192)
     divisor = profile.pooler_config.get("logit_sigma", 1)
     expected = reference_scores(checkpoint.path, profile.reference, pairs, cfg.instruction, length, divisor)
-    differences = [abs(a - b) if isinstance(a, float) else math.inf for a, b in zip(scores, expected, strict=True)]
+    # bf16 moves a logit of 20 further than 0.02: logits are compared as the probabilities that they stand for.
+    shown = probability if score_scale(profile, checkpoint)["name"] == "logit" else float
+    differences = [
+        abs(shown(a) - shown(b)) if isinstance(a, float) else math.inf for a, b in zip(scores, expected, strict=True)
+    ]
     worst = max(math.inf if math.isnan(value) else value for value in differences)  # max() passes over NaN
     fault = None if worst <= TOLERANCE else f"a score differs by {worst:.4f} from transformers in float32"
     quantized = cfg.quantization or (checkpoint.config.get("quantization_config") or {}).get("quant_method")
