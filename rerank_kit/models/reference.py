@@ -31,6 +31,13 @@ BGE_TASK = (
 )
 # Model cards of ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b, -2b and -6b.
 CTXL_TASK = "Check whether a given document contains information helpful to answer the query.\n<Document> "
+# modeling.py of jinaai/jina-reranker-v3.
+JINA_V3_SYSTEM = (
+    "You are a search relevance expert who can determine a ranking of the passages based on how relevant they are to "
+    "the query. If the query is a question, how relevant a passage is depends on how well it answers the question. If "
+    "not, try to analyze the intent of the query and assess how well each passage satisfies the intent. If an "
+    "instruction is provided, you should follow the instruction when determining the ranking."
+)
 ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -97,6 +104,39 @@ def nemotron_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, m
     return tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
 
 
+def jina_v3_prompt(query: str, documents: list[str]) -> str:
+    """The prompt of a whole list: format_docs_prompts_func() in modeling.py of jinaai/jina-reranker-v3."""
+    passages = "".join(f'<passage id="{i}">\n{d}<|embed_token|>\n</passage>\n' for i, d in enumerate(documents))
+    return (
+        f"<|im_start|>system\n{JINA_V3_SYSTEM}<|im_end|>\n<|im_start|>user\n"
+        f"I will provide you with {len(documents)} passages, each indicated by a numerical identifier. "
+        f"Rank the passages based on their relevance to query: {query}\n"
+        f"{passages}<query>\n{query}<|rerank_token|>\n</query>{SUFFIX}"
+    )
+
+
+def listwise_scores(model: Path, query: str, documents: list[str]) -> list[float]:
+    """Scores of one list by transformers in float32, as rerank() of jina-reranker-v3's card makes them.
+
+    Without its cuts (2048 tokens a document, 512 the query), for 125 documents at most: beyond, it makes two prompts.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    return _list_scores(_network(model, "listwise"), tokenizer, torch, query, documents)
+
+
+def _list_scores(network, tokenizer, torch, query: str, documents: list[str]) -> list[float]:
+    base, projector = network
+    ids = tokenizer(jina_v3_prompt(query, documents), return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        states = base(ids).last_hidden_state[0]
+        marks = [tokenizer.convert_tokens_to_ids(token) for token in ("<|embed_token|>", "<|rerank_token|>")]
+        found, asked = (projector(states[ids[0] == mark]) for mark in marks)
+        return torch.cosine_similarity(found, asked, dim=-1).tolist()
+
+
 def _joint_ids(tokenizer, text: str, suffix: str, max_length: int) -> list[int]:
     """Tokenize the whole prompt at once. A long one loses the end of the document and keeps the suffix."""
     ids = tokenizer.encode(text + suffix, add_special_tokens=False)
@@ -152,8 +192,8 @@ def reference_scores(
         kind: Profile.reference: a key of CAUSAL (causal_yes_no is the model card of Qwen3-Reranker),
             chat_template (the checkpoint's own, rendered by transformers), sequence_classification (the converted
             Qwen3-Reranker and cross-encoders with a head), llama_bidirectional (llama-nemotron-rerank),
-            jina_reranker_v2, gte_multilingual_reranker or embedding
-            (cosine, pooled as the checkpoint's Pooling module says).
+            listwise (jina-reranker-v3, each pair as a list of one), jina_reranker_v2, gte_multilingual_reranker or
+            embedding (cosine, pooled as the checkpoint's Pooling module says).
         pairs: N pairs.
         instruction: default instruction; None = the checkpoint's saved default prompt, else the model card's.
         max_length: tokens of the longest prompt.
@@ -198,6 +238,8 @@ def reference_scores(
                     both = ([pair.query], [pair.document])
                     batch = tokenizer(*both, truncation=True, max_length=max_length, return_tensors="pt")
                     scores.append(_activation(model)(network(**batch).logits[0, 0]).item())
+            elif kind == "listwise":  # a list of one document
+                scores += _list_scores(network, tokenizer, torch, pair.query, [pair.document])
             elif kind == "embedding":
                 modes = read_checkpoint(model).pooling
                 first, second = (
@@ -216,6 +258,8 @@ def _network(model: Path, kind: str):
 
     if kind == "jina_reranker_v2":
         return _jina_reranker_v2(model)
+    if kind == "listwise":
+        return _jina_reranker_v3(model)
     config = None
     loader = transformers.AutoModelForSequenceClassification
     if kind == "gte_multilingual_reranker":
@@ -272,6 +316,20 @@ def _jina_reranker_v2(model: Path):
                 weights[name] = weight
     network.load_state_dict(weights)
     return network.eval()
+
+
+def _jina_reranker_v3(model: Path):
+    """(Qwen3 without a head, projector) of jina-reranker-v3."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import Qwen3Config, Qwen3Model
+
+    own = json.loads((model / "config.json").read_text("utf-8"))
+    config = Qwen3Config(**{k: v for k, v in own.items() if k not in ("auto_map", "model_type", "architectures")})
+    base = Qwen3Model.from_pretrained(model, config=config, dtype=torch.float32).eval()
+    weights = {k: v for file in sorted(model.glob("*.safetensors")) for k, v in load_file(file).items()}
+    rows = {n: weights[f"projector.{n}.weight"].float() for n in (0, 2)}
+    return base, lambda states: torch.relu(states @ rows[0].T) @ rows[2].T
 
 
 def _gte(model: Path):

@@ -40,7 +40,7 @@ def settle(checkpoint: Checkpoint, profile: Profile, cfg: EnvConfig) -> Settled:
     overrides = dict(profile.hf_overrides)
     if checkpoint.logit_tokens and profile.convert is None:
         why["score_tokens"] = _score_tokens(checkpoint, profile, overrides, explicit=cfg.model_profile is not None)
-    if profile.convert is None:
+    if profile.convert is None and not profile.listwise:
         _activation(checkpoint, profile, overrides, why)
     said = checkpoint.similarity
     if profile.convert == "embed" and said and said.value not in ("cosine", "dot" if _normalizes(checkpoint) else ""):

@@ -29,7 +29,7 @@ from rerank_kit.models.pair import Pair
 from rerank_kit.models.profiles import find_profile
 from rerank_kit.models.published import DOCUMENTS, QUERY, Published, distance, logit, probability, published
 from rerank_kit.models.published import TOLERANCE as TOLERANCE_LOGIT
-from rerank_kit.models.reference import INSTRUCTION, reference_scores
+from rerank_kit.models.reference import INSTRUCTION, jina_v3_prompt, reference_scores
 from rerank_kit.models.settled import Settled, settle
 from rerank_kit.serving.exact import check_exact
 from rerank_kit.serving.health import progress, request
@@ -97,6 +97,8 @@ def prompt_tokens(checkpoint: Checkpoint, settled: Settled, query: str, document
     if settled.template is not None:
         chat = [{"role": "query", "content": query}, {"role": "document", "content": document}]
         return len(tokenizer.encode(render(settled.template, chat, special_tokens(checkpoint))).ids)
+    if settled.profile.listwise:
+        return len(tokenizer.encode(jina_v3_prompt(query, [document])).ids)
     if settled.profile.reference == "embedding":
         return len(tokenizer.encode(query).ids) + len(tokenizer.encode(document).ids)
     return len(tokenizer.encode(query, document).ids)
@@ -107,7 +109,7 @@ def expectation(checkpoint: Checkpoint, settled: Settled) -> dict[str, Any]:
     tokens = None
     if (checkpoint.path / "tokenizer.json").exists():
         tokens = [prompt_tokens(checkpoint, settled, *pair) for pair in PAIRS]
-    is_embedding = settled.profile.reference == "embedding"
+    is_embedding = settled.profile.reference in ("embedding", "listwise")
     is_probability = settled.template is not None and settled.profile.activation == "Sigmoid"
     low, high = (0.0, 1.0) if is_probability else (-1.0, 1.0) if is_embedding else (None, None)
     known: list[tuple[str, int, int]] = []

@@ -367,3 +367,42 @@ def llama_nemotron_rerank(folder: Path, *, temperature: float = 0.5) -> Path:
         temperature=temperature,
         problem_type="regression",
     )
+
+
+def jina_reranker_v3(folder: Path) -> Path:
+    """jina-reranker-v3: Qwen3 and a projector of 512, and the two token ids that vLLM's class knows."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
+
+    tiny_models.qwen3_tokenizer(folder, text=tiny_models.TEXT + " passages passage id relevance relevant ranking")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokens = {"<|embed_token|>": 151670, "<|rerank_token|>": 151671}
+    tokenizer["model"]["vocab"] |= tokens
+    kept = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokenizer["added_tokens"] += [{"id": number, "content": token, **kept} for token, number in tokens.items()]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    loaded = AutoTokenizer.from_pretrained(folder)
+    assert loaded.convert_tokens_to_ids([str(AddedToken(token)) for token in tokens]) == [*tokens.values()]
+    config = Qwen3Config(
+        vocab_size=151680,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    model = Qwen3Model(config)
+    tiny_models._spread(model)
+    model.save_pretrained(folder)
+    weights = {f"model.{name}": weight for name, weight in load_file(folder / "model.safetensors").items()}
+    torch.manual_seed(8)
+    weights |= {"projector.0.weight": torch.randn(32, 64) * 0.2, "projector.2.weight": torch.randn(512, 32) * 0.2}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return tiny_models.set_config(
+        folder, architectures=["JinaForRanking"], auto_map={"AutoModel": "modeling.JinaForRanking"}, model_type="qwen3"
+    )
