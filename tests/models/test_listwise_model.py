@@ -25,7 +25,7 @@ LISTS = [
     ("中国的首都是哪里？", ["emoji 🚀👩‍👩‍👧", "line one\nline two\r\nline three", "code {{ x }} <a> & </passage>"]),
     ("", ["the query is empty"]),
 ]
-MOST = 2048  # MAX_MODEL_LEN of the service below
+MOST = 3072  # MAX_MODEL_LEN of the service below
 
 
 @pytest.fixture(scope="module")
