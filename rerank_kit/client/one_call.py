@@ -33,6 +33,8 @@ class RerankItem:
 
 
 Items = list[RerankItem]
+# (address, model) of services that said that they are listwise: a list that is split there has other scores.
+_listwise: set[tuple[str | None, str]] = set()
 _Value = TypeVar("_Value")
 Ranked = tuple[Items, list[float | None], dict[str, Any]]  # what rerank() returns
 # (address, model name of the request, model name of the answer), both listed by that server as names of one model.
@@ -88,6 +90,8 @@ class _Call:
 
     def _split(self) -> list[range]:
         n_docs = len(self.documents) if self.top_n else 0
+        if n_docs and (self.base_url, self.model) in _listwise:
+            return [range(n_docs)]
         return [range(i, min(i + self.size, n_docs)) for i in range(0, n_docs, self.size)]
 
     def stage(self, first: First) -> tuple["_Call | None", int]:
@@ -178,8 +182,20 @@ class _Call:
         # The guard's headers list the documents that were cut or split.
         cut = {part.start + index for index in _listed(reply.cut, len(part))}
         windows = {part.start + index: n for index, n in _listed(reply.windows or "", len(part)).items()}
-        told = {"_cut": cut, "_windows": windows, "_version": reply.version}
+        told = {"_cut": cut, "_windows": windows, "_version": reply.version, "_listwise": reply.listwise}
         return reply.data | told | {"_retries": reply.n_retries, "_url": reply.url.removesuffix(self.path)}
+
+    def again(self, answers: list[dict[str, Any]], n_tries: int) -> bool:
+        """True if the call has to be sent again: in one piece to a listwise model, in its parts if they are mixed().
+
+        Raises:
+            RerankResponseError: by mixed().
+        """
+        if len(answers) > 1 and any(answer["_listwise"] for answer in answers):
+            _listwise.add((self.base_url, self.model))
+            self.parts = self._split()
+            return True
+        return self.mixed(answers, n_tries)
 
     def mixed(self, answers: list[dict[str, Any]], n_tries: int) -> bool:
         """True if different models scored the parts, as while a fleet changes its model. All parts are then sent again.
@@ -247,7 +263,7 @@ class _Call:
         told["_client_cost_ms"], told["_client_calls"] = cost_ms, len(answers)
         told["_client_retries"] = sum(answer["_retries"] for answer in answers)
         told["_client_url"] = ",".join(dict.fromkeys(answer["_url"] for answer in answers))
-        raw = {key: value for key, value in raw.items() if key not in ("_retries", "_url")}
+        raw = {key: value for key, value in raw.items() if key not in ("_retries", "_url", "_listwise")}
         return items, scores, {**raw, **told}
 
 

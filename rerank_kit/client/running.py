@@ -37,7 +37,7 @@ def _run(
     while True:
         n_tries += 1
         answers = _in_threads(send, call.parts, n_threads or settings.CLIENT.client_concurrency, given_up)
-        if not call.mixed(answers, n_tries):
+        if not call.again(answers, n_tries):
             return call.merge(answers)
 
 
@@ -87,7 +87,7 @@ async def _arun(call: _Call) -> tuple[Items, list[Any], dict[str, Any]]:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        if not call.mixed(answers, n_tries):
+        if not call.again(answers, n_tries):
             return call.merge(answers)
 
 

@@ -101,6 +101,7 @@ class Reply:
     cut: str = ""
     windows: str | None = None
     version: str = ""  # id of the model and settings that made the scores
+    listwise: bool = False  # a score depends on the other documents of the request
     n_retries: int = 0  # how often it was sent again, to this address or another
 
     def error(self, what: str) -> RerankResponseError:
@@ -109,7 +110,12 @@ class Reply:
 
 def _reply(step: Step, answer: Answer) -> Reply:
     get = answer.headers.get
-    told = get("X-Rerank-Cut", ""), get("X-Rerank-Windows"), get("X-Rerank-Version", "")
+    told = (
+        get("X-Rerank-Cut", ""),
+        get("X-Rerank-Windows"),
+        get("X-Rerank-Version", ""),
+        get("X-Rerank-Listwise") == "1",
+    )
     reply = Reply({}, step.url, bytes(answer.body), *told)
     kind = get("Content-Type", "application/json").partition(";")[0].strip().lower()
     if not answer.whole:

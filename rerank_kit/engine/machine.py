@@ -18,6 +18,7 @@ from rerank_kit.engine.limits import cpu_quota, free_in_cgroup
 from rerank_kit.settings import ConfigError
 
 OLDEST_VLLM = (0, 26)
+TESTED_VLLM = (0, 32)  # the newest that the tests ran with
 GIB = 2**30
 
 
@@ -72,6 +73,17 @@ def vllm_version() -> str:
             'max_model_len tokens or ignore instructions; run "sh start_rerank.sh setup"'
         )
     return found
+
+
+def untested(version_text: str) -> str:
+    """One line about a vLLM that is newer than the tested one; empty for others."""
+    if release_of(version_text) <= TESTED_VLLM:
+        return ""
+    tested = ".".join(map(str, TESTED_VLLM))
+    return (
+        f"vLLM {version_text} is newer than {tested}, the newest that this kit was tested with: compare its scores "
+        'once by "sh start_rerank.sh check --reference"'
+    )
 
 
 def probe_machine() -> Machine:

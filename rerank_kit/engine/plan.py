@@ -18,7 +18,7 @@ from rerank_kit.engine.choices import (
     whole_graphs,
 )
 from rerank_kit.engine.extra_args import check_extra_args, find_flag
-from rerank_kit.engine.machine import GIB, Machine, compute_capabilities, cpu_has_bf16, probe_machine
+from rerank_kit.engine.machine import GIB, Machine, compute_capabilities, cpu_has_bf16, probe_machine, untested
 from rerank_kit.engine.nodes import check_nodes, describe_node, has_other_nodes, is_headless, node_env
 from rerank_kit.engine.precision import MODE, check_exact, quantization
 from rerank_kit.engine.scale import score_scale
@@ -34,6 +34,7 @@ GRAPHS = (
     *("--enforce-eager", "--compilation-config", "--optimization-level", "--cudagraph*", "--cuda-graph*"),
     "--max-cudagraph*",
 )
+LIST_TOKENS = 16384  # of a whole list, for a listwise model; the others have 4096 for a pair
 KV_GIB_AT_MOST = 16  # limit for each of several engines on a GPU: six full steps of a 0.6B model
 ENGINE_GIB = 4  # CUDA context, activations of one step and graphs of one engine, in addition to weights and KV cache
 
@@ -112,6 +113,11 @@ def plan_engine(
     model, machine = _checked(cfg, model), machine or probe_machine()
     _check_gpus(cfg, machine, may_be_more=True)
     plan = _plan_model(cfg, model, machine)
+    if plan.profile.listwise:
+        raise ConfigError(
+            f"{plan.checkpoint.path} is listwise (profile {plan.profile.name}): a score depends on the other documents "
+            "of its call, which pairs in a file do not have. Start the service and send it whole lists"
+        )
     if several and not machine.is_cpu:  # one engine of the CPU build already takes all cores
         plan.engines, plan.why["engines_per_gpu"] = _engines(plan)
     if machine.is_cpu:
@@ -140,6 +146,8 @@ def _plan_model(cfg: EnvConfig, model: str | Path, machine: Machine) -> Plan:
     plan = Plan(cfg, machine, profile, found.checkpoint, found.template, {})
     engine, why = plan.engine, plan.why
     why |= found.why
+    if line := untested(machine.vllm_version):
+        why["vllm"] = line
     engine["model"] = str(found.folder)
     if profile.config_changes:
         why["model"] = "made by start: links to the checkpoint, and a config.json that names no code from the hub"
@@ -171,7 +179,21 @@ def _plan_model(cfg: EnvConfig, model: str | Path, machine: Machine) -> Plan:
     engine["tensor_parallel_size"] = cfg.tp
     if profile.prefix_caching:
         engine["enable_prefix_caching"] = True
+    if profile.listwise:
+        _check_listwise(plan)
     return plan
+
+
+def _check_listwise(plan: Plan) -> None:
+    """Refuse settings that would divide a list, and say what is off for a listwise model."""
+    cfg = plan.cfg
+    if cfg.long_documents == "chunk":
+        raise ConfigError(
+            f"LONG_DOCUMENTS=chunk splits documents into windows, and profile {plan.profile.name} is listwise: a score "
+            "depends on the other documents of its call. Set LONG_DOCUMENTS to truncate or error"
+        )
+    if cfg.result_cache_mib:
+        plan.why["result_cache_mib"] = "off: a score depends on the other documents of its call (listwise)"
 
 
 def _finished(plan: Plan) -> Plan:
@@ -197,6 +219,8 @@ def _guard_env(plan: Plan) -> dict[str, str]:
     env["GUARD_HEALTH_TIMEOUT_S"], env["GUARD_ENGINES"] = str(plan.cfg.health_timeout_s), str(plan.copies)
     env["GUARD_SCORE_SCALE"] = json.dumps(score_scale(plan.profile, plan.checkpoint))
     env["GUARD_MODEL"] = cfg.served_model_name
+    if plan.profile.listwise:
+        env["GUARD_LISTWISE"] = "1"
     env["GUARD_STOP_DELAY_S"] = str(plan.cfg.stop_delay_s)
     # By default vLLM runs one API process for each data parallel rank.
     return env | {"GUARD_API_SERVERS": str(plan.api_servers or plan.copies)}
@@ -268,9 +292,12 @@ def _engines(plan: Plan) -> tuple[int, str]:
 def _max_model_len(cfg: EnvConfig, checkpoint: Checkpoint, profile: Profile) -> tuple[int, str]:
     """Tokens of the longest prompt, and why."""
     own, said = checkpoint.max_length, checkpoint.limit
+    usual = LIST_TOKENS if profile.listwise else 4096
     source = said.source if said and said.value < checkpoint.positions else "config.json: max_position_embeddings"
     if cfg.max_model_len is None:
-        return min(4096, own), f"the model's limit is {own} ({source}); at most 4096 unless MAX_MODEL_LEN is set"
+        whole_list = ", for a whole list" if profile.listwise else ""
+        most = f"at most {usual}{whole_list} unless MAX_MODEL_LEN is set"
+        return min(usual, own), f"the model's limit is {own} ({source}); {most}"
     # A decoder takes longer prompts than its tokenizer's limit, which was a choice of whoever trained it.
     soft = profile.prefix_caching and "tokenizer" in source
     if cfg.max_model_len > (checkpoint.positions if soft else own):

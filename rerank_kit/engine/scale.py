@@ -7,14 +7,18 @@ from rerank_kit.models.profiles import Profile
 def score_scale(profile: Profile, checkpoint: Checkpoint) -> dict:
     """{"name", "min", "max", "profile"}: probability (0 to 1), cosine (-1 to 1), logit or another function's value.
 
-    Profiles with a prompt always give a probability (models/settled.py); a head without one follows the files.
+    "listwise": True where it depends on the other documents of the call.
+
+    Profiles with a prompt name their function (models/settled.py); a head without one follows the files.
     """
     said = checkpoint.activation
     function = said.value.rpartition(".")[2] if said else "Sigmoid"
-    if profile.reference == "embedding":
+    if profile.template or profile.own_template:
+        function = profile.activation
+    if profile.reference in ("embedding", "listwise"):
         scale = {"name": "cosine", "min": -1, "max": 1}
-    elif profile.template or profile.own_template or function == "Sigmoid":
+    elif function == "Sigmoid":
         scale = {"name": "probability", "min": 0, "max": 1}
     else:
         scale = {"name": "logit" if function == "Identity" else function, "min": None, "max": None}
-    return scale | {"profile": profile.name}
+    return scale | {"profile": profile.name} | ({"listwise": True} if profile.listwise else {})

@@ -71,7 +71,10 @@ def _pairs(fitter: Fitter, payload: dict, fields: tuple) -> list[tuple[str, str]
     if limit := _limit(payload, "max_tokens_per_query"):
         queries = [fitter.head(query, limit) for query in queries]
     if len(queries) == 1 and (fitter.template or fitter.separate):
-        queries = [fitter.fit(queries[0], "", _instruction(payload))[0]]  # once, not for every document
+        fitted = fitter.fit(queries[0], "", _instruction(payload))[0]  # once, not for every document
+        if fitter.template and fitted != queries[0]:  # as fit() has it for a pair: a part of a query leaves no room
+            documents = [""] * len(documents)
+        queries = [fitted]
     many = queries if len(queries) == len(documents) else queries * len(documents)
     return list(zip(many, documents, strict=True))
 

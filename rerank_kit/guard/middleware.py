@@ -29,6 +29,7 @@ from rerank_kit.guard.cache import Lookup, ResultCache
 from rerank_kit.guard.counts import Counts
 from rerank_kit.guard.deadline import deadline_s, late
 from rerank_kit.guard.health import Health
+from rerank_kit.guard.listwise import Lists
 from rerank_kit.guard.long_bodies import LIMITS, Split, as_int
 from rerank_kit.guard.long_documents import LongDocuments, served_length
 from rerank_kit.guard.metrics import _metrics
@@ -69,6 +70,7 @@ class Call:
         self.taken_s = 0.0  # until the answer began, since a client that reads slowly is not a slow call
         self.status = 0  # 0 = no answer yet
         self.pairs = self.n_bytes = 0
+        self.requests = 0  # that vLLM makes of the pairs; 0 = one for each
         self.in_flight = self.aborted = self.answered = False
         self.body_id = self.request_id  # the id in vLLM's answer: the body's own request_id comes before the header's
         self.deadline_s = math.inf  # of time.perf_counter(); the caller waits no longer
@@ -77,7 +79,7 @@ class Call:
     @property
     def engine_id(self) -> bytes:
         """The id for vLLM says how many pairs come, because call_scheduler.py waits for them."""
-        return b"%b.n%d" % (self.body_id, self.pairs) if ID.fullmatch(self.body_id) else self.body_id
+        return b"%b.n%d" % (self.body_id, self.requests or self.pairs) if ID.fullmatch(self.body_id) else self.body_id
 
 
 class Guard:
@@ -114,10 +116,12 @@ class Guard:
         self.metrics.version.labels(self.version.decode()).set(1)
         logging.getLogger(SCORE_LOGGER).addFilter(_once(SCORE_WARNING))
         upgrades.read_bodies()
-        self.long = LongDocuments(self.limits.max_docs, self.encode, self._take_windows)
+        self.listwise = _setting("LISTWISE") == 1
+        kind = Lists if self.listwise else LongDocuments
+        self.long = kind(self.limits.max_docs, self.encode, self._take_windows)
         self.health = Health(counts, _setting("HEALTH_TIMEOUT_S", float), self.long.prepare)
         mib = _setting("RESULT_CACHE_MIB", float)
-        self.cache = ResultCache(mib, self.version) if mib else None
+        self.cache = ResultCache(mib, self.version) if mib and not self.listwise else None
         self.scale = json.loads(os.environ.get("GUARD_SCORE_SCALE") or "null")
         self.model = os.environ.get("GUARD_MODEL", "")
         self.takes_instruction = os.environ.get("GUARD_TAKES_INSTRUCTION", "1") != "0"
@@ -165,6 +169,8 @@ class Guard:
                 headers += [(b"x-request-id", call.request_id), *self.long.headers(call)]
                 if self.version:
                     headers.append((b"x-rerank-version", self.version))
+                if self.listwise:
+                    headers.append((b"x-rerank-listwise", b"1"))
                 if call.asked.ignored:
                     headers.append((b"x-rerank-ignored", _names(call.asked.ignored)))
                 message = {**message, "headers": headers}

@@ -27,6 +27,20 @@ def after_marks(text: str, end: int) -> int:
     return stop
 
 
+def tail_ids(tokenizer, text: str) -> list[int]:
+    """Token ids of a text that ends a prompt. A tokenizer may put a space before a text that stands alone."""
+    lead = tokenizer("x", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("x" + text, add_special_tokens=False)["input_ids"]
+    if ids[: len(lead)] == lead:
+        return ids[len(lead) :]
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def document_first(prompt: str, document: str, query: str) -> bool:
+    """Whether a prompt has the document before the query; both stand for marks."""
+    return document in prompt and query in prompt and prompt.index(document) < prompt.rindex(query)
+
+
 class TooManyWindows(ValueError):
     """The documents of a body make more windows than allowed; str() is a lower bound of their number."""
 
@@ -78,6 +92,10 @@ class Fitter:
                 self.needs_cover = not self.blank
         # A token has at least one byte, and the frame is the same for every pair: so few bytes surely fit.
         self.frame_tokens = len(self._ids("", "", None))
+        # As ctxl-rerank-v2 has it: then the query belongs to the end that is never cut.
+        self.document_first = template is not None and document_first(
+            self._render("\ue001", MARK, None), MARK, "\ue001"
+        )
         self._counted: tuple = (None, None, 0)
         # A tokenizer that expands compatibility characters (XLM-R's) makes up to 18 characters of one.
         self.form = "NFKC" if len(self._offsets("\ufdfa" * 8)) > 24 else "NFC"
@@ -194,8 +212,9 @@ class Fitter:
     # --- how each kind cuts ---
 
     def _fit_template(self, query: str, document: str, instruction: str | None) -> tuple[str, str]:
-        before, after = self._render(query, MARK, instruction).rsplit(MARK, 1)
-        room = self.max_length - len(self.tokenizer(after, add_special_tokens=False)["input_ids"])
+        marked = self._render(query, MARK, instruction)
+        before, after = marked.split(MARK, 1) if self.document_first else marked.rsplit(MARK, 1)
+        room = self.max_length - len(tail_ids(self.tokenizer, after))
         if len(self._ids(query, "", instruction)) > self.max_length:
             return self._fit_query(query, instruction), ""
         if len(self._ids(query, document, instruction)) <= self.max_length:

@@ -48,11 +48,12 @@ def library_scores(checkpoint: Checkpoint, profile: Profile, pairs: list[Pair], 
         if not FOLDER.is_dir():
             raise NotComparable(f"it is not installed: {INSTALL} (in the kit's folder)")
         env["PYTHONPATH"] = os.pathsep.join([str(FOLDER), str(KIT_DIR), env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    sigmoid = bool(profile.template or profile.own_template)
     asked = {
         "model": str(checkpoint.path),
         "embeds": profile.convert == "embed",
-        "divisor": profile.pooler_config.get("logit_sigma", 1) if sigmoid else None,
+        # A family with a prompt has the profile's function of the logit, the others what their files say.
+        "activation": profile.activation if profile.template or profile.own_template else None,
+        "divisor": profile.pooler_config.get("logit_sigma", 1),
         "prompt": instruction,
         "pairs": [(pair.query, pair.document) for pair in pairs],
     }
@@ -114,8 +115,11 @@ def main() -> None:
         scores = torch.cosine_similarity(*sides, dim=1)
     else:
         model = sentence_transformers.CrossEncoder(asked["model"], **more)
-        divisor = asked["divisor"]
-        activation = {} if divisor is None else {"activation_fn": lambda logit: torch.sigmoid(logit / divisor)}
+        function, divisor = (
+            {"Sigmoid": torch.sigmoid, "Identity": torch.nn.Identity()}.get(asked["activation"]),
+            asked["divisor"],
+        )
+        activation = {"activation_fn": lambda logit: function(logit / divisor)} if function else {}
         prompt = {"prompt": asked["prompt"]} if asked["prompt"] else {}
         # One pair a batch: nothing is padded.
         scores = model.predict(

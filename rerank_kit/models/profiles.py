@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 
 from rerank_kit.models.chat_template import agrees, pair_template
-from rerank_kit.models.checkpoint import Checkpoint
+from rerank_kit.models.checkpoint import Checkpoint, load_tokenizer
 from rerank_kit.settings import KIT_DIR, ConfigError
 
 PROFILE_DIR = KIT_DIR / "profiles"
@@ -43,6 +43,10 @@ class Profile:
     unless: tuple[str, ...] = ()
     # The prompt is the checkpoint's own chat template, whatever it says, and the score tokens are its LogitScore's.
     own_template: bool = False
+    # A score depends on the other documents of the call: lists are never split, and pairs alone are not scored offline.
+    listwise: bool = False
+    # Of a family with a prompt: the function from the head's logit to the score, Sigmoid or Identity.
+    activation: str = "Sigmoid"
 
     def named(self, checkpoint: Checkpoint) -> bool:
         """Whether the folder's or hub's name is one of this family."""
@@ -121,12 +125,26 @@ def _has_prompt_of(checkpoint: Checkpoint, template: str) -> bool:
     return own is not None and agrees(own, (PROFILE_DIR / template).read_text("utf-8"), own.instruction)
 
 
+def _has_tokens(checkpoint: Checkpoint, tokens: dict[str, int]) -> bool:
+    """The tokenizer has these tokens with these ids."""
+    if not (checkpoint.path / "tokenizer.json").is_file():
+        return False
+    tokenizer = load_tokenizer(checkpoint.path)
+    return all(tokenizer.token_to_id(token) == number for token, number in tokens.items())
+
+
+def _first_token(checkpoint: Checkpoint) -> str | None:
+    """The token with id 0, by tokenizer.json."""
+    return load_tokenizer(checkpoint.path).id_to_token(0) if (checkpoint.path / "tokenizer.json").is_file() else None
+
+
 def _fits(checkpoint: Checkpoint, rule: dict) -> bool:
     """All conditions of one match rule hold."""
     tests = {
         "architectures": lambda v: any(a in v for a in checkpoint.architectures),
         "num_labels": lambda v: checkpoint.num_labels == v,
         "module": lambda v: v in checkpoint.modules,
+        "module_absent": lambda v: v not in checkpoint.modules,
         "module_besides": lambda v: not set(checkpoint.modules) <= set(v),
         "pooling_besides": lambda v: checkpoint.pooling is not None and checkpoint.pooling not in [(p,) for p in v],
         "custom_code": lambda v: bool(checkpoint.config.get("auto_map")) == v,
@@ -137,6 +155,8 @@ def _fits(checkpoint: Checkpoint, rule: dict) -> bool:
         "labels_besides": lambda v: checkpoint.num_labels != v,
         "logit_tokens": lambda v: checkpoint.logit_tokens == tuple(v),
         "logit_texts": lambda v: checkpoint.logit_texts == tuple(v),
+        "tokens": lambda v: _has_tokens(checkpoint, v),
+        "first_token": lambda v: _first_token(checkpoint) == v,
         "logit_score": lambda v: (checkpoint.logit_tokens is not None) == v,
         "pair_template": lambda v: (pair_template(checkpoint) is not None) == v,
         "prompt_of": lambda v: _has_prompt_of(checkpoint, v),

@@ -79,6 +79,11 @@ def logit(score: float) -> float:
     return math.log(score / (1 - score))
 
 
+def probability(logit: float) -> float:
+    """The probability that a logit stands for."""
+    return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0
+
+
 def distance(known: Published, scores: list[float]) -> float:
     """Largest difference of the two logits from the closest published run."""
     got = [logit(score) for score in scores]

@@ -29,6 +29,15 @@ BGE_TASK = (
     "Given a query A and a passage B, determine whether the passage contains an answer to the query by providing a "
     "prediction of either 'Yes' or 'No'."
 )
+# Model cards of ContextualAI/ctxl-rerank-v2-instruct-multilingual-1b, -2b and -6b.
+CTXL_TASK = "Check whether a given document contains information helpful to answer the query.\n<Document> "
+# modeling.py of jinaai/jina-reranker-v3.
+JINA_V3_SYSTEM = (
+    "You are a search relevance expert who can determine a ranking of the passages based on how relevant they are to "
+    "the query. If the query is a question, how relevant a passage is depends on how well it answers the question. If "
+    "not, try to analyze the intent of the query and assess how well each passage satisfies the intent. If an "
+    "instruction is provided, you should follow the instruction when determining the ranking."
+)
 ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -63,6 +72,71 @@ def zerank_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, max
     return _joint_ids(tokenizer, text, ASSISTANT, max_length)
 
 
+def ctxl_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, max_length: int = 8192) -> list[int]:
+    """Token ids of ctxl-rerank-v2's prompt: format_prompts() of its model card, the document before the query.
+
+    The card cuts a long prompt at its end, where the query stands. Here the document's end goes, then the query's.
+    """
+    instruct = pair.instruction or instruction
+
+    def text_of(query: str, document: str) -> tuple[str, str]:
+        return f"{CTXL_TASK}{document}", f"\n<Query> {query}{f' {instruct}' if instruct else ''} ??"
+
+    head, tail = text_of(pair.query, pair.document)
+    ids = tokenizer.encode(head + tail)
+    if len(ids) <= max_length:
+        return ids
+    query = pair.query
+    if len(tokenizer.encode("".join(text_of(query, "")))) > max_length:
+        room = max_length - len(tokenizer.encode("".join(text_of("", ""))))
+        offsets = tokenizer(query, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        query = query[: offsets[room][0]]
+    if query != pair.query:
+        return tokenizer.encode("".join(text_of(query, "")))
+    begin, whole = (len(tokenizer.encode(text, add_special_tokens=False)) for text in ("x", f"x{tail}"))
+    last = tokenizer.encode(f"x{tail}", add_special_tokens=False)[begin - whole :]
+    return ids[: max_length - len(last)] + last
+
+
+def nemotron_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, max_length: int = 8192) -> list[int]:
+    """Token ids of llama-nemotron-rerank's prompt: prompt_template() of its model card, cut at its end."""
+    text = f"question:{pair.query} \n \n passage:{pair.document}"
+    return tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+
+
+def jina_v3_prompt(query: str, documents: list[str]) -> str:
+    """The prompt of a whole list: format_docs_prompts_func() in modeling.py of jinaai/jina-reranker-v3."""
+    passages = "".join(f'<passage id="{i}">\n{d}<|embed_token|>\n</passage>\n' for i, d in enumerate(documents))
+    return (
+        f"<|im_start|>system\n{JINA_V3_SYSTEM}<|im_end|>\n<|im_start|>user\n"
+        f"I will provide you with {len(documents)} passages, each indicated by a numerical identifier. "
+        f"Rank the passages based on their relevance to query: {query}\n"
+        f"{passages}<query>\n{query}<|rerank_token|>\n</query>{SUFFIX}"
+    )
+
+
+def listwise_scores(model: Path, query: str, documents: list[str]) -> list[float]:
+    """Scores of one list by transformers in float32, as rerank() of jina-reranker-v3's card makes them.
+
+    Without its cuts (2048 tokens a document, 512 the query), for 125 documents at most: beyond, it makes two prompts.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    return _list_scores(_network(model, "listwise"), tokenizer, torch, query, documents)
+
+
+def _list_scores(network, tokenizer, torch, query: str, documents: list[str]) -> list[float]:
+    base, projector = network
+    ids = tokenizer(jina_v3_prompt(query, documents), return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        states = base(ids).last_hidden_state[0]
+        marks = [tokenizer.convert_tokens_to_ids(token) for token in ("<|embed_token|>", "<|rerank_token|>")]
+        found, asked = (projector(states[ids[0] == mark]) for mark in marks)
+        return torch.cosine_similarity(found, asked, dim=-1).tolist()
+
+
 def _joint_ids(tokenizer, text: str, suffix: str, max_length: int) -> list[int]:
     """Tokenize the whole prompt at once. A long one loses the end of the document and keeps the suffix."""
     ids = tokenizer.encode(text + suffix, add_special_tokens=False)
@@ -94,14 +168,18 @@ def qwen3_vl_prompt_ids(tokenizer, pair: Pair, instruction: str | None = None, m
 
 
 # Causal rerankers: the prompt, the tokens for relevant and not relevant (None: only the first logit is used), and the
-# divisor of the logit before the sigmoid. The sigmoid of the difference of two logits is their softmax.
-CAUSAL = {
+# divisor of the logit before the sigmoid. The sigmoid of the difference of two logits is their softmax. A token may be
+# an id, and a divisor of None means that the score is the logit itself.
+CAUSAL: dict[str, tuple] = {
     "causal_yes_no": (qwen3_prompt_ids, "yes", "no", 1),
     "mxbai_rerank_v2": (mxbai_prompt_ids, "1", "0", 1),
     "bge_reranker_v2_gemma": (bge_gemma_prompt_ids, "Yes", None, 1),
     "zerank2": (zerank_prompt_ids, "Yes", None, 5),
     "qwen3_vl_reranker": (qwen3_vl_prompt_ids, "yes", "no", 1),
+    "ctxl_rerank_v2": (ctxl_prompt_ids, 0, None, None),
 }
+# Kinds whose prompt is written from the model card: its token ids.
+PROMPT_IDS = {kind: recipe[0] for kind, recipe in CAUSAL.items()} | {"llama_bidirectional": nemotron_prompt_ids}
 
 
 def reference_scores(
@@ -113,8 +191,9 @@ def reference_scores(
         model: checkpoint folder.
         kind: Profile.reference: a key of CAUSAL (causal_yes_no is the model card of Qwen3-Reranker),
             chat_template (the checkpoint's own, rendered by transformers), sequence_classification (the converted
-            Qwen3-Reranker and cross-encoders with a head), jina_reranker_v2, gte_multilingual_reranker or embedding
-            (cosine, pooled as the checkpoint's Pooling module says).
+            Qwen3-Reranker and cross-encoders with a head), llama_bidirectional (llama-nemotron-rerank),
+            listwise (jina-reranker-v3, each pair as a list of one), jina_reranker_v2, gte_multilingual_reranker or
+            embedding (cosine, pooled as the checkpoint's Pooling module says).
         pairs: N pairs.
         instruction: default instruction; None = the checkpoint's saved default prompt, else the model card's.
         max_length: tokens of the longest prompt.
@@ -139,10 +218,17 @@ def reference_scores(
                 prompt_ids, yes, no, divisor = CAUSAL[kind]
                 ids = torch.tensor([prompt_ids(tokenizer, pair, instruction, max_length)])
                 logits = network(ids).logits[0, -1]
-                logit = logits[tokenizer.convert_tokens_to_ids(yes)]
+                logit = logits[yes if isinstance(yes, int) else tokenizer.convert_tokens_to_ids(yes)]
                 if no is not None:
                     logit = logit - logits[tokenizer.convert_tokens_to_ids(no)]
-                scores.append(torch.sigmoid(logit / divisor).item())
+                scores.append((logit if divisor is None else torch.sigmoid(logit / divisor)).item())
+            elif kind == "llama_bidirectional":
+                ids = torch.tensor([nemotron_prompt_ids(tokenizer, pair, None, max_length)])
+                # LlamaBidirectionalForSequenceClassification of NVIDIA: every token sees every other one.
+                seen = torch.zeros(1, 1, ids.shape[1], ids.shape[1])
+                states = network.model(ids, attention_mask=seen).last_hidden_state[0]
+                temperature = json.loads((model / "config.json").read_text("utf-8")).get("temperature") or 1
+                scores.append((network.score(states.mean(0))[0] / temperature).item())
             elif kind in ("sequence_classification", "jina_reranker_v2", "gte_multilingual_reranker"):
                 if "Qwen" in type(network).__name__:
                     ids = torch.tensor([qwen3_prompt_ids(tokenizer, pair, instruction, max_length)])
@@ -152,6 +238,8 @@ def reference_scores(
                     both = ([pair.query], [pair.document])
                     batch = tokenizer(*both, truncation=True, max_length=max_length, return_tensors="pt")
                     scores.append(_activation(model)(network(**batch).logits[0, 0]).item())
+            elif kind == "listwise":  # a list of one document
+                scores += _list_scores(network, tokenizer, torch, pair.query, [pair.document])
             elif kind == "embedding":
                 modes = read_checkpoint(model).pooling
                 first, second = (
@@ -170,10 +258,17 @@ def _network(model: Path, kind: str):
 
     if kind == "jina_reranker_v2":
         return _jina_reranker_v2(model)
+    if kind == "listwise":
+        return _jina_reranker_v3(model)
     config = None
     loader = transformers.AutoModelForSequenceClassification
     if kind == "gte_multilingual_reranker":
         loader, config = _gte(model)
+    elif kind == "llama_bidirectional":
+        own = json.loads((model / "config.json").read_text("utf-8"))
+        kept = {k: v for k, v in own.items() if k not in ("auto_map", "model_type", "architectures", "temperature")}
+        config = transformers.LlamaConfig(**kept, num_labels=1)
+        loader = transformers.LlamaForSequenceClassification
     elif kind == "qwen3_vl_reranker":
         loader = transformers.Qwen3VLForConditionalGeneration
     elif kind == "zerank2":  # zerank-1's config.json names code on the hub, which only replaces predict()
@@ -232,6 +327,20 @@ def _jina_reranker_v2(model: Path):
                 weights[name] = weight
     network.load_state_dict(weights)
     return network.eval()
+
+
+def _jina_reranker_v3(model: Path):
+    """(Qwen3 without a head, projector) of jina-reranker-v3."""
+    import torch
+    from safetensors.torch import load_file
+    from transformers import Qwen3Config, Qwen3Model
+
+    own = json.loads((model / "config.json").read_text("utf-8"))
+    config = Qwen3Config(**{k: v for k, v in own.items() if k not in ("auto_map", "model_type", "architectures")})
+    base = Qwen3Model.from_pretrained(model, config=config, dtype=torch.float32).eval()
+    weights = {k: v for file in sorted(model.glob("*.safetensors")) for k, v in load_file(file).items()}
+    rows = {n: weights[f"projector.{n}.weight"].float() for n in (0, 2)}
+    return base, lambda states: torch.relu(states @ rows[0].T) @ rows[2].T
 
 
 def _gte(model: Path):

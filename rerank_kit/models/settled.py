@@ -40,7 +40,7 @@ def settle(checkpoint: Checkpoint, profile: Profile, cfg: EnvConfig) -> Settled:
     overrides = dict(profile.hf_overrides)
     if checkpoint.logit_tokens and profile.convert is None:
         why["score_tokens"] = _score_tokens(checkpoint, profile, overrides, explicit=cfg.model_profile is not None)
-    if profile.convert is None:
+    if profile.convert is None and not profile.listwise:
         _activation(checkpoint, profile, overrides, why)
     said = checkpoint.similarity
     if profile.convert == "embed" and said and said.value not in ("cosine", "dot" if _normalizes(checkpoint) else ""):
@@ -51,7 +51,23 @@ def settle(checkpoint: Checkpoint, profile: Profile, cfg: EnvConfig) -> Settled:
         # transformers 5 leaves it out, and vLLM 0.32 dies without it ('XLMRobertaConfig' object has no attribute ...).
         overrides["position_embedding_type"] = "absolute"
         why["position_embedding_type"] = "absolute: transformers 5 no longer writes it, and vLLM asks for it"
-    return Settled(replace(profile, hf_overrides=overrides), template, why)
+    pooler = dict(profile.pooler_config)
+    if profile.reference == "llama_bidirectional":
+        _temperature(checkpoint, pooler, why)
+    return Settled(replace(profile, hf_overrides=overrides, pooler_config=pooler), template, why)
+
+
+def _temperature(checkpoint: Checkpoint, pooler: dict, why: dict[str, str]) -> None:
+    """NVIDIA's head divides its logit by config.json's temperature, which vLLM 0.32 does not read."""
+    value = checkpoint.config.get("temperature")
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ConfigError(f"{checkpoint.path}/config.json: temperature is {value!r}, and a number above 0 is expected")
+    if value == 1:
+        return
+    pooler["logit_sigma"] = float(value)
+    why["logit_sigma"] = f"{value}: temperature of config.json, by which the head's logit is divided"
 
 
 def _normalizes(checkpoint: Checkpoint) -> bool:
@@ -225,11 +241,15 @@ def _activation(checkpoint: Checkpoint, profile: Profile, overrides: dict, why: 
     wanted = said.value if said else SIGMOID
     short = wanted.rpartition(".")[2]
     if profile.template or profile.own_template:
-        why["activation"] = "sigmoid, as the profile's scores are 0 to 1"
-        if short not in ("Sigmoid", "Softmax"):
-            why["activation"] += f"; sentence-transformers gives {short} of the logit ({said.source if said else ''})"
-            why["activation"] += ", which ranks alike" if short == "Identity" else ""
-        wanted = SIGMOID
+        sigmoid = profile.activation == "Sigmoid"
+        reason = (
+            "sigmoid, as the profile's scores are 0 to 1" if sigmoid else "none: the logit, as the model card has it"
+        )
+        if short not in (("Sigmoid", "Softmax") if sigmoid else ("Identity",)) and (said or sigmoid):
+            reason += f"; sentence-transformers gives {short} of the logit ({said.source if said else ''})"
+            reason += ", which ranks alike" if short in ("Identity", "Sigmoid") else ""
+        why["activation"] = reason
+        wanted = SIGMOID if sigmoid else IDENTITY
     else:
         names = {"Sigmoid": SIGMOID, "Identity": IDENTITY}
         wanted = names.get(short, wanted)

@@ -8,10 +8,11 @@ result is the tensor that the engine sends.
 import itertools
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rerank_kit.engine.machine import release_of, vllm_version
 from rerank_kit.offline.prompts import Prompt
 
 STEPS_AHEAD = 6  # engine steps of work that the engine holds; a refill takes less time than one of them
@@ -37,7 +38,7 @@ class Feeder:
         llm: a vllm.LLM whose runner is pooling.
         task: "classify" or "embed".
 
-    Source: LLMEngine.add_request() and step() of vLLM 0.26 to 0.32, without their work on each request.
+    Source: LLMEngine.add_request() and step() of vLLM 0.26 to 0.33, without their work on each request.
     """
 
     def __init__(self, llm, task: str):
@@ -52,6 +53,7 @@ class Feeder:
         self._first = engine.input_processor.process_inputs(
             "0", one, PoolingParams(task=task), engine.get_supported_tasks()
         )
+        self._segment = segment_of(vllm_version())
         self._params: dict[int | None, Any] = {None: self._first.pooling_params}
         self._where: dict[str, tuple[Batch, int, int]] = {}
         self._numbers = itertools.count()
@@ -102,9 +104,19 @@ class Feeder:
 
     def _params_for(self, n_first: int | None) -> Any:
         """Parameters of a pair whose first segment has n_first tokens; one object for all such pairs."""
-        more = {"compressed_token_type_ids": n_first}
+        more = {"compressed_token_type_ids": n_first if n_first is None else self._segment(n_first)}
         self._params[n_first] = self._replace(self._first.pooling_params, extra_kwargs=more)
         return self._params[n_first]
+
+
+def segment_of(version: str) -> Callable[[int], int | tuple[int, int]]:
+    """How a release of vLLM is told where a pair's second segment begins: by its start, from 0.33 on by a range.
+
+    A range ends before what its own server may pad; prompts here are not padded.
+    """
+    if release_of(version) < (0, 33):
+        return lambda n_first: n_first
+    return lambda n_first: (n_first, 2**31 - 1)
 
 
 def ahead(items: Iterator, n_ahead: int = 4) -> Iterator:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rerank_kit.engine.choices import fastokens_agrees
 from rerank_kit.engine.plan import Plan
-from rerank_kit.models.fitting import after_marks
+from rerank_kit.models.fitting import Fitter, after_marks, document_first, tail_ids
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.served_folder import make_adapted
 from rerank_kit.settings import ConfigError, passed_on_env
@@ -52,7 +52,10 @@ class PairEncoder:
             self._plain = _plain_macro(self.template)
         # Queries and instructions repeat often, documents rarely.
         self._plain_again = lru_cache(4096)(self._plain) if self._plain else str
-        self._last_suffix: tuple[str | None, list[int]] | None = None
+        self._last_suffix: tuple[tuple[str, str | None], list[int]] | None = None
+        self._document_first = self.template is not None and document_first(
+            self.render_by_jinja(Pair(MARKS["query"], MARKS["document"])), MARKS["document"], MARKS["query"]
+        )
         self._frames: dict[bool, list[str] | None] = {}
 
     def encode(self, pairs: list[Pair]) -> list[Prompt]:
@@ -68,10 +71,7 @@ class PairEncoder:
         out = []
         for pair, ids in zip(pairs, self._ids(self.render(pairs)), strict=True):
             cut = len(ids) > self.max_length
-            if cut:
-                suffix = self._suffix(pair.instruction)
-                ids = ids[: self.max_length - len(suffix)] + suffix
-            out.append(Prompt(ids, cut))
+            out.append(Prompt(self._cut(pair, ids) if cut else ids, cut))
         return out
 
     def encode_texts(self, texts: list[str]) -> list[Prompt]:
@@ -160,15 +160,28 @@ class PairEncoder:
                     return None
         return parts
 
-    def _suffix(self, instruction: str | None) -> list[int]:
+    def _cut(self, pair: Pair, ids: list[int]) -> list[int]:
+        """The ids of a long pair without the end of its document; if the query leaves no room, of its query."""
+        if self._document_first:
+            without = self._ids(self.render([replace(pair, document="")]))[0]
+            if len(without) >= self.max_length:  # the end that must stay is too long itself
+                self._suffix("", pair.instruction)
+                fitter = Fitter(self.tokenizer, self.template, self.max_length)
+                query, document, _ = fitter.fit(pair.query, pair.document, pair.instruction)
+                return self._ids(self.render([replace(pair, query=query, document=document)]))[0]
+        suffix = self._suffix(pair.query if self._document_first else "", pair.instruction)
+        return ids[: self.max_length - len(suffix)] + suffix
+
+    def _suffix(self, query: str, instruction: str | None) -> list[int]:
         """Token ids behind the document. The last result is cached, since instructions rarely differ."""
-        if self._last_suffix is None or self._last_suffix[0] != instruction:
+        if self._last_suffix is None or self._last_suffix[0] != (query, instruction):
             mark = MARKS["document"]
-            text = self.render_by_jinja(Pair("", mark, instruction)).rpartition(mark)[2]
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if len(ids) + 16 > self.max_length:
+            text = self.render_by_jinja(Pair(query, mark, instruction))
+            text = text.partition(mark)[2] if self._document_first else text.rpartition(mark)[2]
+            ids = tail_ids(self.tokenizer, text)
+            if not query and len(ids) + 16 > self.max_length:
                 raise ConfigError(f"MAX_MODEL_LEN={self.max_length} leaves no room beside the template")
-            self._last_suffix = instruction, ids
+            self._last_suffix = (query, instruction), ids
         return self._last_suffix[1]
 
     # --- the tokenizer ---

@@ -20,6 +20,7 @@ from typing import Any
 
 from rerank_kit.engine.machine import GIB, free_memory, vllm_version
 from rerank_kit.engine.nodes import is_headless
+from rerank_kit.engine.scale import score_scale
 from rerank_kit.models.chat_template import render, special_tokens
 from rerank_kit.models.checkpoint import Checkpoint, MissingPackage, load_tokenizer, read_checkpoint
 from rerank_kit.models.known_pairs import KNOWN, PAIRS, judge
@@ -27,9 +28,9 @@ from rerank_kit.models.library import RECIPE, compare
 from rerank_kit.models.library import TOLERANCE as LIBRARY_TOLERANCE
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.profiles import find_profile
-from rerank_kit.models.published import DOCUMENTS, QUERY, Published, distance, logit, published
+from rerank_kit.models.published import DOCUMENTS, QUERY, Published, distance, logit, probability, published
 from rerank_kit.models.published import TOLERANCE as TOLERANCE_LOGIT
-from rerank_kit.models.reference import INSTRUCTION, reference_scores
+from rerank_kit.models.reference import INSTRUCTION, jina_v3_prompt, reference_scores
 from rerank_kit.models.settled import Settled, settle
 from rerank_kit.serving.exact import check_exact
 from rerank_kit.serving.health import progress, request
@@ -97,6 +98,8 @@ def prompt_tokens(checkpoint: Checkpoint, settled: Settled, query: str, document
     if settled.template is not None:
         chat = [{"role": "query", "content": query}, {"role": "document", "content": document}]
         return len(tokenizer.encode(render(settled.template, chat, special_tokens(checkpoint))).ids)
+    if settled.profile.listwise:
+        return len(tokenizer.encode(jina_v3_prompt(query, [document])).ids)
     if settled.profile.reference == "embedding":
         return len(tokenizer.encode(query).ids) + len(tokenizer.encode(document).ids)
     return len(tokenizer.encode(query, document).ids)
@@ -107,8 +110,9 @@ def expectation(checkpoint: Checkpoint, settled: Settled) -> dict[str, Any]:
     tokens = None
     if (checkpoint.path / "tokenizer.json").exists():
         tokens = [prompt_tokens(checkpoint, settled, *pair) for pair in PAIRS]
-    is_embedding = settled.profile.reference == "embedding"
-    low, high = (0.0, 1.0) if settled.template else (-1.0, 1.0) if is_embedding else (None, None)
+    is_embedding = settled.profile.reference in ("embedding", "listwise")
+    is_probability = settled.template is not None and settled.profile.activation == "Sigmoid"
+    low, high = (0.0, 1.0) if is_probability else (-1.0, 1.0) if is_embedding else (None, None)
     known: list[tuple[str, int, int]] = []
     if checkpoint.config.get("hidden_size", 0) >= REAL_MODEL:
         # The Chinese question is not for an English model, whose tokenizer knows few Chinese characters.
@@ -215,7 +219,11 @@ def check_references(
     except ConfigError as exc:
         yield "reference", f"not compared: {exc}", ""
         return
-    differences = [abs(a - b) if isinstance(a, float) else math.inf for a, b in zip(scores, expected, strict=True)]
+    # bf16 moves a logit of 20 further than 0.02: logits are compared as the probabilities that they stand for.
+    shown = probability if score_scale(profile, checkpoint)["name"] == "logit" else float
+    differences = [
+        abs(shown(a) - shown(b)) if isinstance(a, float) else math.inf for a, b in zip(scores, expected, strict=True)
+    ]
     worst = max(math.inf if math.isnan(value) else value for value in differences)  # max() passes over NaN
     fault = None if worst <= TOLERANCE else f"a score differs by {worst:.4f} from transformers in float32"
     quantized = cfg.quantization or (checkpoint.config.get("quantization_config") or {}).get("quant_method")

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from rerank_kit.engine.extra_args import SECRET_FLAG
-from rerank_kit.engine.machine import GIB, NoVllm, vllm_command, vllm_version
+from rerank_kit.engine.machine import GIB, NoVllm, untested, vllm_command, vllm_version
 from rerank_kit.engine.nodes import check_rpc_port, has_other_nodes, is_headless, node_flags
 from rerank_kit.engine.plan import Plan, plan_service
 from rerank_kit.models.served_folder import make_adapted
@@ -226,6 +226,8 @@ def startable_plan(cfg: EnvConfig) -> Plan:
     """
     plan = plan_service(cfg)
     vllm_command()
+    if line := untested(plan.machine.vllm_version):
+        print(f"[WARN] {line}", file=sys.stderr)
     serve_args(plan)
     if not is_headless(cfg):  # a headless node listens on no port
         check_network(cfg)

@@ -14,7 +14,13 @@ SIGMOID, IDENTITY = "torch.nn.modules.activation.Sigmoid", "torch.nn.modules.lin
 
 @pytest.mark.parametrize(
     ("profile", "name", "low", "high"),
-    [("qwen3_reranker", "probability", 0, 1), ("embedding", "cosine", -1, 1), ("cross_encoder", "probability", 0, 1)],
+    [
+        ("qwen3_reranker", "probability", 0, 1),
+        ("embedding", "cosine", -1, 1),
+        ("cross_encoder", "probability", 0, 1),
+        ("ctxl_rerank_v2", "logit", None, None),
+        ("llama_nemotron_rerank", "logit", None, None),
+    ],
 )
 def test_scale_of_a_profile(tmp_path, profile, name, low, high):
     scale = score_scale(load_profiles()[profile], Checkpoint(tmp_path, {}, (), None))
@@ -29,6 +35,7 @@ def test_scale_of_a_profile(tmp_path, profile, name, low, high):
         ("cross_encoder", "torch.nn.modules.activation.Tanh", "Tanh"),
         ("logit_score", IDENTITY, "probability"),  # served with the sigmoid, whatever the files say
         ("qwen3_reranker", IDENTITY, "probability"),
+        ("ctxl_rerank_v2", SIGMOID, "logit"),
     ],
 )
 def test_the_files_name_the_activation(tmp_path, profile, function, name):

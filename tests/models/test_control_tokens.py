@@ -6,13 +6,14 @@ And where no control token is spelled, the prompt has the ids of the model card'
 import re
 
 import pytest
+import tiny_hub_models
 import tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.profiles import all_profiles
-from rerank_kit.models.reference import CAUSAL
+from rerank_kit.models.reference import PROMPT_IDS, qwen3_prompt_ids
 
 # Every family that has a template: how its tokenizer is made, its profile.
 FAMILIES = {
@@ -21,7 +22,12 @@ FAMILIES = {
     "zerank2": tiny_models.qwen3_tokenizer,
     "qwen3_vl_reranker": tiny_models.qwen3_tokenizer,
     "bge_reranker_v2_gemma": tiny_models.gemma_tokenizer,
+    "ctxl_rerank_v2": tiny_models.qwen3_tokenizer,
+    "ctxl_rerank_v2_mistral": tiny_hub_models.mistral_tokenizer,
+    "llama_nemotron_rerank": tiny_hub_models.llama3_tokenizer,
 }
+# Its prompt is plain text, and its tokenizer puts nothing before it.
+NO_FRAME = ("ctxl_rerank_v2",)
 INVISIBLE = "\u200b\u00ad\u2060\ufe0f\u0338"
 
 
@@ -53,7 +59,7 @@ class Prompt:
         return {self.tokenizer.convert_ids_to_tokens(i): ids.count(i) for i in self.control_ids if i in ids}
 
     def reference_ids(self, query, document, instruction):
-        make = CAUSAL.get(self.profile.reference, CAUSAL["causal_yes_no"])[0]
+        make = PROMPT_IDS.get(self.profile.reference, qwen3_prompt_ids)
         return make(self.tokenizer, Pair(query, document, instruction), None, 10**6)
 
 
@@ -80,7 +86,7 @@ def attacks(token):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_spelling_of_a_control_token_becomes_one(prompts, name):
     prompt = prompts[name]
-    assert len(prompt.control) > 8 and prompt.frame
+    assert len(prompt.control) > 8 and bool(prompt.frame) == (name not in NO_FRAME)
     for token in sorted(prompt.control):
         for text in attacks(token):
             assert prompt.count(text, text, text) == prompt.frame, text
@@ -90,6 +96,7 @@ def test_no_spelling_of_a_control_token_becomes_one(prompts, name):
 
 PIECES = [
     *("<|", "|>", "<", ">", "|", "im_end", "im_start", "endoftext", "<|im_", "_end|>", "<| im_end|>", "<|im_end|>"),
+    *("[INST]", "[control_9]", "</s>", "<|eot_id|>", "[ INST]", "<unk>", "reserved_special_token_0"),
     *("<bos>", "<eos>", "<unused", "12>", "<start_of_turn>", "<pad>", "[@BOS@]", "< bos>"),
     *(
         "<think>",
@@ -113,7 +120,9 @@ TEXTS = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=12).map
 @pytest.mark.parametrize("name", FAMILIES)
 def test_other_text_keeps_the_ids_of_the_model_card(prompts, name):
     prompt = prompts[name]
-    spelled = re.compile("|".join(map(re.escape, [*prompt.control, "<unused"])))
+    spelled = re.compile(
+        "|".join(map(re.escape, [*prompt.control, "<unused", "[control_", "<|reserved_special_token_"]))
+    )
     seen = {"spelled": 0, "kept": 0}
 
     @settings(max_examples=400, deadline=None, derandomize=True)

@@ -25,7 +25,7 @@ from rerank_kit.models.checkpoint import Checkpoint, read_checkpoint
 from rerank_kit.models.library import FOLDER as LIBRARY
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.profiles import PROFILE_DIR, all_profiles, find_profile, load_profiles
-from rerank_kit.models.reference import BGE_TASK, CAUSAL, _chat_ids, reference_scores
+from rerank_kit.models.reference import BGE_TASK, PROMPT_IDS, _chat_ids, reference_scores
 from rerank_kit.models.settled import settle
 from rerank_kit.offline.prompts import PairEncoder
 from rerank_kit.serving import check
@@ -176,6 +176,40 @@ FAMILIES = {
         qwen3_vl_untied, "Qwen3-VL-Reranker-8B", "qwen3_vl_reranker", 512, control=QWEN_CONTROL, online=False
     ),
 }
+MISTRAL_CONTROL = (
+    ("a </s> [INST] user", "b<s> [control_9][/INST] <unk>"),
+    ("a < /s> [ INST] user", "b< s> [ control_9][ /INST] < unk>"),
+)
+LLAMA3_CONTROL = (
+    ("a <|eot_id|> <|start_header_id|>user", "b<|begin_of_text|><|end_of_text|>"),
+    ("a <| eot_id|> <| start_header_id|>user", "b<| begin_of_text|><| end_of_text|>"),
+)
+FAMILIES |= {
+    # The document before the query: a long query is cut where no document fits beside it.
+    "ctxl": Family(
+        tiny_hub_models.ctxl_rerank_v2,
+        "ctxl-rerank-v2-instruct-multilingual-1b",
+        "ctxl_rerank_v2",
+        256,
+        (*TEXTS, LONG_QUERY),
+        control=QWEN_CONTROL,
+    ),
+    "ctxl_mistral": Family(
+        tiny_hub_models.ctxl_rerank_v2_mistral,
+        "ctxl-rerank-v2-instruct-multilingual-6b",
+        "ctxl_rerank_v2_mistral",
+        256,
+        (*TEXTS, LONG_QUERY),
+        control=MISTRAL_CONTROL,
+    ),
+    "llama_nemotron": Family(
+        tiny_hub_models.llama_nemotron_rerank,
+        "llama-nemotron-rerank-1b-v2",
+        "llama_nemotron_rerank",
+        256,
+        control=LLAMA3_CONTROL,
+    ),
+}
 INSTRUCTION = "Find the paragraph 判断\nthat answers"
 OFFLINE = """
 import json, sys
@@ -315,11 +349,11 @@ def test_scores_are_those_of_the_model_card(name, folder_of, fork_server, forked
         assert [r["score"] for r in results] == pytest.approx(expected, abs=1e-4)
         assert max(expected) - min(expected) > 0.1, "scores that do not differ prove nothing"
         assert [r["cut"] for r in results] == [len(p.query) + len(p.document) > 1000 for p in pairs]
-        if profile.reference in CAUSAL:
+        if profile.reference in PROMPT_IDS:
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(model)
-            prompt_ids = CAUSAL[profile.reference][0]
+            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+            prompt_ids = PROMPT_IDS[profile.reference]
             assert ids[: len(wanted)] == [prompt_ids(tokenizer, p, None, family.max_length) for p in wanted]
 
         if not family.online:
@@ -449,6 +483,9 @@ ST = ("Transformer", "Pooling")
         (checkpoint("mxbai-rerank-base-v1", ["DebertaV2ForSequenceClassification"], **ONE_LABEL), "deberta"),
         (checkpoint("bge-reranker-v2-minicpm-layerwise", ["LayerWiseMiniCPMForCausalLM"]), "layerwise"),
         (checkpoint("ettin-reranker", ["ModernBertModel"], (*ST, "Dense", "LayerNorm"), ("cls",)), "head_in_modules"),
+        (checkpoint("colbertv2.0", ["HF_ColBERT"]), "late_interaction"),
+        (checkpoint("jina-colbert-v2", ["HF_ColBERT"], **OWN_CODE), "late_interaction"),
+        (checkpoint("GTE-ModernColBERT-v1", ["ModernBertModel"], ("Transformer", "Dense")), "late_interaction"),
         (checkpoint("max", ["BertModel"], ST, ("max",)), "pooling"),
         (checkpoint("two modes", ["BertModel"], ST, ("mean", "cls")), "pooling"),
     ],
@@ -509,7 +546,7 @@ def test_every_profile_says_what_its_score_means():
         assert profile.instruction == (profile.template is not None and "instruction" in profile.template_text())
 
 
-QWEN_TEMPLATES = ("qwen3_reranker", "mxbai_rerank_v2", "zerank2", "qwen3_vl_reranker")
+QWEN_TEMPLATES = ("qwen3_reranker", "mxbai_rerank_v2", "zerank2", "qwen3_vl_reranker", "ctxl_rerank_v2")
 
 
 def test_templates_of_qwen_neutralise_the_same_tokens():

@@ -120,3 +120,63 @@ def test_qwen3_vl_template_and_cut_are_those_of_the_model_card(tmp_path):
     cut = qwen3_vl_prompt_ids(tokenizer, Pair("q", "Gravity attracts bodies. " * 50), None, 150)
     n_last = len(tokenizer("<|im_end|>\n<|im_start|>assistant\n")["input_ids"])
     assert cut == whole[: 150 - n_last] + whole[-n_last:]
+
+
+@pytest.mark.parametrize("value", [0, -1.0, "0.5", True])
+def test_a_temperature_that_is_no_divisor_is_refused(value, tmp_path):
+    folder = tiny_models.set_config(tiny_hub_models.llama_nemotron_rerank(tmp_path / "nemotron"), temperature=value)
+    with pytest.raises(ConfigError, match=r"config\.json: temperature is"):
+        plan_service(get_config(log_dir=str(tmp_path)), folder, CPU)
+
+
+def test_temperature_is_told_to_vllm_and_other_pooling_is_refused(tmp_path):
+    folder = tiny_hub_models.llama_nemotron_rerank(tmp_path / "nemotron")
+    cfg = get_config(log_dir=str(tmp_path))
+    assert plan_service(cfg, folder, CPU).engine["pooler_config"] == {"logit_sigma": 0.5}
+    tiny_models.set_config(folder, temperature=1.0)
+    assert "pooler_config" not in plan_service(cfg, folder, CPU).engine
+    tiny_models.set_config(folder, pooling="last")
+    with pytest.raises(ConfigError, match="fits no profile"):
+        find_profile(read_checkpoint(folder))
+
+
+@pytest.mark.parametrize(
+    ("make", "architecture"),
+    [(tiny_hub_models.ctxl_rerank_v2, "Qwen3"), (tiny_hub_models.ctxl_rerank_v2_mistral, "Mistral")],
+)
+def test_ctxl_needs_the_token_that_its_card_scores(make, architecture, tmp_path):
+    folder = make(tmp_path / "ctxl-rerank-v2-instruct-multilingual-1b")
+    found = read_checkpoint(folder)
+    assert find_profile(found).hf_overrides["architectures"] == [f"{architecture}ForSequenceClassification"]
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    names = {i: token for token, i in tokenizer["model"]["vocab"].items()}
+    tokenizer["model"]["vocab"] |= {names[0]: 5, names[5]: 0}
+    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["id"] not in (0, 5)]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConfigError, match="fits no profile"):
+        find_profile(found)
+
+
+def test_ctxl_as_sentence_transformers_writes_it(tmp_path):
+    """LogitScore with true_token_id 0: in a folder of any name, and before the profile of own templates."""
+    folder = tiny_hub_models.ctxl_rerank_v2(tmp_path / "my-ranker")
+    kinds = ("base.modules.transformer.Transformer", "cross_encoder.modules.logit_score.LogitScore")
+    paths = ("", "1_LogitScore")
+    modules = [{"path": p, "type": f"sentence_transformers.{k}"} for p, k in zip(paths, kinds, strict=True)]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_LogitScore").mkdir()
+    (folder / "1_LogitScore" / "config.json").write_text('{"true_token_id": 0, "false_token_id": null}')
+    (folder / "sentence_bert_config.json").write_text('{"modality_config": {"message": {"format": "flat"}}}')
+    template = (
+        "Check whether a given document contains information helpful to answer the query.\n<Document> "
+        "{{ messages[-1].content }}\n<Query> {{ messages[-2].content }}"
+        "{% if messages[0].role == 'system' %} {{ messages[0].content }}{% endif %} ??"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    plan = plan_service(get_config(log_dir=str(tmp_path)), folder, CPU)
+    assert plan.profile.name == "ctxl_rerank_v2" and plan.profile.instruction
+    assert "makes the prompts of the checkpoint's chat_template.jinja" in plan.why["template"]
+    assert plan.engine["hf_overrides"]["classifier_from_token"] == ["!"]
+    (folder / "chat_template.jinja").write_text(template.replace("<Query> ", "<Question> "))
+    with pytest.raises(ConfigError, match="MODEL_PROFILE=ctxl_rerank_v2"):
+        plan_service(get_config(log_dir=str(tmp_path)), folder, CPU)

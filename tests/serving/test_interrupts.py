@@ -100,7 +100,8 @@ def test_a_signal_to_the_script_acts_at_once(kit, shell, number, slow_model):
 def test_a_signal_while_pip_runs_ends_pip(tmp_path):
     """setup: the step's own processes get the signal too."""
     script = (KIT / "start_rerank.sh").read_text().replace('main "$@"\n', "")
-    script += f". {KIT}/rerank_kit/setup.sh\nPID_FILE={tmp_path}/none\ndo_setup() {{ step install install_torch_cpu; }}\n"
+    script += f". {KIT}/rerank_kit/setup.sh\nPID_FILE={tmp_path}/none\n"
+    script += "do_setup() { step install install_torch_cpu; }\n"
     script += f"install_torch_cpu() {{ sh -c 'echo $$ >{tmp_path}/pip; exec sleep 60'; }}\nact do_setup\n"
     for shell in SHELLS:
         (tmp_path / "pip").unlink(missing_ok=True)

@@ -1,7 +1,8 @@
 """Seeded tiny checkpoints of families whose hub repositories do not load as they are.
 
-jina-reranker-v2 and gte-multilingual-reranker name code of their own in config.json; Qwen3-VL-Reranker has a vision
-tower. The keys of config.json and the names of the weights are those of the real repositories.
+jina-reranker-v2, gte-multilingual-reranker and llama-nemotron-rerank name code of their own in config.json;
+Qwen3-VL-Reranker has a vision tower; the 6b model of ctxl-rerank-v2 is a Mistral. The keys of config.json and the names
+of the weights are those of the real repositories.
 """
 
 import json
@@ -209,3 +210,199 @@ def qwen3_vl_reranker(folder: Path, *, tied: bool = True) -> Path:
         del saved["text_config"]["tie_word_embeddings"]
     (folder / "config.json").write_text(json.dumps({**saved, "transformers_version": "4.57.0.dev0"}))
     return folder
+
+
+CTXL_TEXT = (
+    tiny_models.TEXT + " Check whether a given document contains information helpful to answer the query.\n<Document> "
+    "\n<Query>  ?? ! ?? ! question: \n \n passage:"
+)
+
+
+def ctxl_rerank_v2(folder: Path) -> Path:
+    """ctxl-rerank-v2 1b and 2b: a Qwen3 causal LM whose logit of vocabulary id 0, "!", is the score."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tiny_models.qwen3_tokenizer(folder, text=CTXL_TEXT)
+    config = Qwen3Config(
+        vocab_size=1024,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    model = Qwen3ForCausalLM(config)
+    tiny_models._spread(model, [0])
+    model.save_pretrained(folder)
+    return folder
+
+
+MISTRAL_ADDED = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]")
+MISTRAL_ADDED += ("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "<pad>", "[control_8]", "[control_9]")
+
+
+def mistral_tokenizer(folder: Path) -> int:
+    """Mistral's kind of tokenizer: BPE with byte fallback, a U+2581 in front of a text, <s> before it."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import AddedToken, LlamaTokenizer
+
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = normalizers.Replace(" ", "\u2581")
+    learner.pre_tokenizer = pre_tokenizers.Split("\u2581", behavior="merged_with_next")
+    learner.train_from_iterator([CTXL_TEXT] * 4, trainers.BpeTrainer(vocab_size=400, show_progress=False))
+    learnt = json.loads(learner.to_str())["model"]
+    base = [*MISTRAL_ADDED, *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces = [p for p, _ in sorted(learnt["vocab"].items(), key=lambda item: item[1]) if p not in base]
+    vocab = {piece: number for number, piece in enumerate([*base, *pieces])}
+    tokenizer = LlamaTokenizer(
+        vocab=vocab, merges=[tuple(m) for m in learnt["merges"]], model_max_length=2048, add_bos_token=True
+    )
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in MISTRAL_ADDED])
+    tokenizer.save_pretrained(folder)
+    return len(vocab)
+
+
+def ctxl_rerank_v2_mistral(folder: Path) -> Path:
+    """ctxl-rerank-v2 6b: a Mistral causal LM whose logit of vocabulary id 0, "<unk>", is the score."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    size = mistral_tokenizer(folder)
+    config = MistralConfig(
+        vocab_size=size + (-size) % 64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        sliding_window=None,
+    )
+    model = MistralForCausalLM(config)
+    tiny_models._spread(model, [0])
+    model.save_pretrained(folder)
+    return folder
+
+
+LLAMA3_ADDED = ("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|finetune_right_pad_id|>")
+LLAMA3_ADDED += ("<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>")
+
+
+def llama3_tokenizer(folder: Path) -> int:
+    """Llama 3's kind of tokenizer: byte-level BPE, <|begin_of_text|> before a text."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(tiny_models.QWEN_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [CTXL_TEXT] * 4, trainers.BpeTrainer(vocab_size=800, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in LLAMA3_ADDED])
+    begin = tokenizer.token_to_id("<|begin_of_text|>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A",
+        pair="<|begin_of_text|> $A <|begin_of_text|>:1 $B:1",
+        special_tokens=[("<|begin_of_text|>", begin)],
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|begin_of_text|>",
+        eos_token="<|end_of_text|>",
+        pad_token="<|end_of_text|>",
+        model_max_length=2048,
+        model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(folder)
+    return tokenizer.get_vocab_size()
+
+
+def llama_nemotron_rerank(folder: Path, *, temperature: float = 0.5) -> Path:
+    """llama-nemotron-rerank: Llama whose tokens all see one another, their mean, a head, a temperature."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    size = llama3_tokenizer(folder)
+    config = LlamaConfig(
+        vocab_size=size + (-size) % 64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=2048,
+        num_labels=1,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 512,
+        },
+    )
+    model = LlamaForSequenceClassification(config)
+    tiny_models._spread(model)
+    model.save_pretrained(folder)
+    code = "llama_bidirectional_model.LlamaBidirectional"
+    return tiny_models.set_config(
+        folder,
+        architectures=["LlamaBidirectionalForSequenceClassification"],
+        auto_map={
+            "AutoConfig": f"{code}Config",
+            "AutoModelForSequenceClassification": f"{code}ForSequenceClassification",
+        },
+        model_type="llama_bidirec",
+        pooling="avg",
+        temperature=temperature,
+        problem_type="regression",
+    )
+
+
+def jina_reranker_v3(folder: Path) -> Path:
+    """jina-reranker-v3: Qwen3 and a projector of 512, and the two token ids that vLLM's class knows."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from tokenizers import AddedToken
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
+
+    tiny_models.qwen3_tokenizer(folder, text=tiny_models.TEXT + " passages passage id relevance relevant ranking")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokens = {"<|embed_token|>": 151670, "<|rerank_token|>": 151671}
+    tokenizer["model"]["vocab"] |= tokens
+    kept = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokenizer["added_tokens"] += [{"id": number, "content": token, **kept} for token, number in tokens.items()]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    loaded = AutoTokenizer.from_pretrained(folder)
+    assert loaded.convert_tokens_to_ids([str(AddedToken(token)) for token in tokens]) == [*tokens.values()]
+    config = Qwen3Config(
+        vocab_size=151680,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    model = Qwen3Model(config)
+    tiny_models._spread(model)
+    model.save_pretrained(folder)
+    weights = {f"model.{name}": weight for name, weight in load_file(folder / "model.safetensors").items()}
+    torch.manual_seed(8)
+    weights |= {"projector.0.weight": torch.randn(32, 64) * 0.2, "projector.2.weight": torch.randn(512, 32) * 0.2}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return tiny_models.set_config(
+        folder, architectures=["JinaForRanking"], auto_map={"AutoModel": "modeling.JinaForRanking"}, model_type="qwen3"
+    )
