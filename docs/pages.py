@@ -7,6 +7,7 @@ Settings come from rerank_kit/settings.py, models from profiles/. A Chinese cell
 English text there, which a test refuses until somebody translates it.
 """
 
+import csv
 import re
 import sys
 from collections.abc import Iterator
@@ -43,11 +44,30 @@ def models_rows() -> list[str]:
 
 
 def refused_rows() -> list[str]:
-    return [row(f"`{p.name}`", p.title, p.unsupported) for p in all_profiles().values() if p.unsupported]
+    refused = [p for p in all_profiles().values() if p.unsupported]
+    return [row(f"`{p.name}`", p.title, p.unsupported, p.instead) for p in refused]
 
 
-TABLES = {"settings": settings_rows, "models": models_rows, "refused": refused_rows}
-PAGES = ("docs/settings.md", "docs/models.md", "docs/settings.zh-CN.md", "docs/models.zh-CN.md")
+def public_rows() -> list[str]:
+    """Rerankers of public lists (docs/rerankers.csv), those that are served first."""
+    known = all_profiles()
+    groups: dict[int, list[str]] = {0: [], 1: [], 2: []}
+    with (KIT / "docs" / "rerankers.csv").open(encoding="utf-8") as file:
+        for item in csv.DictReader(file):
+            found = known.get(item["decision"])
+            if found is None:
+                said = f"decided when it is opened{': ' + item['note'] if item['note'] else ''}"
+            elif found.unsupported:
+                said = f"refused, `{found.name}`"
+            else:
+                said = f"served, `{found.name}`"
+            group = 2 if found is None else 1 if found.unsupported else 0
+            groups[group].append(row(item["model"], item["architecture"] or "not known here", said, item["listed"]))
+    return groups[0] + groups[1] + groups[2]
+
+
+TABLES = {"settings": settings_rows, "models": models_rows, "refused": refused_rows, "public": public_rows}
+PAGES = ("docs/settings.md", "docs/models.md", "docs/rerankers.md", "docs/settings.zh-CN.md", "docs/models.zh-CN.md")
 
 
 def translated(rows: list[str], old: list[str], fixed: int) -> list[str]:

@@ -71,6 +71,8 @@ class Checkpoint:
     base_model: Said | None = None
     # How sentence-transformers compares two embeddings of this model, where its files say so.
     similarity: Said | None = None
+    # Settings of the user that replace what the files say: TEMPLATE, SCORE_TOKENS (given.py).
+    given: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

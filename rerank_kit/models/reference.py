@@ -105,7 +105,14 @@ CAUSAL = {
 
 
 def reference_scores(
-    model: Path, kind: str, pairs: list[Pair], instruction: str | None, max_length: int, divisor: float = 1
+    model: Path,
+    kind: str,
+    pairs: list[Pair],
+    instruction: str | None,
+    max_length: int,
+    divisor: float = 1,
+    template: str | None = None,
+    tokens: tuple[int, int | None] | None = None,
 ) -> list[float]:
     """Scores by transformers in float32 on the CPU.
 
@@ -119,6 +126,7 @@ def reference_scores(
         instruction: default instruction; None = the checkpoint's saved default prompt, else the model card's.
         max_length: tokens of the longest prompt.
         divisor: of the logit before the sigmoid, with chat_template; the other kinds have their family's.
+        template, tokens: TEMPLATE and SCORE_TOKENS of the user, with chat_template; None = the checkpoint's own.
 
     Returns:
         N scores.
@@ -133,8 +141,8 @@ def reference_scores(
     with torch.inference_mode():
         for pair in pairs:
             if kind == "chat_template":
-                ids = torch.tensor([_chat_ids(tokenizer, model, pair, instruction, max_length)])
-                scores.append(torch.sigmoid(_own_logit(network, ids, tokenizer, model) / divisor).item())
+                ids = torch.tensor([_chat_ids(tokenizer, model, pair, instruction, max_length, template)])
+                scores.append(torch.sigmoid(_own_logit(network, ids, tokenizer, model, tokens) / divisor).item())
             elif kind in CAUSAL:
                 prompt_ids, yes, no, divisor = CAUSAL[kind]
                 ids = torch.tensor([prompt_ids(tokenizer, pair, instruction, max_length)])
@@ -263,12 +271,16 @@ def _classifies(model: Path) -> bool:
     return names[0].endswith("ForSequenceClassification")
 
 
-def _chat_ids(tokenizer, model: Path, pair: Pair, instruction: str | None, max_length: int) -> list[int]:
+def _chat_ids(
+    tokenizer, model: Path, pair: Pair, instruction: str | None, max_length: int, template: str | None = None
+) -> list[int]:
     """Token ids of a pair by the checkpoint's own chat template. A long one loses the end of the document.
 
     Source: Transformer.preprocess() of sentence-transformers 6.2, which restores the template's tail after the cut.
     """
     message = (_own_file(model, "sentence_bert_config.json").get("modality_config") or {}).get("message") or {}
+    if template is not None:
+        message, tokenizer.chat_template = {}, template
     text = tokenizer.chat_template
     structured = "content[0]" in text or "'type'" in text or '"type"' in text
     if message.get("format", "auto") != "auto":
@@ -291,14 +303,16 @@ def _chat_ids(tokenizer, model: Path, pair: Pair, instruction: str | None, max_l
     return ids[: max_length - same] + one[len(one) - same :]
 
 
-def _own_logit(network, ids, tokenizer, model: Path):
+def _own_logit(network, ids, tokenizer, model: Path, tokens: tuple[int, int | None] | None = None):
     """The logit of a head with one label, or of the tokens that the LogitScore module names (yes and no without it)."""
     logits = network(ids).logits
     if _classifies(model):
         return logits[0, 0]
     score = {"true_token_id": tokenizer.convert_tokens_to_ids("yes")}
     score["false_token_id"] = tokenizer.convert_tokens_to_ids("no")
-    if (model / "modules.json").is_file():
+    if tokens is not None:
+        score = {"true_token_id": tokens[0], "false_token_id": tokens[1]}
+    elif (model / "modules.json").is_file():
         for module in json.loads((model / "modules.json").read_text("utf-8")):
             if module["type"].endswith("LogitScore"):
                 score = json.loads((model / module["path"] / "config.json").read_text("utf-8"))

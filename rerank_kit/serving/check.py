@@ -22,6 +22,7 @@ from rerank_kit.engine.machine import GIB, free_memory, vllm_version
 from rerank_kit.engine.nodes import is_headless
 from rerank_kit.models.chat_template import render, special_tokens
 from rerank_kit.models.checkpoint import Checkpoint, load_tokenizer, read_checkpoint
+from rerank_kit.models.given import for_reference, with_settings
 from rerank_kit.models.known_pairs import KNOWN, PAIRS, judge
 from rerank_kit.models.library import compare
 from rerank_kit.models.pair import Pair
@@ -75,7 +76,7 @@ def served(cfg: EnvConfig) -> tuple[Checkpoint, Settled]:
     models = {m["id"]: m.get("root") for m in json.loads(ask(cfg, "GET", "/v1/models"))["data"]}
     if cfg.served_model_name not in models:
         raise Failed(f"the service has {sorted(models)}, not SERVED_MODEL_NAME={cfg.served_model_name}")
-    checkpoint = read_checkpoint(Path(models[cfg.served_model_name]))
+    checkpoint = with_settings(read_checkpoint(Path(models[cfg.served_model_name])), cfg)
     return checkpoint, settle(checkpoint, find_profile(checkpoint, cfg.model_profile), cfg)
 
 
@@ -209,7 +210,8 @@ def check_references(
     pairs = [Pair(*pair) for pair in PAIRS]
     length = min(checkpoint.max_length, 8192)
     divisor = profile.pooler_config.get("logit_sigma", 1)
-    expected = reference_scores(checkpoint.path, profile.reference, pairs, cfg.instruction, length, divisor)
+    asked = checkpoint.path, profile.reference, pairs, cfg.instruction, length, divisor
+    expected = reference_scores(*asked, **for_reference(checkpoint))
     differences = [abs(a - b) if isinstance(a, float) else math.inf for a, b in zip(scores, expected, strict=True)]
     worst = max(math.inf if math.isnan(value) else value for value in differences)  # max() passes over NaN
     fault = None if worst <= TOLERANCE else f"a score differs by {worst:.4f} from transformers in float32"
