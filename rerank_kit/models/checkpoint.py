@@ -93,8 +93,8 @@ class Checkpoint:
     def positions(self) -> int:
         """Tokens of the longest prompt that the weights take, by config.json."""
         own = self.config.get("max_position_embeddings") or 4096
-        # RoBERTa numbers its positions from padding_idx + 1.
-        if "oberta" in "".join(self.architectures):
+        # RoBERTa (CamemBERT too) numbers its positions from padding_idx + 1.
+        if re.search("oberta|Camembert", "".join(self.architectures)):
             padding = self.config.get("pad_token_id")
             own -= (1 if padding is None else padding) + 1
         return own

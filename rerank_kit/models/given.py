@@ -48,8 +48,8 @@ def _ids(checkpoint: Checkpoint, setting: str) -> tuple[int, int | None]:
     names = checkpoint.architectures
     if not any(name.endswith(("ForCausalLM", "ForConditionalGeneration")) for name in names):
         raise ConfigError(
-            f"SCORE_TOKENS is set, but {checkpoint.path} ({', '.join(names) or 'no architecture'}) is no language model "
-            "that answers with a token: unset SCORE_TOKENS"
+            f"SCORE_TOKENS is set, but {checkpoint.path} ({', '.join(names) or 'no architecture'}) is no language "
+            "model that answers with a token: unset SCORE_TOKENS"
         )
     words = [word.strip() for word in setting.split(",")]
     if len(words) > 2 or not all(words) or len(set(words)) < len(words):

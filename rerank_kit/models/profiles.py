@@ -134,7 +134,7 @@ def find_profile(checkpoint: Checkpoint, wanted: str | None = None) -> Profile:
 
 
 def _matches(checkpoint: Checkpoint, known: dict[str, Profile]) -> list[Profile]:
-    """Profiles and refusals that fit a checkpoint; of those that are a fallback the first one, where nothing else fits."""
+    """Profiles and refusals that fit a checkpoint; where none does, the first of those that are a fallback."""
     fits = [p for p in known.values() if not p.fallback and any(_fits(checkpoint, rule) for rule in p.match)]
     last = (p for p in known.values() if p.fallback and any(_fits(checkpoint, rule) for rule in p.match))
     return fits or list(islice(last, 1))
@@ -152,6 +152,7 @@ def _fits(checkpoint: Checkpoint, rule: dict) -> bool:
         "architecture": lambda v: any(re.fullmatch(v, a) for a in checkpoint.architectures),
         "num_labels": lambda v: checkpoint.num_labels == v,
         "module": lambda v: v in checkpoint.modules,
+        "modules": lambda v: checkpoint.modules == tuple(v),
         "without": lambda v: v not in checkpoint.modules,
         "has_modules": lambda v: bool(checkpoint.modules) == v,
         "module_besides": lambda v: not set(checkpoint.modules) <= set(v),

@@ -161,9 +161,9 @@ def reference_scores(
                     batch = tokenizer(*both, truncation=True, max_length=max_length, return_tensors="pt")
                     scores.append(_activation(model)(network(**batch).logits[0, 0]).item())
             elif kind == "embedding":
-                modes = read_checkpoint(model).pooling
+                modes, dense = read_checkpoint(model).pooling, _dense_layers(model)
                 first, second = (
-                    _embedding(tokenizer, network, t, max_length, modes) for t in (pair.query, pair.document)
+                    _embedding(tokenizer, network, t, max_length, modes, dense) for t in (pair.query, pair.document)
                 )
                 scores.append(torch.cosine_similarity(first, second, dim=0).item())
             else:
@@ -337,10 +337,32 @@ def _activation(model: Path):
     return getattr(nn, named.rpartition(".")[2])() if named and named.startswith("torch.") else nn.Sigmoid()
 
 
-def _embedding(tokenizer, network, text: str, max_length: int, modes: tuple[str, ...] | None):
-    """One text's embedding [hidden_size], pooled as sentence-transformers does."""
+def _embedding(tokenizer, network, text: str, max_length: int, modes: tuple[str, ...] | None, dense: list):
+    """One text's embedding [size of the last layer], pooled as sentence-transformers does."""
     batch = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
     hidden = network(**batch).last_hidden_state[0]  # one text, no padding: every position counts
     if modes not in (("mean",), ("cls",), ("lasttoken",)):
         raise ValueError(f"no reference for pooling {modes}")
-    return hidden.mean(0) if modes == ("mean",) else hidden[0 if modes == ("cls",) else -1]
+    vector = hidden.mean(0) if modes == ("mean",) else hidden[0 if modes == ("cls",) else -1]
+    for layer in dense:
+        vector = layer(vector)
+    return vector
+
+
+def _dense_layers(model: Path) -> list:
+    """The Dense modules of an embedding model in their order: a linear layer and its activation, Tanh by default."""
+    from safetensors.torch import load_file
+    from torch import nn
+
+    layers: list[nn.Module] = []
+    file = model / "modules.json"
+    for module in json.loads(file.read_text("utf-8")) if file.is_file() else []:
+        if module["type"].endswith(".Dense"):
+            folder = model / module["path"]
+            config = json.loads((folder / "config.json").read_text("utf-8"))
+            linear = nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True))
+            weights = load_file(folder / "model.safetensors")
+            linear.load_state_dict({name.removeprefix("linear."): weight.float() for name, weight in weights.items()})
+            activation = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+            layers += [linear, getattr(nn, activation.rpartition(".")[2])()]
+    return layers

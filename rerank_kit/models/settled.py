@@ -62,6 +62,10 @@ def settle(checkpoint: Checkpoint, profile: Profile, cfg: EnvConfig) -> Settled:
         # transformers 5 leaves it out, and vLLM 0.32 dies without it ('XLMRobertaConfig' object has no attribute ...).
         overrides["position_embedding_type"] = "absolute"
         why["position_embedding_type"] = "absolute: transformers 5 no longer writes it, and vLLM asks for it"
+    if "CamembertForSequenceClassification" in checkpoint.architectures:
+        # The same layers and names as RoBERTa's. vLLM 0.32's Transformers backend would count its positions from 0.
+        overrides["architectures"] = ["RobertaForSequenceClassification"]
+        why["architectures"] = "RoBERTa's, which computes CamemBERT's layers; vLLM has none of that name"
     return Settled(replace(profile, hf_overrides=overrides), template, why)
 
 
@@ -180,18 +184,18 @@ def _refuse_fault(checkpoint: Checkpoint, profile: Profile) -> None:
         said = checkpoint.chat_template
         prompt = f", whose prompt is {render(profile.template_text() or '', _messages())!r}" if profile.template else ""
         raise ConfigError(
-            f"{checkpoint.path}: {said.source if said else ''} {fault}. The files fit profile {profile.name}{prompt}: set "
-            f"MODEL_PROFILE={profile.name} if the model was trained with that, or TEMPLATE=FILE with its own"
+            f"{checkpoint.path}: {said.source if said else ''} {fault}. The files fit profile {profile.name}{prompt}: "
+            f"set MODEL_PROFILE={profile.name} if the model was trained with that, or TEMPLATE=FILE with its own"
         )
 
 
 def _no_prompt(checkpoint: Checkpoint) -> str:
     if checkpoint.chat_template is not None:
+        fault = template_fault(checkpoint) or "was not made for a query and a document"
         return (
-            f"{checkpoint.chat_template.source} {template_fault(checkpoint) or 'was not made for a query and a document'} "
-            "(messages of role query and document), so no file says how a pair is written; put the template that the "
-            "model was trained with into chat_template.jinja or TEMPLATE=FILE, or set MODEL_PROFILE to the family whose "
-            "prompt it has"
+            f"{checkpoint.chat_template.source} {fault} (messages of role query and document), so no file says how a "
+            "pair is written; put the template that the model was trained with into chat_template.jinja or "
+            "TEMPLATE=FILE, or set MODEL_PROFILE to the family whose prompt it has"
         )
     return (
         "it has no chat template, so sentence-transformers scores query and document joined, without any prompt: "

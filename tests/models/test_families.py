@@ -73,6 +73,8 @@ class Family:
     config: tuple = ()
     # Also by a real server; off where only the checkpoint's settings differ from a family that is served.
     online: bool = True
+    # Settings beside the model's.
+    settings: tuple = ()
 
 
 ENCODER_TEXTS = (*TEXTS, LONG_QUERY, ("a [SEP] </s> <s> b", "[CLS] <mask> [MASK] d"))
@@ -219,6 +221,7 @@ def offline_scores(
     script, out = work / "offline.py", work / "out.json"
     script.write_text(OFFLINE)
     settings = {"MODEL_PATH": model, "DTYPE": "float32", "MAX_MODEL_LEN": family.max_length, "PYTHONPATH": KIT}
+    settings |= dict(family.settings)
     # The engine in the same process: it starts faster.
     env = kit_environment(**settings, VLLM_ENABLE_V1_MULTIPROCESSING=0)
     asked = json.dumps([[(p.query, p.document, p.instruction) for p in pairs], str(out)])
@@ -231,7 +234,7 @@ def offline_scores(
 def serving(python: Path, model: Path, family: Family, logs: Path):
     """A real service that starts while other work goes on; yields a function that waits for it and gives its URL."""
     settings = {"MODEL_PATH": model, "PORT": free_port(), "LOG_DIR": logs, "DTYPE": "float32", "STOP_TIMEOUT_S": 0}
-    settings |= {"MAX_MODEL_LEN": family.max_length, "PYTHON": python}
+    settings |= {"MAX_MODEL_LEN": family.max_length, "PYTHON": python, **dict(family.settings)}
     # The API computes in its own process, too.
     settings |= {"EXTRA_ARGS": "--distributed-executor-backend uni", "VLLM_ENABLE_V1_MULTIPROCESSING": 0}
     command = ["sh", str(KIT / "start_rerank.sh"), "start"]
