@@ -20,7 +20,7 @@ from rerank_kit import settings
 from rerank_kit.models.profiles import all_profiles, load_profiles
 
 CELL = re.compile(r"(?<!\\)\|")
-FIXED = {"settings": 2, "models": 1, "refused": 1}  # leading columns that are the same in both languages
+FIXED = {"settings": 2, "models": 1, "refused": 1, "sizes": 4}  # leading columns that are the same in both languages
 
 
 def cells(line: str) -> list[str]:
@@ -48,25 +48,56 @@ def refused_rows() -> list[str]:
     return [row(f"`{p.name}`", p.title, p.unsupported, p.instead) for p in refused]
 
 
+def public_rerankers() -> list[dict[str, str]]:
+    """Rerankers of public lists, as far as their files are known."""
+    with (KIT / "docs" / "rerankers.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def public_rows() -> list[str]:
-    """Rerankers of public lists (docs/rerankers.csv), those that are served first."""
+    """What the kit does with each of them, those that are served first."""
     known = all_profiles()
     groups: dict[int, list[str]] = {0: [], 1: [], 2: []}
-    with (KIT / "docs" / "rerankers.csv").open(encoding="utf-8") as file:
-        for item in csv.DictReader(file):
-            found = known.get(item["decision"])
-            if found is None:
-                said = f"decided when it is opened{': ' + item['note'] if item['note'] else ''}"
-            elif found.unsupported:
-                said = f"refused, `{found.name}`"
-            else:
-                said = f"served, `{found.name}`"
-            group = 2 if found is None else 1 if found.unsupported else 0
-            groups[group].append(row(item["model"], item["architecture"] or "not known here", said, item["listed"]))
+    for item in public_rerankers():
+        found = known.get(item["decision"])
+        if found is None:
+            said = f"decided when it is opened{': ' + item['note'] if item['note'] else ''}"
+        elif found.unsupported:
+            said = f"refused, `{found.name}`"
+        else:
+            said = f"served, `{found.name}`"
+        group = 2 if found is None else 1 if found.unsupported else 0
+        groups[group].append(row(item["model"], item["architecture"] or "not known here", said, item["listed"] or "-"))
     return groups[0] + groups[1] + groups[2]
 
 
-TABLES = {"settings": settings_rows, "models": models_rows, "refused": refused_rows, "public": public_rows}
+def sizes_rows() -> list[str]:
+    """Memory, length and licence of what is served by name, as far as they are known."""
+    lines, served = [], load_profiles()
+    for item in public_rerankers():
+        profile = served.get(item["decision"])
+        if profile is None or not (item["parameters"] or item["max_tokens"]):
+            continue
+        gib = 2 * int(item["parameters"] or 0) / 2**30
+        weights = f"{gib:.1f}" if gib >= 1 else f"{gib:.2f}" if gib else "-"
+        licence = item["licence"]
+        commercial = "yes" if licence in FREE else "no" if "-nc-" in licence else "read it"
+        if licence and commercial != "read it":
+            commercial += f" ({licence})"
+        longest = item["max_tokens"] or "-"
+        cache = "yes" if profile.prefix_caching else "no"
+        lines.append(row(item["model"], f"`{profile.name}`", weights, longest, commercial, cache))
+    return lines
+
+
+FREE = ("apache-2.0", "mit")
+TABLES = {
+    "settings": settings_rows,
+    "models": models_rows,
+    "refused": refused_rows,
+    "public": public_rows,
+    "sizes": sizes_rows,
+}
 PAGES = ("docs/settings.md", "docs/models.md", "docs/rerankers.md", "docs/settings.zh-CN.md", "docs/models.zh-CN.md")
 
 
