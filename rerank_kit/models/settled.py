@@ -119,7 +119,8 @@ def _own_prompt(
     except ConfigError as exc:
         raise ConfigError(f"{exc}\n{_both(own, profile)}\n{_choose(profile)}") from exc
     others = "" if profile.own_template else f"; profile {profile.name} has another prompt"
-    why["template"] = f"the checkpoint's own: {own.source}{others}"
+    whose = "" if "TEMPLATE" in checkpoint.given else "the checkpoint's own: "
+    why["template"] = f"{whose}{own.source}{others}"
     _say_instruction(instruction, cfg, checkpoint, why)
     return replace(profile, instruction=own.instruction, reference="chat_template"), template
 
