@@ -20,7 +20,13 @@ from rerank_kit import settings
 from rerank_kit.models.profiles import all_profiles, load_profiles
 
 CELL = re.compile(r"(?<!\\)\|")
-FIXED = {"settings": 2, "models": 1, "refused": 1, "sizes": 4}  # leading columns that are the same in both languages
+FIXED = {
+    "settings": 2,
+    "models": 1,
+    "refused": 1,
+    "sizes": 4,
+    "families": 1,
+}  # leading columns that are the same in both languages
 
 
 def cells(line: str) -> list[str]:
@@ -90,6 +96,13 @@ def sizes_rows() -> list[str]:
     return lines
 
 
+def families_rows() -> list[str]:
+    """README's table, the models that most people ask for first."""
+    rows = [p.readme for p in load_profiles().values() if p.readme]
+    rows.sort(key=lambda r: not r["family"].startswith("Qwen3-Reranker"))
+    return [row(r["family"], r["example"], r["score"], r["images"]) for r in rows]
+
+
 FREE = ("apache-2.0", "mit")
 TABLES = {
     "settings": settings_rows,
@@ -97,8 +110,12 @@ TABLES = {
     "refused": refused_rows,
     "public": public_rows,
     "sizes": sizes_rows,
+    "families": families_rows,
 }
-PAGES = ("docs/settings.md", "docs/models.md", "docs/rerankers.md", "docs/settings.zh-CN.md", "docs/models.zh-CN.md")
+PAGES = (
+    *("README.md", "README.zh-CN.md", "docs/settings.md", "docs/models.md", "docs/rerankers.md"),
+    *("docs/settings.zh-CN.md", "docs/models.zh-CN.md"),
+)
 
 
 def translated(rows: list[str], old: list[str], fixed: int) -> list[str]:

@@ -30,7 +30,8 @@ KEYS: dict[str, tuple[type, int | None]] = {
     "pad_token_id": (int, None),
 } | dict.fromkeys(
     (
-        *("num_labels", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_labels", "max_position_embeddings", "hidden_size", "embedding_size", "num_hidden_layers"),
+        "num_attention_heads",
         *("num_key_value_heads", "head_dim", "intermediate_size", "vocab_size"),
     ),
     (int, 1),

@@ -41,6 +41,8 @@ class Profile:
     config_file: str | None = None
     unsupported: str | None = None
     instead: str = ""  # what to use in place of a family that is refused
+    # The family's row in README's table: family, example, score, images.
+    readme: dict = field(default_factory=dict)
     # Counts only where no other profile or refusal fits: the first such family in the file's order.
     fallback: bool = False
     # Profiles that take precedence when both they and this profile (or refusal) match.
@@ -162,6 +164,7 @@ def _fits(checkpoint: Checkpoint, rule: dict) -> bool:
             re.search(v + "$", checkpoint.config.get("auto_map", {}).get("AutoConfig", "")) is not None
         ),
         "config": lambda v: all(checkpoint.config.get(key, wanted) == wanted for key, wanted in v.items()),
+        "differ": lambda v: len({checkpoint.config.get(key) for key in v}) > 1,
         "labels_besides": lambda v: checkpoint.num_labels != v,
         "logit_tokens": lambda v: checkpoint.logit_tokens == tuple(v),
         "logit_texts": lambda v: checkpoint.logit_texts == tuple(v),

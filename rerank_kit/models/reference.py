@@ -192,7 +192,9 @@ def _network(model: Path, kind: str):
         loader = transformers.AutoModelForCausalLM
     elif kind == "embedding":
         loader = transformers.AutoModel
-    return loader.from_pretrained(model, config=config, dtype=torch.float32).eval()
+    # Of transformers' kernels only this one caps Gemma 2's attention (attn_logit_softcapping).
+    plain = {"attn_implementation": "eager"} if "Gemma2" in (model / "config.json").read_text("utf-8") else {}
+    return loader.from_pretrained(model, config=config, dtype=torch.float32, **plain).eval()
 
 
 # Names in jina-reranker-v2's checkpoint -> names in XLM-RoBERTa. Its hub repository converts in the other direction.

@@ -5,12 +5,12 @@ import json
 import pytest
 import tiny_models
 
-from rerank_kit.models.chat_template import template_fault
+from rerank_kit.models.chat_template import render, template_fault
 from rerank_kit.models.checkpoint import read_checkpoint
 from rerank_kit.models.given import with_settings
 from rerank_kit.models.profiles import find_profile
 from rerank_kit.models.settled import settle
-from rerank_kit.settings import ConfigError, get_config
+from rerank_kit.settings import KIT_DIR, ConfigError, get_config
 
 PAIR = "q: {{ messages[-2].content }} d: {{ messages[-1].content }} answer:"
 BROKEN = "{% for m in messages if m.role != 'user' %}{{ raise_exception('no role ' ~ m.role) }}{% endfor %}"
@@ -192,3 +192,14 @@ def test_code_beside_a_checkpoint_is_never_run(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="which the kit never runs"):
         decided(path, monkeypatch)
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_template_in_the_docs_is_followirs_prompt():
+    """The recipe of FollowIRReranker in package mteb 2.26.24; its <s> is the tokenizer's, as for every template."""
+    text = (KIT_DIR / "docs" / "scores.md").read_text("utf-8").partition("```jinja\n")[2].partition("```")[0]
+    chat = [{"role": "query", "content": "QUERY"}, {"role": "document", "content": "DOC"}]
+    assert render(text, chat, {"bos_token": "<s>"}) == (
+        "<s> [INST] You are an expert Google searcher, whose job is to determine if the following document is relevant "
+        "to the query (true/false). Answer using only one word, one of those two choices.\n\nQuery: QUERY\nDocument: "
+        'DOC\nRelevant (only output one word, either "true" or "false"): [/INST] '
+    )

@@ -92,6 +92,14 @@ def test_an_embedding_model_is_served_or_refused_with_a_remedy():
     }
 
 
+def test_electra_is_served_where_no_layer_is_left_out():
+    """vLLM 0.32 drops embeddings_project, and its memory is then whatever was there before."""
+    head = "ElectraForSequenceClassification"
+    assert decided(head, embedding_size=256, hidden_size=256) == "cross_encoder"
+    assert decided(head, embedding_size=128, hidden_size=256) == "small_electra"
+    assert decided(head, hidden_size=256) == "small_electra", "the default of ElectraConfig is 128"
+
+
 def test_code_of_the_hub_is_the_last_reason():
     code = {"auto_map": {"AutoModel": "org/code--modeling.Model"}}
     assert decided("SomethingNew", **code) == "code_from_the_hub"
@@ -139,6 +147,8 @@ def test_a_public_reranker_is_served_or_refused_as_its_page_says(row):
         if kind == "modules":
             more["modules"] = tuple(value.split("+"))
             more["pooling"] = ("cls",) if "Pooling" in value else None
+        elif value.isdigit():
+            more[kind] = int(value)
         else:
             more["auto_map"] = {"AutoConfig": value or "code.Config"}
     labels = int(row["labels"] or 2)

@@ -23,12 +23,12 @@ PAIR = (
 
 
 def electra_cross_encoder(folder: Path) -> Path:
-    """ms-marco-electra-base: two segments; embeddings smaller than its states, as in ELECTRA small."""
+    """ms-marco-electra-base: two segments, and embeddings of the size of its states."""
     from transformers import ElectraConfig, ElectraForSequenceClassification
 
     bert_cross_encoder(folder)
     config = json.loads((folder / "config.json").read_text())
-    sizes = {"vocab_size": config["vocab_size"], "embedding_size": 32, "max_position_embeddings": 256}
+    sizes = {"vocab_size": config["vocab_size"], "embedding_size": 64, "max_position_embeddings": 256}
     model = ElectraForSequenceClassification(ElectraConfig(**SMALL, **sizes, num_labels=1))
     _spread(model)
     model.save_pretrained(folder)
@@ -90,7 +90,8 @@ def llama_tokenizer(folder: Path, *, eos: bool = False) -> int:
     learner.normalizer = normalizers.Replace(" ", "\u2581")
     learner.pre_tokenizer = pre_tokenizers.Split("\u2581", behavior="merged_with_next")
     text = TEXT + " task: query: document: relevance: true false true false [INST] [/INST] passage"
-    learner.train_from_iterator([text] * 4, trainers.BpeTrainer(vocab_size=500, show_progress=False))
+    answers = ["true", "false", "yes", "no"] * 4  # tokens without a space before them
+    learner.train_from_iterator([text] * 4 + answers, trainers.BpeTrainer(vocab_size=500, show_progress=False))
     learnt = json.loads(learner.to_str())["model"]
     base = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     words = [w for w, _ in sorted(learnt["vocab"].items(), key=lambda item: item[1]) if w not in base]
