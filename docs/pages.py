@@ -30,7 +30,7 @@ FIXED = {
 
 
 def cells(line: str) -> list[str]:
-    return [cell.strip() for cell in CELL.split(line.strip())[1:-1]]
+    return [cell.strip().replace("\\|", "|") for cell in CELL.split(line.strip())[1:-1]]
 
 
 def row(*values: str) -> str:
