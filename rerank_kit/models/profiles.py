@@ -129,10 +129,7 @@ def find_profile(checkpoint: Checkpoint, wanted: str | None = None) -> Profile:
             f"{what} fits several profiles: set MODEL_PROFILE to the one that the model is of "
             f"(its prompt alone may be another: TEMPLATE=FILE):{listing}"
         )
-    why = "fits no profile"
-    if checkpoint.logit_tokens:
-        why += ": no profile has its score tokens, and it has no chat template with a place for a query and a document"
-    raise ConfigError(f"{what} {why}; if you know which one is right, set MODEL_PROFILE to one of:{listing}")
+    raise ConfigError(f"{what} fits no profile; if you know which one is right, set MODEL_PROFILE to one of:{listing}")
 
 
 def _matches(checkpoint: Checkpoint, known: dict[str, Profile]) -> list[Profile]:
