@@ -13,6 +13,7 @@ import sys
 
 from rerank_kit import settings
 from rerank_kit.engine.plan import Plan, plan_engine
+from rerank_kit.models.given import for_reference
 from rerank_kit.models.library import RECIPE, compare
 from rerank_kit.models.library import TOLERANCE as LIBRARY_TOLERANCE
 from rerank_kit.models.pair import Pair
@@ -32,7 +33,8 @@ def check(plan: Plan, reranker: OfflineReranker, pairs: list[Pair]) -> bool:
     scores = [result.score for result in reranker.score(pairs)]
     length = plan.engine["max_model_len"]
     profile, divisor = plan.profile, plan.profile.pooler_config.get("logit_sigma", 1)
-    expected = reference_scores(plan.checkpoint.path, profile.reference, pairs, plan.cfg.instruction, length, divisor)
+    asked = plan.checkpoint.path, profile.reference, pairs, plan.cfg.instruction, length, divisor
+    expected = reference_scores(*asked, **for_reference(plan.checkpoint))
     print(f"vLLM {plan.machine.vllm_version} in {dtype} against transformers in float32, tolerance {tolerance:g}")
     worst = 0.0
     for index, (score, wanted) in enumerate(zip(scores, expected, strict=True)):

@@ -7,6 +7,7 @@ Settings come from rerank_kit/settings.py, models from profiles/. A Chinese cell
 English text there, which a test refuses until somebody translates it.
 """
 
+import csv
 import re
 import sys
 from collections.abc import Iterator
@@ -19,11 +20,17 @@ from rerank_kit import settings
 from rerank_kit.models.profiles import all_profiles, load_profiles
 
 CELL = re.compile(r"(?<!\\)\|")
-FIXED = {"settings": 2, "models": 1, "refused": 1}  # leading columns that are the same in both languages
+FIXED = {
+    "settings": 2,
+    "models": 1,
+    "refused": 1,
+    "sizes": 4,
+    "families": 1,
+}  # leading columns that are the same in both languages
 
 
 def cells(line: str) -> list[str]:
-    return [cell.strip() for cell in CELL.split(line.strip())[1:-1]]
+    return [cell.strip().replace("\\|", "|") for cell in CELL.split(line.strip())[1:-1]]
 
 
 def row(*values: str) -> str:
@@ -43,11 +50,72 @@ def models_rows() -> list[str]:
 
 
 def refused_rows() -> list[str]:
-    return [row(f"`{p.name}`", p.title, p.unsupported) for p in all_profiles().values() if p.unsupported]
+    refused = [p for p in all_profiles().values() if p.unsupported]
+    return [row(f"`{p.name}`", p.title, p.unsupported, p.instead) for p in refused]
 
 
-TABLES = {"settings": settings_rows, "models": models_rows, "refused": refused_rows}
-PAGES = ("docs/settings.md", "docs/models.md", "docs/settings.zh-CN.md", "docs/models.zh-CN.md")
+def public_rerankers() -> list[dict[str, str]]:
+    """Rerankers of public lists, as far as their files are known."""
+    with (KIT / "docs" / "rerankers.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def public_rows() -> list[str]:
+    """What the kit does with each of them, those that are served first."""
+    known = all_profiles()
+    groups: dict[int, list[str]] = {0: [], 1: [], 2: []}
+    for item in public_rerankers():
+        found = known.get(item["decision"])
+        if found is None:
+            said = f"decided when it is opened{': ' + item['note'] if item['note'] else ''}"
+        elif found.unsupported:
+            said = f"refused, `{found.name}`"
+        else:
+            said = f"served, `{found.name}`"
+        group = 2 if found is None else 1 if found.unsupported else 0
+        groups[group].append(row(item["model"], item["architecture"] or "not known here", said, item["listed"] or "-"))
+    return groups[0] + groups[1] + groups[2]
+
+
+def sizes_rows() -> list[str]:
+    """Memory, length and licence of what is served by name, as far as they are known."""
+    lines, served = [], load_profiles()
+    for item in public_rerankers():
+        profile = served.get(item["decision"])
+        if profile is None or not (item["parameters"] or item["max_tokens"]):
+            continue
+        gib = 2 * int(item["parameters"] or 0) / 2**30
+        weights = f"{gib:.1f}" if gib >= 1 else f"{gib:.2f}" if gib else "-"
+        licence = item["licence"]
+        commercial = "yes" if licence in FREE else "no" if "-nc-" in licence else "read it"
+        if licence and commercial != "read it":
+            commercial += f" ({licence})"
+        longest = item["max_tokens"] or "-"
+        cache = "yes" if profile.prefix_caching else "no"
+        lines.append(row(item["model"], f"`{profile.name}`", weights, longest, commercial, cache))
+    return lines
+
+
+def families_rows() -> list[str]:
+    """README's table, the models that most people ask for first."""
+    rows = [p.readme for p in load_profiles().values() if p.readme]
+    rows.sort(key=lambda r: not r["family"].startswith("Qwen3-Reranker"))
+    return [row(r["family"], r["example"], r["score"], r["images"]) for r in rows]
+
+
+FREE = ("apache-2.0", "mit")
+TABLES = {
+    "settings": settings_rows,
+    "models": models_rows,
+    "refused": refused_rows,
+    "public": public_rows,
+    "sizes": sizes_rows,
+    "families": families_rows,
+}
+PAGES = (
+    *("README.md", "README.zh-CN.md", "docs/settings.md", "docs/models.md", "docs/rerankers.md"),
+    *("docs/settings.zh-CN.md", "docs/models.zh-CN.md"),
+)
 
 
 def translated(rows: list[str], old: list[str], fixed: int) -> list[str]:

@@ -60,6 +60,8 @@ class EnvConfig:
     model_path: str | None = _key(None, "checkpoint to serve: a local folder (a relative path starts at the kit's folder) or a Hugging Face / ModelScope id", "model")
     model_path_tiny: str | None = _key(None, "checkpoint of vllm_usage_tiny.py. Default: MODEL_PATH, or Qwen/Qwen3-Reranker-0.6B when that is unset too", "model")
     model_profile: str | None = _key(None, "name of a file in profiles/, without .json. Default: chosen by the checkpoint's files", "model")
+    template: str | None = _key(None, "Jinja file with the prompt of a pair, from messages of role query, document and system (the instruction); a relative path starts at the kit's folder. Default: the checkpoint's own, or the profile's", "model")
+    score_tokens: str | None = _key(None, "tokens whose logits are the score of a language model: the one for relevant, and the one for not relevant, as yes,no. Default: those of the checkpoint's files, or the profile's", "model")
     served_model_name: str = _key("qwen3-reranker", "model name that clients send", "model")
     instruction: str | None = _key(None, "task instruction of calls that bring none. Default: the profile's own", "model")
     host: str = _key("127.0.0.1", "address to listen on; 0.0.0.0 opens the service to the network", "service")

@@ -25,7 +25,7 @@ REPLACED = {
     "--config": "write settings into .env",
     "--model": "set MODEL_PATH",
     "--model-tag": "set MODEL_PATH",
-    "--chat-template": f"set INSTRUCTION, or MODEL_PROFILE: {PROFILE}",
+    "--chat-template": f"set TEMPLATE, INSTRUCTION or MODEL_PROFILE: {PROFILE}",
     "--hf-overrides": PROFILE,
     "--pooler-config": PROFILE,
     "--runner": PROFILE,

@@ -59,18 +59,9 @@ class PairTemplate:
 
 def pair_template(checkpoint: Checkpoint) -> PairTemplate | None:
     """The checkpoint's chat template, if a query and a document reach the prompt; None if it leaves the prompt open."""
-    said = checkpoint.chat_template
-    if said is None:
+    own = _for_pairs(checkpoint)
+    if own is None:
         return None
-    # Many checkpoints inherit a template that prints any role. Where sentence-transformers did not save the model, only
-    # one that names the two roles was made for pairs.
-    if not checkpoint.has_modules and not ("query" in said.value and "document" in said.value):
-        return None
-    structured = checkpoint.message_format == "structured" or (
-        checkpoint.message_format == "auto" and any(pattern in said.value for pattern in STRUCTURED)
-    )
-    names = tuple(special_tokens(checkpoint).items())
-    own = PairTemplate(said.value, said.source, structured, names, instruction=True)
     try:
         prompt = own.render(QUERY, DOCUMENT)
         if QUERY not in prompt or DOCUMENT not in prompt:
@@ -84,6 +75,36 @@ def pair_template(checkpoint: Checkpoint) -> PairTemplate | None:
     added = tuple(load_tokenizer(checkpoint.path).encode("").tokens)
     takes = all(mark in instructed for mark in (QUERY, DOCUMENT, INSTRUCTION))
     return replace(own, instruction=takes, added=added)
+
+
+def template_fault(checkpoint: Checkpoint) -> str | None:
+    """Why a chat template that was made for pairs makes no prompt of one; None if it does, or if there is none."""
+    own = _for_pairs(checkpoint)
+    if own is None:
+        return None
+    try:
+        prompt = own.render(QUERY, DOCUMENT)
+    except Exception as exc:
+        return f"cannot be rendered for a query and a document ({type(exc).__name__}: {str(exc)[:200]})"
+    lost = [name for name, mark in (("query", QUERY), ("document", DOCUMENT)) if mark not in prompt]
+    return f"leaves the {' and the '.join(lost)} out of the prompt, which is {prompt[:200]!r}" if lost else None
+
+
+def _for_pairs(checkpoint: Checkpoint) -> PairTemplate | None:
+    """The checkpoint's chat template, if it was made for a query and a document."""
+    said = checkpoint.chat_template
+    if said is None:
+        return None
+    # Many checkpoints inherit a template that prints any role. Where sentence-transformers did not save the model, only
+    # one that names the two roles was made for pairs. TEMPLATE is the user's own word.
+    ours = checkpoint.has_modules or "TEMPLATE" in checkpoint.given
+    if not ours and not ("query" in said.value and "document" in said.value):
+        return None
+    structured = checkpoint.message_format == "structured" or (
+        checkpoint.message_format == "auto" and any(pattern in said.value for pattern in STRUCTURED)
+    )
+    names = tuple(special_tokens(checkpoint).items())
+    return PairTemplate(said.value, said.source, structured, names, instruction=True)
 
 
 def render(template: str, messages: list[dict], names: dict[str, str] | None = None, **more: Any) -> str:

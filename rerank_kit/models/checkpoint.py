@@ -31,7 +31,8 @@ KEYS: dict[str, tuple[type, int | None]] = {
     "pad_token_id": (int, None),
 } | dict.fromkeys(
     (
-        *("num_labels", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_labels", "max_position_embeddings", "hidden_size", "embedding_size", "num_hidden_layers"),
+        "num_attention_heads",
         *("num_key_value_heads", "head_dim", "intermediate_size", "vocab_size"),
     ),
     (int, 1),
@@ -72,6 +73,8 @@ class Checkpoint:
     base_model: Said | None = None
     # How sentence-transformers compares two embeddings of this model, where its files say so.
     similarity: Said | None = None
+    # Settings of the user that replace what the files say: TEMPLATE, SCORE_TOKENS (given.py).
+    given: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -92,8 +95,8 @@ class Checkpoint:
     def positions(self) -> int:
         """Tokens of the longest prompt that the weights take, by config.json."""
         own = self.config.get("max_position_embeddings") or 4096
-        # RoBERTa numbers its positions from padding_idx + 1.
-        if "oberta" in "".join(self.architectures):
+        # RoBERTa (CamemBERT too) numbers its positions from padding_idx + 1.
+        if re.search("oberta|Camembert", "".join(self.architectures)):
             padding = self.config.get("pad_token_id")
             own -= (1 if padding is None else padding) + 1
         return own

@@ -39,6 +39,8 @@ def library_scores(checkpoint: Checkpoint, profile: Profile, pairs: list[Pair], 
     Raises:
         NotComparable: the library is not installed, or cannot load or score the folder; says why.
     """
+    if checkpoint.given:
+        raise NotComparable(f"{' and '.join(checkpoint.given)} of the settings replace what it would read")
     if profile.convert != "embed" and (profile.template or profile.own_template) and pair_template(checkpoint) is None:
         raise NotComparable("the folder has no template for a pair, without which the library knows no prompt")
     if checkpoint.config.get("auto_map"):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rerank_kit.models.checkpoint import Checkpoint, read_checkpoint
 from rerank_kit.models.download import locate
+from rerank_kit.models.given import with_settings
 from rerank_kit.models.profiles import Profile, find_profile
 from rerank_kit.models.served_folder import adapted_folder
 from rerank_kit.models.settled import settle
@@ -29,12 +30,12 @@ def opened(model: str | Path, cfg: EnvConfig) -> Opened:
 
     Args:
         model: a folder, or a hub id, which is downloaded.
-        cfg: only MODEL_PROFILE, INSTRUCTION and LOG_DIR are used.
+        cfg: only MODEL_PROFILE, TEMPLATE, SCORE_TOKENS, INSTRUCTION and LOG_DIR are used.
 
     Raises:
         ConfigError: there is no such model, no profile fits, or this Python lacks a package that the family needs.
     """
-    checkpoint = read_checkpoint(locate(str(model)))
+    checkpoint = with_settings(read_checkpoint(locate(str(model))), cfg)
     if not checkpoint.architectures and not cfg.model_profile:
         raise ConfigError(
             f"{checkpoint.path}/config.json names no architectures: it is not the config.json of a model that "

@@ -3,8 +3,9 @@
 import json
 import re
 from dataclasses import dataclass, field
+from itertools import islice
 
-from rerank_kit.models.chat_template import agrees, pair_template
+from rerank_kit.models.chat_template import agrees, pair_template, template_fault
 from rerank_kit.models.checkpoint import Checkpoint, load_tokenizer
 from rerank_kit.settings import KIT_DIR, ConfigError
 
@@ -39,6 +40,11 @@ class Profile:
     config_changes: dict = field(default_factory=dict)
     config_file: str | None = None
     unsupported: str | None = None
+    instead: str = ""  # what to use in place of a family that is refused
+    # The family's row in README's table: family, example, score, images.
+    readme: dict = field(default_factory=dict)
+    # Counts only where no other profile or refusal fits: the first such family in the file's order.
+    fallback: bool = False
     # Profiles that take precedence when both they and this profile (or refusal) match.
     unless: tuple[str, ...] = ()
     # The prompt is the checkpoint's own chat template, whatever it says, and the score tokens are its LogitScore's.
@@ -96,28 +102,45 @@ def find_profile(checkpoint: Checkpoint, wanted: str | None = None) -> Profile:
     listing = "".join(f"\n  {p.name}: {p.title}" for p in profiles.values())
     if wanted:
         if wanted in known and known[wanted].unsupported:
-            raise ConfigError(f"MODEL_PROFILE={wanted!r} cannot be served: {known[wanted].unsupported}")
+            refused = known[wanted]
+            raise ConfigError(
+                f"MODEL_PROFILE={wanted!r} cannot be served: {refused.unsupported}; use instead: {refused.instead}"
+            )
         if wanted not in profiles:
             raise ConfigError(f"MODEL_PROFILE={wanted!r} is unknown; the profiles are:{listing}")
         return profiles[wanted]
-    fits = [p for p in known.values() if any(_fits(checkpoint, rule) for rule in p.match)]
+    fits = _matches(checkpoint, known)
     what = f"{checkpoint.path} ({', '.join(checkpoint.architectures) or 'no architecture'}"
     what += f", {checkpoint.num_labels} labels" if "id2label" in checkpoint.config else ""
     what += f", LogitScore {checkpoint.logit_texts or checkpoint.logit_tokens})" if checkpoint.logit_tokens else ")"
+    fault = template_fault(checkpoint)
+    if fault and checkpoint.chat_template and not checkpoint.has_modules:
+        what += f", whose {checkpoint.chat_template.source} {fault},"
     names = {p.name for p in fits if not p.unsupported}
     served = [p for p in fits if not p.unsupported and not names & set(p.unless)]
     refused = next((p for p in fits if p.unsupported and not names & set(p.unless)), None)
     if refused:
         raise ConfigError(
             f"{what} is of a family that cannot be served, {refused.title}: {refused.unsupported}\n"
+            f"use instead: {refused.instead}\n"
             f"profiles that are served: {', '.join(profiles)}"
         )
     if len(served) == 1:
         return served[0]
-    why = "fits no profile" if not served else f"fits several profiles ({', '.join(p.name for p in served)})"
-    if checkpoint.logit_tokens and not served:
-        why += ": no profile has its score tokens, and it has no chat template with a place for a query and a document"
-    raise ConfigError(f"{what} {why}; if you know which one is right, set MODEL_PROFILE to one of:{listing}")
+    if len(served) > 1:
+        listing = "".join(f"\n  {p.name}: {p.title}" for p in served)
+        raise ConfigError(
+            f"{what} fits several profiles: set MODEL_PROFILE to the one that the model is of "
+            f"(its prompt alone may be another: TEMPLATE=FILE):{listing}"
+        )
+    raise ConfigError(f"{what} fits no profile; if you know which one is right, set MODEL_PROFILE to one of:{listing}")
+
+
+def _matches(checkpoint: Checkpoint, known: dict[str, Profile]) -> list[Profile]:
+    """Profiles and refusals that fit a checkpoint; where none does, the first of those that are a fallback."""
+    fits = [p for p in known.values() if not p.fallback and any(_fits(checkpoint, rule) for rule in p.match)]
+    last = (p for p in known.values() if p.fallback and any(_fits(checkpoint, rule) for rule in p.match))
+    return fits or list(islice(last, 1))
 
 
 def _has_prompt_of(checkpoint: Checkpoint, template: str) -> bool:
@@ -142,9 +165,12 @@ def _fits(checkpoint: Checkpoint, rule: dict) -> bool:
     """All conditions of one match rule hold."""
     tests = {
         "architectures": lambda v: any(a in v for a in checkpoint.architectures),
+        "architecture": lambda v: any(re.fullmatch(v, a) for a in checkpoint.architectures),
         "num_labels": lambda v: checkpoint.num_labels == v,
         "module": lambda v: v in checkpoint.modules,
-        "module_absent": lambda v: v not in checkpoint.modules,
+        "modules": lambda v: checkpoint.modules == tuple(v),
+        "without": lambda v: v not in checkpoint.modules,
+        "has_modules": lambda v: bool(checkpoint.modules) == v,
         "module_besides": lambda v: not set(checkpoint.modules) <= set(v),
         "pooling_besides": lambda v: checkpoint.pooling is not None and checkpoint.pooling not in [(p,) for p in v],
         "custom_code": lambda v: bool(checkpoint.config.get("auto_map")) == v,
@@ -152,6 +178,7 @@ def _fits(checkpoint: Checkpoint, rule: dict) -> bool:
             re.search(v + "$", checkpoint.config.get("auto_map", {}).get("AutoConfig", "")) is not None
         ),
         "config": lambda v: all(checkpoint.config.get(key, wanted) == wanted for key, wanted in v.items()),
+        "differ": lambda v: len({checkpoint.config.get(key) for key in v}) > 1,
         "labels_besides": lambda v: checkpoint.num_labels != v,
         "logit_tokens": lambda v: checkpoint.logit_tokens == tuple(v),
         "logit_texts": lambda v: checkpoint.logit_texts == tuple(v),

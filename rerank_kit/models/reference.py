@@ -183,7 +183,14 @@ PROMPT_IDS = {kind: recipe[0] for kind, recipe in CAUSAL.items()} | {"llama_bidi
 
 
 def reference_scores(
-    model: Path, kind: str, pairs: list[Pair], instruction: str | None, max_length: int, divisor: float = 1
+    model: Path,
+    kind: str,
+    pairs: list[Pair],
+    instruction: str | None,
+    max_length: int,
+    divisor: float = 1,
+    template: str | None = None,
+    tokens: tuple[int, int | None] | None = None,
 ) -> list[float]:
     """Scores by transformers in float32 on the CPU.
 
@@ -198,6 +205,7 @@ def reference_scores(
         instruction: default instruction; None = the checkpoint's saved default prompt, else the model card's.
         max_length: tokens of the longest prompt.
         divisor: of the logit before the sigmoid, with chat_template; the other kinds have their family's.
+        template, tokens: TEMPLATE and SCORE_TOKENS of the user, with chat_template; None = the checkpoint's own.
 
     Returns:
         N scores.
@@ -212,8 +220,8 @@ def reference_scores(
     with torch.inference_mode():
         for pair in pairs:
             if kind == "chat_template":
-                ids = torch.tensor([_chat_ids(tokenizer, model, pair, instruction, max_length)])
-                scores.append(torch.sigmoid(_own_logit(network, ids, tokenizer, model) / divisor).item())
+                ids = torch.tensor([_chat_ids(tokenizer, model, pair, instruction, max_length, template)])
+                scores.append(torch.sigmoid(_own_logit(network, ids, tokenizer, model, tokens) / divisor).item())
             elif kind in CAUSAL:
                 prompt_ids, yes, no, divisor = CAUSAL[kind]
                 ids = torch.tensor([prompt_ids(tokenizer, pair, instruction, max_length)])
@@ -241,9 +249,9 @@ def reference_scores(
             elif kind == "listwise":  # a list of one document
                 scores += _list_scores(network, tokenizer, torch, pair.query, [pair.document])
             elif kind == "embedding":
-                modes = read_checkpoint(model).pooling
+                modes, dense = read_checkpoint(model).pooling, _dense_layers(model)
                 first, second = (
-                    _embedding(tokenizer, network, t, max_length, modes) for t in (pair.query, pair.document)
+                    _embedding(tokenizer, network, t, max_length, modes, dense) for t in (pair.query, pair.document)
                 )
                 scores.append(torch.cosine_similarity(first, second, dim=0).item())
             else:
@@ -279,8 +287,10 @@ def _network(model: Path, kind: str):
         loader = transformers.AutoModelForCausalLM
     elif kind == "embedding":
         loader = transformers.AutoModel
+    # Of transformers' kernels only this one caps Gemma 2's attention (attn_logit_softcapping).
+    plain = {"attn_implementation": "eager"} if "Gemma2" in (model / "config.json").read_text("utf-8") else {}
     try:
-        return loader.from_pretrained(model, config=config, dtype=torch.float32).eval()
+        return loader.from_pretrained(model, config=config, dtype=torch.float32, **plain).eval()
     except ImportError as exc:
         own = json.loads((model / "config.json").read_text("utf-8"))
         method = (own.get("quantization_config") or {}).get("quant_method")
@@ -383,12 +393,16 @@ def _classifies(model: Path) -> bool:
     return names[0].endswith("ForSequenceClassification")
 
 
-def _chat_ids(tokenizer, model: Path, pair: Pair, instruction: str | None, max_length: int) -> list[int]:
+def _chat_ids(
+    tokenizer, model: Path, pair: Pair, instruction: str | None, max_length: int, template: str | None = None
+) -> list[int]:
     """Token ids of a pair by the checkpoint's own chat template. A long one loses the end of the document.
 
     Source: Transformer.preprocess() of sentence-transformers 6.2, which restores the template's tail after the cut.
     """
     message = (_own_file(model, "sentence_bert_config.json").get("modality_config") or {}).get("message") or {}
+    if template is not None:
+        message, tokenizer.chat_template = {}, template
     text = tokenizer.chat_template
     structured = "content[0]" in text or "'type'" in text or '"type"' in text
     if message.get("format", "auto") != "auto":
@@ -411,14 +425,16 @@ def _chat_ids(tokenizer, model: Path, pair: Pair, instruction: str | None, max_l
     return ids[: max_length - same] + one[len(one) - same :]
 
 
-def _own_logit(network, ids, tokenizer, model: Path):
+def _own_logit(network, ids, tokenizer, model: Path, tokens: tuple[int, int | None] | None = None):
     """The logit of a head with one label, or of the tokens that the LogitScore module names (yes and no without it)."""
     logits = network(ids).logits
     if _classifies(model):
         return logits[0, 0]
     score = {"true_token_id": tokenizer.convert_tokens_to_ids("yes")}
     score["false_token_id"] = tokenizer.convert_tokens_to_ids("no")
-    if (model / "modules.json").is_file():
+    if tokens is not None:
+        score = {"true_token_id": tokens[0], "false_token_id": tokens[1]}
+    elif (model / "modules.json").is_file():
         for module in json.loads((model / "modules.json").read_text("utf-8")):
             if module["type"].endswith("LogitScore"):
                 score = json.loads((model / module["path"] / "config.json").read_text("utf-8"))
@@ -443,10 +459,32 @@ def _activation(model: Path):
     return getattr(nn, named.rpartition(".")[2])() if named and named.startswith("torch.") else nn.Sigmoid()
 
 
-def _embedding(tokenizer, network, text: str, max_length: int, modes: tuple[str, ...] | None):
-    """One text's embedding [hidden_size], pooled as sentence-transformers does."""
+def _embedding(tokenizer, network, text: str, max_length: int, modes: tuple[str, ...] | None, dense: list):
+    """One text's embedding [size of the last layer], pooled as sentence-transformers does."""
     batch = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt")
     hidden = network(**batch).last_hidden_state[0]  # one text, no padding: every position counts
     if modes not in (("mean",), ("cls",), ("lasttoken",)):
         raise ValueError(f"no reference for pooling {modes}")
-    return hidden.mean(0) if modes == ("mean",) else hidden[0 if modes == ("cls",) else -1]
+    vector = hidden.mean(0) if modes == ("mean",) else hidden[0 if modes == ("cls",) else -1]
+    for layer in dense:
+        vector = layer(vector)
+    return vector
+
+
+def _dense_layers(model: Path) -> list:
+    """The Dense modules of an embedding model in their order: a linear layer and its activation, Tanh by default."""
+    from safetensors.torch import load_file
+    from torch import nn
+
+    layers: list[nn.Module] = []
+    file = model / "modules.json"
+    for module in json.loads(file.read_text("utf-8")) if file.is_file() else []:
+        if module["type"].endswith(".Dense"):
+            folder = model / module["path"]
+            config = json.loads((folder / "config.json").read_text("utf-8"))
+            linear = nn.Linear(config["in_features"], config["out_features"], bias=config.get("bias", True))
+            weights = load_file(folder / "model.safetensors")
+            linear.load_state_dict({name.removeprefix("linear."): weight.float() for name, weight in weights.items()})
+            activation = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+            layers += [linear, getattr(nn, activation.rpartition(".")[2])()]
+    return layers

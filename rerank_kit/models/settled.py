@@ -5,7 +5,16 @@ An explicit MODEL_PROFILE is the user's own word on prompt and score tokens, and
 
 from dataclasses import dataclass, field, replace
 
-from rerank_kit.models.chat_template import DOCUMENT, QUERY, PairTemplate, agrees, pair_template, render, served_text
+from rerank_kit.models.chat_template import (
+    DOCUMENT,
+    QUERY,
+    PairTemplate,
+    agrees,
+    pair_template,
+    render,
+    served_text,
+    template_fault,
+)
 from rerank_kit.models.checkpoint import Checkpoint
 from rerank_kit.models.profiles import Profile
 from rerank_kit.settings import ConfigError, EnvConfig
@@ -32,6 +41,8 @@ def settle(checkpoint: Checkpoint, profile: Profile, cfg: EnvConfig) -> Settled:
     """
     why: dict[str, str] = {}
     own = pair_template(checkpoint)
+    if not cfg.model_profile and (profile.template or profile.own_template):
+        _refuse_fault(checkpoint, profile)
     if profile.template is None and not profile.own_template:
         _refuse_prompts(checkpoint, profile, own)
         template = profile.template_text(cfg.instruction)
@@ -51,6 +62,10 @@ def settle(checkpoint: Checkpoint, profile: Profile, cfg: EnvConfig) -> Settled:
         # transformers 5 leaves it out, and vLLM 0.32 dies without it ('XLMRobertaConfig' object has no attribute ...).
         overrides["position_embedding_type"] = "absolute"
         why["position_embedding_type"] = "absolute: transformers 5 no longer writes it, and vLLM asks for it"
+    if "CamembertForSequenceClassification" in checkpoint.architectures:
+        # The same layers and names as RoBERTa's. vLLM 0.32's Transformers backend would count its positions from 0.
+        overrides["architectures"] = ["RobertaForSequenceClassification"]
+        why["architectures"] = "RoBERTa's, which computes CamemBERT's layers; vLLM has none of that name"
     pooler = dict(profile.pooler_config)
     if profile.reference == "llama_bidirectional":
         _temperature(checkpoint, pooler, why)
@@ -82,7 +97,7 @@ def _prompt(
     instruction = cfg.instruction or (said.value if said else None)
     if profile.own_template and own is None:
         raise ConfigError(f"{checkpoint.path}: {_no_prompt(checkpoint)}")
-    explicit = cfg.model_profile is not None and not profile.own_template
+    explicit = cfg.model_profile is not None and not profile.own_template and "TEMPLATE" not in checkpoint.given
     same = (
         own is not None and not profile.own_template and agrees(own, profile.template_text() or "", profile.instruction)
     )
@@ -120,7 +135,8 @@ def _own_prompt(
     except ConfigError as exc:
         raise ConfigError(f"{exc}\n{_both(own, profile)}\n{_choose(profile)}") from exc
     others = "" if profile.own_template else f"; profile {profile.name} has another prompt"
-    why["template"] = f"the checkpoint's own: {own.source}{others}"
+    whose = "" if "TEMPLATE" in checkpoint.given else "the checkpoint's own: "
+    why["template"] = f"{whose}{own.source}{others}"
     _say_instruction(instruction, cfg, checkpoint, why)
     return replace(profile, instruction=own.instruction, reference="chat_template"), template
 
@@ -146,6 +162,11 @@ def _refuse_instruction(checkpoint: Checkpoint, cfg: EnvConfig, reason: str) -> 
 
 def _refuse_prompts(checkpoint: Checkpoint, profile: Profile, own: PairTemplate | None) -> None:
     """A family without template cannot follow a default prompt or a chat template."""
+    if checkpoint.given:
+        raise ConfigError(
+            f"{' and '.join(checkpoint.given)} set, but profile {profile.name} ({profile.title}) takes the two texts "
+            "without a prompt: unset it, or set MODEL_PROFILE to the family that the model is of"
+        )
     said = checkpoint.default_prompt
     embeds = profile.convert == "embed"
     if said is not None:
@@ -166,31 +187,44 @@ def _refuse_prompts(checkpoint: Checkpoint, profile: Profile, own: PairTemplate 
 
 def _need_a_hint(checkpoint: Checkpoint, profile: Profile) -> None:
     """Without a template in the files, the folder's name is the last hint at the prompt."""
-    if checkpoint.has_modules and not profile.named(checkpoint):
+    if (checkpoint.has_modules or checkpoint.given) and not profile.named(checkpoint):
         raise ConfigError(
             f"{checkpoint.path}: {_no_prompt(checkpoint)}. Profile {profile.name}, which its score tokens fit, makes\n"
             f"  {render(profile.template_text() or '', _messages())!r}\n{_choose(profile)}"
         )
 
 
+def _refuse_fault(checkpoint: Checkpoint, profile: Profile) -> None:
+    """A template that was made for pairs and makes no prompt of one: what it was meant to say is not known."""
+    fault = template_fault(checkpoint)
+    if fault and not checkpoint.has_modules:
+        said = checkpoint.chat_template
+        prompt = f", whose prompt is {render(profile.template_text() or '', _messages())!r}" if profile.template else ""
+        raise ConfigError(
+            f"{checkpoint.path}: {said.source if said else ''} {fault}. The files fit profile {profile.name}{prompt}: "
+            f"set MODEL_PROFILE={profile.name} if the model was trained with that, or TEMPLATE=FILE with its own"
+        )
+
+
 def _no_prompt(checkpoint: Checkpoint) -> str:
     if checkpoint.chat_template is not None:
+        fault = template_fault(checkpoint) or "was not made for a query and a document"
         return (
-            f"{checkpoint.chat_template.source} has no place for a query and a document (messages of role query and "
-            "document do not reach the prompt), so no file says how a pair is written; put the template that the model "
-            "was trained with into chat_template.jinja, or set MODEL_PROFILE to the family whose prompt it has"
+            f"{checkpoint.chat_template.source} {fault} (messages of role query and document), so no file says how a "
+            "pair is written; put the template that the model was trained with into chat_template.jinja or "
+            "TEMPLATE=FILE, or set MODEL_PROFILE to the family whose prompt it has"
         )
     return (
         "it has no chat template, so sentence-transformers scores query and document joined, without any prompt: "
         f"{render(BARE, _messages())!r}, which is not served; put the template that it was trained with into "
-        "chat_template.jinja, or set MODEL_PROFILE to the family whose prompt it has"
+        "chat_template.jinja or TEMPLATE=FILE, or set MODEL_PROFILE to the family whose prompt it has"
     )
 
 
 def _choose(profile: Profile) -> str:
     return (
         f"if the model was trained with the profile's prompt, set MODEL_PROFILE={profile.name}; if not, put the "
-        "template that it was trained with into chat_template.jinja"
+        "template that it was trained with into chat_template.jinja or TEMPLATE=FILE"
     )
 
 
@@ -212,7 +246,15 @@ def _score_tokens(checkpoint: Checkpoint, profile: Profile, overrides: dict, *, 
     ids, texts = checkpoint.logit_tokens, checkpoint.logit_texts
     assert ids is not None
     file = "the LogitScore module's config.json"
-    if explicit and not profile.own_template:
+    if "SCORE_TOKENS" in checkpoint.given:
+        file = "SCORE_TOKENS"
+        own = [text for text in reversed(texts or ()) if text is not None]
+        if not profile.own_template and own != profile.hf_overrides.get("classifier_from_token"):
+            raise ConfigError(
+                f"SCORE_TOKENS names {own}, and profile {profile.name} scores by "
+                f"{profile.hf_overrides.get('classifier_from_token')}: unset SCORE_TOKENS, or MODEL_PROFILE"
+            )
+    elif explicit and not profile.own_template:
         return f"those of profile {profile.name}, by MODEL_PROFILE; {file} has {ids}"
     if ids[0] is None or texts is None or texts[0] is None or (ids[1] is not None and texts[1] is None):
         if not profile.own_template:

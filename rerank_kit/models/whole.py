@@ -132,13 +132,15 @@ def _check_pickle(file: Path) -> None:
 
 def _check_sizes(checkpoint: Checkpoint, shapes: dict[str, list[int]]) -> None:
     """The token embedding has the size that config.json says; vLLM refuses it otherwise, with a traceback."""
-    wanted = (checkpoint.config.get("vocab_size"), checkpoint.config.get("hidden_size"))
+    # ELECTRA's embeddings may be smaller than its states.
+    key = "embedding_size" if checkpoint.config.get("embedding_size") else "hidden_size"
+    wanted = (checkpoint.config.get("vocab_size"), checkpoint.config.get(key))
     if None in wanted:
         return
     for name, shape in shapes.items():
         if EMBEDDING.search(name) and "visual" not in name and tuple(shape) != wanted:
             raise ConfigError(
-                f"{checkpoint.path}: config.json says vocab_size={wanted[0]} and hidden_size={wanted[1]}, and the "
+                f"{checkpoint.path}: config.json says vocab_size={wanted[0]} and {key}={wanted[1]}, and the "
                 f"weights have {' x '.join(map(str, shape))} ({name}): they are of different models, "
                 "or the vocabulary was resized and config.json was not saved again"
             )

@@ -23,6 +23,7 @@ from rerank_kit.engine.nodes import is_headless
 from rerank_kit.engine.scale import score_scale
 from rerank_kit.models.chat_template import render, special_tokens
 from rerank_kit.models.checkpoint import Checkpoint, MissingPackage, load_tokenizer, read_checkpoint
+from rerank_kit.models.given import for_reference, with_settings
 from rerank_kit.models.known_pairs import KNOWN, PAIRS, judge
 from rerank_kit.models.library import RECIPE, compare
 from rerank_kit.models.library import TOLERANCE as LIBRARY_TOLERANCE
@@ -77,7 +78,7 @@ def served(cfg: EnvConfig) -> tuple[Checkpoint, Settled]:
     models = {m["id"]: m.get("root") for m in json.loads(ask(cfg, "GET", "/v1/models"))["data"]}
     if cfg.served_model_name not in models:
         raise Failed(f"the service has {sorted(models)}, not SERVED_MODEL_NAME={cfg.served_model_name}")
-    checkpoint = read_checkpoint(Path(models[cfg.served_model_name]))
+    checkpoint = with_settings(read_checkpoint(Path(models[cfg.served_model_name])), cfg)
     return checkpoint, settle(checkpoint, find_profile(checkpoint, cfg.model_profile), cfg)
 
 
@@ -214,8 +215,9 @@ def check_references(
     pairs = [Pair(*pair) for pair in PAIRS]
     length = min(checkpoint.max_length, 8192)
     divisor = profile.pooler_config.get("logit_sigma", 1)
+    asked = checkpoint.path, profile.reference, pairs, cfg.instruction, length, divisor
     try:
-        expected = reference_scores(checkpoint.path, profile.reference, pairs, cfg.instruction, length, divisor)
+        expected = reference_scores(*asked, **for_reference(checkpoint))
     except ConfigError as exc:
         yield "reference", f"not compared: {exc}", ""
         return

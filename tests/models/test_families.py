@@ -73,6 +73,8 @@ class Family:
     config: tuple = ()
     # Also by a real server; off where only the checkpoint's settings differ from a family that is served.
     online: bool = True
+    # Settings beside the model's.
+    settings: tuple = ()
 
 
 ENCODER_TEXTS = (*TEXTS, LONG_QUERY, ("a [SEP] </s> <s> b", "[CLS] <mask> [MASK] d"))
@@ -253,6 +255,7 @@ def offline_scores(
     script, out = work / "offline.py", work / "out.json"
     script.write_text(OFFLINE)
     settings = {"MODEL_PATH": model, "DTYPE": "float32", "MAX_MODEL_LEN": family.max_length, "PYTHONPATH": KIT}
+    settings |= dict(family.settings)
     # The engine in the same process: it starts faster.
     env = kit_environment(**settings, VLLM_ENABLE_V1_MULTIPROCESSING=0)
     asked = json.dumps([[(p.query, p.document, p.instruction) for p in pairs], str(out)])
@@ -265,7 +268,7 @@ def offline_scores(
 def serving(python: Path, model: Path, family: Family, logs: Path):
     """A real service that starts while other work goes on; yields a function that waits for it and gives its URL."""
     settings = {"MODEL_PATH": model, "PORT": free_port(), "LOG_DIR": logs, "DTYPE": "float32", "STOP_TIMEOUT_S": 0}
-    settings |= {"MAX_MODEL_LEN": family.max_length, "PYTHON": python}
+    settings |= {"MAX_MODEL_LEN": family.max_length, "PYTHON": python, **dict(family.settings)}
     # The API computes in its own process, too.
     settings |= {"EXTRA_ARGS": "--distributed-executor-backend uni", "VLLM_ENABLE_V1_MULTIPROCESSING": 0}
     command = ["sh", str(KIT / "start_rerank.sh"), "start"]
@@ -417,11 +420,11 @@ def logit_score(folder: Path, true: str, false: str | None) -> Path:
 )
 def test_the_tokens_of_the_score_name_the_family_in_a_folder_of_any_name(make, true, false, profile, tmp_path):
     folder = make(tmp_path / "my-model")
-    with pytest.raises(ConfigError, match="fits no profile"):
+    with pytest.raises(ConfigError, match="which token answers is nowhere written"):
         find_profile(read_checkpoint(folder))
     assert find_profile(read_checkpoint(logit_score(folder, true, false))).name == profile
     other = logit_score(make(tmp_path / "other"), "yes", false)
-    with pytest.raises(ConfigError, match="fits no profile"):
+    with pytest.raises(ConfigError, match="no profile has these tokens, and no chat template"):
         find_profile(read_checkpoint(other))
 
 
@@ -510,7 +513,7 @@ def test_a_family_that_cannot_be_served_is_refused_with_its_reason(found, reason
     ],
 )
 def test_what_is_not_known_is_not_guessed(found):
-    with pytest.raises(ConfigError, match="fits no profile"):
+    with pytest.raises(ConfigError, match=r"cannot be served.*\nuse instead: "):
         find_profile(found)
 
 

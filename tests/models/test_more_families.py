@@ -1,0 +1,151 @@
+"""Further architectures of vLLM's registry: `vllm serve` and vllm.LLM against the model's own library or card.
+
+Within 1e-4 in float32, on the texts of test_families.py. What only TEMPLATE and SCORE_TOKENS can tell is told by them.
+"""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import tiny_registry
+from conftest import KIT
+from test_families import (
+    ASCII_LONG,
+    ENCODER_TEXTS,
+    GEMMA_CONTROL,
+    INSTRUCTION,
+    LONG_QUERY,
+    QWEN_CONTROL,
+    TEXTS,
+    Family,
+    offline_scores,
+    rerank_scores,
+    server_scores,
+    serving,
+)
+
+from rerank_kit.models.given import for_reference
+from rerank_kit.models.opened import opened
+from rerank_kit.models.pair import Pair
+from rerank_kit.models.reference import _chat_ids, reference_scores
+from rerank_kit.settings import get_config
+
+# FollowIRReranker of package mteb 2.26.24: its prompt, and the softmax of the tokens "true" and "false".
+FOLLOWIR = (
+    "{{ bos_token }} [INST] You are an expert Google searcher, whose job is to determine if the following document is "
+    "relevant to the query (true/false). Answer using only one word, one of those two choices.\n\n"
+    "Query: {{ messages[0].content }}\nDocument: {{ messages[1].content }}\n"
+    'Relevant (only output one word, either "true" or "false"): [/INST] '
+)
+LLAMA_CONTROL = (("a </s> <s>", "b <unk></s>"), ("a < /s> < s>", "b < unk>< /s>"))
+
+
+def decoder(name: str, head: str = "ForSequenceClassification", template: str | None = tiny_registry.PAIR, **more):
+    return partial(tiny_registry.decoder, name=name, head=head, template=template, **more)
+
+
+def language_model(name: str, control: tuple, words: str, profile: str = "logit_score") -> Family:
+    """A language model with a chat template of its own; SCORE_TOKENS says what the file of a library would."""
+    settings = (("SCORE_TOKENS", words),)
+    return Family(decoder(name, "ForCausalLM"), "my-model", profile, 512, control=control, settings=settings)
+
+
+def head(name: str, control: tuple, profile: str = "decoder_head") -> Family:
+    return Family(decoder(name), "my-model", profile, 512, control=control)
+
+
+FAMILIES = {
+    "electra": Family(tiny_registry.electra_cross_encoder, "ms-marco-electra", "cross_encoder", 256, ENCODER_TEXTS),
+    "camembert": Family(tiny_registry.camembert_cross_encoder, "camembert", "cross_encoder", 256, ENCODER_TEXTS),
+    "qwen2_head": head("Qwen2", QWEN_CONTROL),
+    "qwen3_head": head("Qwen3", QWEN_CONTROL, "qwen3_reranker_seq_cls"),
+    "llama_head": head("Llama", LLAMA_CONTROL),
+    "mistral_head": head("Mistral", LLAMA_CONTROL),
+    "gemma_head": head("Gemma", GEMMA_CONTROL),
+    "gemma2_head": head("Gemma2", GEMMA_CONTROL),
+    # The template is the user's: nothing in the folder says how a pair is written.
+    "template": replace(
+        head("Llama", LLAMA_CONTROL), make=decoder("Llama", template=None), settings=(("TEMPLATE", ""),)
+    ),
+    "followir": Family(
+        decoder("Mistral", "ForCausalLM", None),
+        "FollowIR-7B",
+        "logit_score",
+        512,
+        control=LLAMA_CONTROL,
+        settings=(("TEMPLATE", ""), ("SCORE_TOKENS", "true,false")),
+    ),
+    "qwen2_lm": language_model("Qwen2", QWEN_CONTROL, "yes,no"),
+    "llama_lm": language_model("Llama", LLAMA_CONTROL, "true"),
+    "gemma_lm": language_model("Gemma", GEMMA_CONTROL, "Yes,No"),
+    "gemma3_lm": language_model("Gemma3", GEMMA_CONTROL, "Yes,No"),
+    "e5_mistral": Family(tiny_registry.e5_mistral, "e5-mistral", "embedding", 512, (*TEXTS, LONG_QUERY)),
+    "embedding_gemma": Family(
+        tiny_registry.embedding_gemma, "embeddinggemma-300m", "embedding_gemma", 512, (*TEXTS, LONG_QUERY)
+    ),
+}
+# What differs from a neighbour in the architecture's name alone, and what a server would only repeat, is left to
+# `python -m pytest -m soak tests/models/test_more_families.py`.
+CI = {"electra": True, "camembert": False, "followir": True, "gemma2_head": False, "embedding_gemma": True}
+
+
+@pytest.fixture
+def family(request, tmp_path) -> tuple[Family, Path]:
+    """The family with its settings written out, and its checkpoint."""
+    found = FAMILIES[request.param]
+    text = FOLLOWIR if request.param == "followir" else "{{ bos_token }}" + tiny_registry.PAIR
+    (tmp_path / "own.jinja").write_text(text)
+    told = tuple((key, value or str(tmp_path / "own.jinja")) for key, value in found.settings)
+    return replace(found, settings=told), found.make(tmp_path / found.folder)
+
+
+def told(family: Family, monkeypatch):
+    """Settings of this process, as the family's servers get them."""
+    for key, value in (*family.settings, ("LOG_DIR", str(KIT / "log"))):
+        monkeypatch.setenv(key, value)
+    return get_config()
+
+
+ALL = [pytest.param(n, id=n, marks=[pytest.mark.soak] * (n not in CI)) for n in FAMILIES]
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("family", ALL, indirect=True)
+def test_scores_are_those_of_the_models_library(family, request, fork_server, forked_python, tmp_path, monkeypatch):
+    family, model = family
+    found = opened(model, told(family, monkeypatch))
+    profile = found.profile
+    assert profile.name == family.profile
+    pairs = [Pair(*text) for text in (*family.texts, ASCII_LONG)]
+    wanted = list(pairs)
+    if family.control:
+        spelled, broken = family.control
+        pairs.append(Pair(*spelled))
+        wanted.append(Pair(*broken))
+    if profile.instruction:
+        pairs.append(replace(pairs[0], instruction=INSTRUCTION))
+        wanted.append(pairs[-1])
+    online = CI.get(request.node.callspec.id, True)
+    results, ids = offline_scores(fork_server.command, model, family, pairs, tmp_path)
+    given = for_reference(found.checkpoint)
+    expected = reference_scores(model, profile.reference, wanted, None, family.max_length, **given)
+    assert [r["score"] for r in results] == pytest.approx(expected, abs=1e-4)
+    assert max(expected) - min(expected) > 0.1, "scores that do not differ prove nothing"
+    if profile.reference == "chat_template":
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        asked = [_chat_ids(tokenizer, model, p, None, family.max_length, given["template"]) for p in wanted]
+        assert ids == asked
+    if not online:
+        return
+    with serving(forked_python, model, family, tmp_path / "log") as ready:
+        url = ready()
+        some = [i for i, p in enumerate(pairs) if len(p.document) < 1000 or p.document.isascii()]
+        scores, lengths = server_scores(url, [pairs[i] for i in some])
+        assert scores == pytest.approx([expected[i] for i in some], abs=1e-4)
+        empty = [i for i in some if pairs[i].query in ("", "empty document")]
+        assert rerank_scores(url, [pairs[i] for i in empty]) == pytest.approx([expected[i] for i in empty], abs=1e-4)
+        if profile.reference != "embedding":
+            assert lengths == [len(ids[i]) for i in some]

@@ -1,0 +1,205 @@
+"""Seeded tiny checkpoints of further architectures of vLLM: encoders, decoders with a head, embedding models."""
+
+import json
+from pathlib import Path
+
+from tiny_models import (
+    TEXT,
+    _sentence_transformer,
+    _spread,
+    bert_cross_encoder,
+    gemma_tokenizer,
+    modernbert_cross_encoder,
+    qwen3_tokenizer,
+    xlm_roberta_tokenizer,
+)
+
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+# A pair as a user's template writes it. The instruction is the message of role system.
+PAIR = (
+    "{% for m in messages %}{% if m.role == 'system' %}task: {{ m.content }}\n{% endif %}{% endfor %}"
+    "query: {{ messages[-2].content }}\ndocument: {{ messages[-1].content }}\nrelevance:"
+)
+
+
+def electra_cross_encoder(folder: Path) -> Path:
+    """ms-marco-electra-base: two segments, and embeddings of the size of its states."""
+    from transformers import ElectraConfig, ElectraForSequenceClassification
+
+    bert_cross_encoder(folder)
+    config = json.loads((folder / "config.json").read_text())
+    sizes = {"vocab_size": config["vocab_size"], "embedding_size": 64, "max_position_embeddings": 256}
+    model = ElectraForSequenceClassification(ElectraConfig(**SMALL, **sizes, num_labels=1))
+    _spread(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def camembert_cross_encoder(folder: Path) -> Path:
+    """crossencoder-camembert: RoBERTa's layers under the name of CamemBERT, positions from 2 on."""
+    from transformers import CamembertConfig, CamembertForSequenceClassification
+
+    size = xlm_roberta_tokenizer(folder)
+    config = CamembertConfig(
+        **SMALL, vocab_size=size, max_position_embeddings=258, type_vocab_size=1, pad_token_id=1, num_labels=1
+    )
+    model = CamembertForSequenceClassification(config)
+    _spread(model)
+    model.classifier.out_proj.weight.data *= 8
+    model.classifier.out_proj.bias.data.fill_(-5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def distilbert_cross_encoder(folder: Path) -> Path:
+    """DistilBERT with one label: its head has a layer before the classifier."""
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    bert_cross_encoder(folder)
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    config = DistilBertConfig(
+        vocab_size=size, dim=64, hidden_dim=128, n_layers=2, n_heads=2, num_labels=1, max_position_embeddings=256
+    )
+    model = DistilBertForSequenceClassification(config)
+    _spread(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def eurobert_cross_encoder(folder: Path) -> Path:
+    """EuroBERT with one label: its head has a layer before the classifier, too."""
+    from transformers import EuroBertConfig, EuroBertForSequenceClassification
+
+    modernbert_cross_encoder(folder)
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    config = EuroBertConfig(
+        **SMALL, vocab_size=size, num_key_value_heads=2, num_labels=1, max_position_embeddings=256, pad_token_id=3
+    )
+    model = EuroBertForSequenceClassification(config)
+    _spread(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def llama_tokenizer(folder: Path, *, eos: bool = False) -> int:
+    """Llama's and Mistral's kind of tokenizer: BPE over text with spaces as U+2581, byte fallback, <s> in front."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    learner = Tokenizer(models.BPE())
+    learner.normalizer = normalizers.Replace(" ", "\u2581")
+    learner.pre_tokenizer = pre_tokenizers.Split("\u2581", behavior="merged_with_next")
+    text = TEXT + " task: query: document: relevance: true false true false [INST] [/INST] passage"
+    answers = ["true", "false", "yes", "no"] * 4  # tokens without a space before them
+    learner.train_from_iterator([text] * 4 + answers, trainers.BpeTrainer(vocab_size=500, show_progress=False))
+    learnt = json.loads(learner.to_str())["model"]
+    base = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words = [w for w, _ in sorted(learnt["vocab"].items(), key=lambda item: item[1]) if w not in base]
+    vocab = {piece: number for number, piece in enumerate([*base, *words])}
+    model = models.BPE(vocab, [tuple(m) for m in learnt["merges"]], unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer, tokenizer.decoder = normalizers.Replace(" ", "\u2581"), decoders.Replace("\u2581", " ")
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    end = " </s>" if eos else ""
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"<s> $A{end}",
+        pair=f"<s> $A{end} <s>:1 $B:1{end and ' </s>:1'}",
+        special_tokens=[("<s>", 1), ("</s>", 2)],
+    )
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, model_max_length=2048).save_pretrained(folder)
+    return len(vocab)
+
+
+# Architecture -> (tokenizer's maker, further settings of its configuration).
+DECODERS = {
+    "Qwen2": (qwen3_tokenizer, {}),
+    "Qwen3": (qwen3_tokenizer, {"head_dim": 32}),
+    "Llama": (llama_tokenizer, {}),
+    "Mistral": (llama_tokenizer, {"sliding_window": None, "head_dim": 32}),
+    "Gemma": (gemma_tokenizer, {"head_dim": 32}),
+    "Gemma2": (gemma_tokenizer, {"head_dim": 32, "sliding_window": 32, "query_pre_attn_scalar": 32}),
+    "Gemma3": (gemma_tokenizer, {"head_dim": 32, "sliding_window": 32, "query_pre_attn_scalar": 32}),
+}
+
+
+def decoder(
+    folder: Path, name: str, head: str = "ForSequenceClassification", template: str | None = PAIR, **more
+) -> Path:
+    """A fine-tuned decoder: with a head of one label, or as a language model (head="ForCausalLM")."""
+    import transformers
+
+    make, own = DECODERS[name]
+    size = make(folder) or 1024
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    config_class = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")
+    config = config_class(
+        **SMALL,
+        **{**own, **more},
+        vocab_size=size + (-size) % 64,
+        num_key_value_heads=1,
+        max_position_embeddings=2048,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    if head == "ForSequenceClassification":
+        config.num_labels = 1
+    model = getattr(transformers, f"{name}{head}")(config)
+    _spread(model)
+    model.save_pretrained(folder)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text("{{ bos_token }}" * (tokenizer.bos_token is not None) + template)
+    return folder
+
+
+def e5_mistral(folder: Path) -> Path:
+    """e5-mistral-7b-instruct: Mistral; its tokenizer ends every text with </s>, whose state is the vector."""
+    from transformers import MistralConfig, MistralModel
+
+    size = llama_tokenizer(folder, eos=True)
+    sizes = {"vocab_size": size + (-size) % 64, "num_key_value_heads": 1, "max_position_embeddings": 2048}
+    config = MistralConfig(**SMALL, **sizes, sliding_window=None)
+    model = MistralModel(config)
+    _spread(model)
+    model.save_pretrained(folder)
+    _sentence_transformer(folder, "lasttoken", old_layout=True, max_length=2048)
+    return folder
+
+
+def embedding_gemma(folder: Path) -> Path:
+    """embeddinggemma-300m: Gemma 3 that looks both ways, the mean of its states, two Dense layers."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import Gemma3TextConfig, Gemma3TextModel
+
+    size = gemma_tokenizer(folder)
+    config = Gemma3TextConfig(
+        **SMALL,
+        vocab_size=size + (-size) % 64,
+        num_key_value_heads=1,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        sliding_window=33,
+        layer_types=["sliding_attention", "full_attention"],
+        use_bidirectional_attention=True,
+        max_position_embeddings=2048,
+        pad_token_id=0,
+    )
+    model = Gemma3TextModel(config)
+    _spread(model)
+    model.save_pretrained(folder)
+    _sentence_transformer(folder, "mean", old_layout=True, max_length=2048)
+    modules = json.loads((folder / "modules.json").read_text())
+    modules[2]["idx"], modules[2]["name"], modules[2]["path"] = 4, "4", "4_Normalize"
+    torch.manual_seed(11)
+    for number, (rows, columns) in enumerate(((96, 64), (64, 96)), 2):
+        path = folder / f"{number}_Dense"
+        path.mkdir(exist_ok=True)
+        identity = {"bias": False, "activation_function": "torch.nn.modules.linear.Identity"}
+        (path / "config.json").write_text(json.dumps({"in_features": columns, "out_features": rows, **identity}))
+        save_file({"linear.weight": torch.randn(rows, columns) * 0.2}, path / "model.safetensors")
+        kind = "sentence_transformers.models.Dense"
+        modules.insert(number, {"idx": number, "name": str(number), "path": path.name, "type": kind})
+    (folder / "modules.json").write_text(json.dumps(modules))
+    return folder
