@@ -136,7 +136,7 @@ def test_temperature_is_told_to_vllm_and_other_pooling_is_refused(tmp_path):
     tiny_models.set_config(folder, temperature=1.0)
     assert "pooler_config" not in plan_service(cfg, folder, CPU).engine
     tiny_models.set_config(folder, pooling="last")
-    with pytest.raises(ConfigError, match="fits no profile"):
+    with pytest.raises(ConfigError, match="with another pooling"):
         find_profile(read_checkpoint(folder))
 
 
@@ -153,7 +153,7 @@ def test_ctxl_needs_the_token_that_its_card_scores(make, architecture, tmp_path)
     tokenizer["model"]["vocab"] |= {names[0]: 5, names[5]: 0}
     tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["id"] not in (0, 5)]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ConfigError, match="fits no profile"):
+    with pytest.raises(ConfigError, match="which token answers is nowhere written"):
         find_profile(found)
 
 

@@ -48,7 +48,7 @@ def test_the_plan_of_a_listwise_model(folder, tmp_path):
 
 def test_other_listwise_models_are_refused_with_the_reason(folder, tmp_path):
     other = tiny_models.set_config(tiny_hub_models.jina_reranker_v3(tmp_path / "jina-reranker-v3.5"))
-    with pytest.raises(ConfigError, match="use jina-reranker-v3"):
+    with pytest.raises(ConfigError, match="use instead: jina-reranker-v3"):
         find_profile(read_checkpoint(other))
     file = other / "tokenizer.json"
     file.write_text(file.read_text().replace("<|embed_token|>", "<|score_token|>"))

@@ -23,7 +23,8 @@ KINDS = {
     "_LATE_INTERACTION_MODELS": IMAGES | {"late_interaction", "listwise"},
     "_REWARD_MODELS": {"reward"},
     "_TOKEN_CLASSIFICATION_MODELS": {"token_classifier"},
-    "_SEQUENCE_CLASSIFICATION_MODELS": IMAGES | {"cross_encoder", "other_head", "nemotron_rerank", "nli_head"},
+    "_SEQUENCE_CLASSIFICATION_MODELS": IMAGES
+    | {"cross_encoder", "other_head", "llama_nemotron_rerank", "nemotron_rerank", "nli_head"},
     "_MULTIMODAL_MODELS": IMAGES | {"speech", "encoder_decoder"},
     "_SPECULATIVE_DECODING_MODELS": {"draft_model"},
     "_TRANSFORMERS_SUPPORTED_MODELS": CAUSAL | IMAGES | {"speech"},
@@ -52,6 +53,7 @@ def decided(architecture: str, name: str = "model", **more) -> str:
     """Name of the profile or refusal that the kit decides on."""
     modules = more.pop("modules", ())
     pooling = more.pop("pooling", None)
+    more |= more.pop("config", {})
     labels = {"id2label": {str(i): "" for i in range(more.pop("labels", 1))}}
     found = Checkpoint(Path("/m") / name, {"architectures": [architecture], **labels, **more}, modules, None, pooling)
     try:
@@ -147,6 +149,8 @@ def test_a_public_reranker_is_served_or_refused_as_its_page_says(row):
         if kind == "modules":
             more["modules"] = tuple(value.split("+"))
             more["pooling"] = ("cls",) if "Pooling" in value else None
+        elif kind == "pooled":
+            more["config"] = {"pooling": value}
         elif value.isdigit():
             more[kind] = int(value)
         else:
