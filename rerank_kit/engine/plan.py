@@ -189,8 +189,8 @@ def _check_listwise(plan: Plan) -> None:
     cfg = plan.cfg
     if not cfg.guard:
         raise ConfigError(
-            f"GUARD=0, and profile {plan.profile.name} is listwise: the guard keeps its lists whole, and control tokens "
-            "in texts out of its prompt. Unset GUARD"
+            f"GUARD=0, and profile {plan.profile.name} is listwise: the guard keeps its lists whole, and control "
+            "tokens in texts out of its prompt. Unset GUARD"
         )
     if cfg.long_documents == "chunk":
         raise ConfigError(
