@@ -80,6 +80,8 @@ def plan_service(cfg: EnvConfig, model: str | Path | None = None, machine: Machi
     check_nodes(cfg)
     _check_gpus(cfg, machine)
     plan = _plan_model(cfg, model, machine)
+    if plan.profile.listwise:
+        _check_listwise(plan)
     plan.api_servers = cfg.api_server_count
     plan.engines, plan.why["engines_per_gpu"] = _engines(plan)
     if plan.copies > 1:
@@ -179,14 +181,17 @@ def _plan_model(cfg: EnvConfig, model: str | Path, machine: Machine) -> Plan:
     engine["tensor_parallel_size"] = cfg.tp
     if profile.prefix_caching:
         engine["enable_prefix_caching"] = True
-    if profile.listwise:
-        _check_listwise(plan)
     return plan
 
 
 def _check_listwise(plan: Plan) -> None:
     """Refuse settings that would divide a list, and say what is off for a listwise model."""
     cfg = plan.cfg
+    if not cfg.guard:
+        raise ConfigError(
+            f"GUARD=0, and profile {plan.profile.name} is listwise: the guard keeps its lists whole, and control "
+            "tokens in texts out of its prompt. Unset GUARD"
+        )
     if cfg.long_documents == "chunk":
         raise ConfigError(
             f"LONG_DOCUMENTS=chunk splits documents into windows, and profile {plan.profile.name} is listwise: a score "

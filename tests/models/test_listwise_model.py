@@ -42,6 +42,8 @@ def test_the_plan_of_a_listwise_model(folder, tmp_path):
     assert '"listwise": true' in plan.env["GUARD_SCORE_SCALE"]
     with pytest.raises(ConfigError, match="LONG_DOCUMENTS=chunk splits documents"):
         plan_service(get_config(log_dir=str(tmp_path), long_documents="chunk"), folder, CPU)
+    with pytest.raises(ConfigError, match="GUARD=0, and profile jina_reranker_v3 is listwise"):
+        plan_service(get_config(log_dir=str(tmp_path), guard=0), folder, CPU)
     with pytest.raises(ConfigError, match=r"is listwise .* Start the service"):
         plan_engine(cfg, folder, CPU)
 
