@@ -87,11 +87,12 @@ def test_a_signal_to_the_script_acts_at_once(kit, shell, number, slow_model):
         assert start.wait(15) == code
         until(lambda: not session_of(start.pid))
         assert "continues to load" not in start.communicate()[1]
-    with begin(kit, "start", shell, FAKE_LOADS=KIT) as start:
+    # The script is about to run the program that waits: none of its processes may begin behind the signal's back.
+    with begin(kit, "start", shell, FAKE_LOADS=KIT, START_TIMEOUT_S=120) as start:
         until(lambda: kit.pid_file.with_suffix(".state").exists() and kit.state["server_pid"])
         start.send_signal(number)
         assert start.wait(15) == code
-        said = start.communicate()[1]
+        said = start.communicate(timeout=30)[1]
         assert 'interrupted; the server continues to load, "stop" ends it' in said
         until(lambda: not session_of(start.pid))
     assert alive(kit.pid) and alive(kit.server_pid) and kit("stop").returncode == 0
@@ -100,7 +101,8 @@ def test_a_signal_to_the_script_acts_at_once(kit, shell, number, slow_model):
 def test_a_signal_while_pip_runs_ends_pip(tmp_path):
     """setup: the step's own processes get the signal too."""
     script = (KIT / "start_rerank.sh").read_text().replace('main "$@"\n', "")
-    script += f". {KIT}/rerank_kit/setup.sh\nPID_FILE={tmp_path}/none\ndo_setup() {{ step install install_torch_cpu; }}\n"
+    script += f". {KIT}/rerank_kit/setup.sh\nPID_FILE={tmp_path}/none\n"
+    script += "do_setup() { step install install_torch_cpu; }\n"
     script += f"install_torch_cpu() {{ sh -c 'echo $$ >{tmp_path}/pip; exec sleep 60'; }}\nact do_setup\n"
     for shell in SHELLS:
         (tmp_path / "pip").unlink(missing_ok=True)
