@@ -14,88 +14,30 @@ Guarantees:
 
 import argparse
 import asyncio
-import json
 import re
 import signal
 import statistics
 import time
-from pathlib import Path
 from typing import Any
-
-import aiohttp
 
 from rerank_kit.benchmark.compare import difference
 from rerank_kit.benchmark.knobs import FIRST, NAMES, Knob, knobs_of, label_of, settings_of
-from rerank_kit.benchmark.load import Bench, answer_fault, say
+from rerank_kit.benchmark.load import Bench, say
+from rerank_kit.benchmark.meter import Meter
 from rerank_kit.benchmark.report import calls_of
-from rerank_kit.benchmark.rows import Interrupted, Rows, check, level_of, texts_of
-from rerank_kit.benchmark.searches import MOST_PROBES, highest_rate, slo_probe
-from rerank_kit.benchmark.server_view import server_processes
-from rerank_kit.benchmark.service import Service, Trouble, look_at, only_search, pairs_served, refuse_traffic
+from rerank_kit.benchmark.rows import Interrupted
+from rerank_kit.benchmark.searches import MOST_PROBES, highest_rate
+from rerank_kit.benchmark.service import Service, Trouble, look_at, only_search, refuse_traffic
+from rerank_kit.benchmark.tune_state import load_any, load_state, same_search, save_state
 from rerank_kit.settings import EnvConfig, get_config
 
-WINDOW_S = 8.0  # of a throughput window, unless --seconds
 MOST_WINDOWS = 4  # of one candidate
 LEAST_GAIN, CLEAR_GAIN = 0.02, 0.06  # a candidate needs at least the first to be kept
 BAD = ("no start", "scores", "failed")
 CLEAR_LOSS = 0.9  # a step that gave this share or less is not tried again beside other settings
 TURNS = (2, 3, 5)  # least, planned, most turns a side of the proof
-PARITY_PAIRS = 64
 TOLERANCE = 0.02  # of scores in half precision, which is not batch-invariant (docs/scores.md)
 OTHER_PAIRS = 8  # the supervisor scores one pair every 10 s
-
-
-# --- measuring ---
-
-
-class Meter:
-    """Measures the service that runs: windows of load, rates that hold an SLO, scores, other traffic."""
-
-    def __init__(self, args: argparse.Namespace, rows: Rows, bench: Bench, cfg: EnvConfig):
-        self.args, self.rows, self.bench, self.cfg = args, rows, bench, cfg
-        self.endpoint, self.windows = args.endpoint[0], 0
-        # Texts that no window sends, the same for every start and for a search that is taken up again.
-        self.fixed = texts_of(argparse.Namespace(**{**vars(args), "seed": 0, "repeat": None}), rows.about["model_root"])
-
-    async def ready(self) -> None:
-        """Forget what was known of the old processes after a start. Raises RuntimeError."""
-        await check(self.bench, [self.endpoint])
-        self.bench.server_pids = server_processes(self.args.base_url)
-
-    async def window(self, label: str) -> dict:
-        """Row of one window at the concurrency asked for."""
-        self.windows += 1
-        seconds = {} if self.args.seconds or self.args.requests else {"seconds": WINDOW_S}
-        level = level_of(self.args, self.endpoint, "closed", self.args.concurrency[0], run=self.windows, **seconds)
-        return await self.rows.make(level, label)
-
-    def held(self, label: str):
-        """Async function, rate -> did it hold the SLO; its windows count for this start alone."""
-        return slo_probe(self.rows, self.endpoint, [], label)
-
-    async def scores(self) -> list[float]:
-        """Scores of fixed texts, one call after the other. Raises RuntimeError."""
-        out: list[float] = []
-        k = 0
-        while len(out) < PARITY_PAIRS and k < 16:
-            body, n_docs = self.fixed.body(self.endpoint, self.bench.model, 10**6 + k)
-            try:
-                async with self.bench.session.post(f"{self.bench.base_url}/{self.endpoint}", data=body) as answer:
-                    data = await answer.read()
-            except (aiohttp.ClientError, OSError) as exc:
-                raise RuntimeError(f"no scores to compare: {exc!r}") from None
-            wrong = answer_fault(self.endpoint, data, n_docs)[0] if answer.status == 200 else f"HTTP {answer.status}"
-            if wrong:
-                raise RuntimeError(f"no scores to compare: {wrong}")
-            items, name = ("results", "relevance_score") if self.endpoint == "rerank" else ("data", "score")
-            found = sorted((item["index"], item[name]) for item in json.loads(data)[items])
-            out += [score for _, score in found]
-            self.bench.answered += n_docs
-            k += 1
-        return out
-
-    async def served(self) -> float | None:
-        return await pairs_served(self.cfg)
 
 
 # --- the search ---
@@ -417,34 +359,6 @@ def budget(text: str) -> float:
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
-def same_search(args: argparse.Namespace, shown: dict, start: dict, knobs: list[Knob]) -> dict:
-    """What must be equal for a search to resume from a state file. The budget may differ."""
-    names = ["endpoint", "concurrency", "slo", "seconds", "requests", "docs", "doc_words", "doc_tokens", "query_words"]
-    names += ["query_tokens", "repeat", "input", "model", "constant"]
-    key = {name: getattr(args, name) for name in names}
-    key |= {"command": shown["words"], "env": shown["env"], "vllm": shown["vllm"]}
-    key |= {"start": start, "knobs": [k.name for k in knobs]}
-    return json.loads(json.dumps(key))
-
-
-def load_state(path: Path, key: dict) -> dict | None:
-    """The state of the same search that was interrupted; None = there is none."""
-    try:
-        state = json.loads(path.read_text("utf-8"))
-        if state["done"] or state["key"] != key:
-            return None
-        return state
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-
-
-def save_state(path: Path, state: dict) -> None:
-    scratch = path.with_suffix(".part")
-    scratch.write_text(json.dumps(state, indent=1), "utf-8")
-    scratch.chmod(0o600)
-    scratch.replace(path)
-
-
 class Session:
     """One run of --tune. It records the service as found, so that it can always be put back."""
 
@@ -531,14 +445,6 @@ class Session:
         tuner.state["mine"] = None
         tuner.save()
         return wrong
-
-
-def load_any(path: Path) -> dict:
-    """The state file of any search; {} = none."""
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
 
 
 def tune(args: argparse.Namespace, begin) -> int:

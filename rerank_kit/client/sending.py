@@ -30,7 +30,8 @@ from .errors import (
     RerankTimeout,
     excerpt,
 )
-from .exchange import Answer, Failure, NoProxy, Step, aexchange, exchange, new_async_session
+from .exchange import Answer, Failure, Step, aexchange, exchange, new_async_session
+from .net import NoProxy
 from .sessions import SharedResources, _Endpoint, _headers, base_urls
 
 try:  # installed with vLLM, optional for a client: json gives the same result, 0.1 ms slower at 32 documents

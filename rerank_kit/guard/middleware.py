@@ -15,71 +15,34 @@ import json
 import logging
 import math
 import os
-import re
 import threading
 import time
-import uuid
 
 from rerank_kit.guard import dialects, playground, upgrades
 from rerank_kit.guard.admission import FIRST_PAIRS, Load
 from rerank_kit.guard.answers import Refusal, _send_json, _send_refusal, whole
-from rerank_kit.guard.asked import Asked, understand
+from rerank_kit.guard.asked import understand
 from rerank_kit.guard.body import Limits, parse
 from rerank_kit.guard.cache import Lookup, ResultCache
+from rerank_kit.guard.call import ID, Call
 from rerank_kit.guard.counts import Counts
 from rerank_kit.guard.deadline import deadline_s, late
 from rerank_kit.guard.health import Health
 from rerank_kit.guard.listwise import Lists
-from rerank_kit.guard.long_bodies import LIMITS, Split, as_int
+from rerank_kit.guard.long_bodies import LIMITS, as_int
 from rerank_kit.guard.long_documents import LongDocuments, served_length
 from rerank_kit.guard.metrics import _metrics
 from rerank_kit.guard.openapi import with_dialects
-from rerank_kit.guard.paths import NO_KEY_PATHS, PATHS, SCORING, cleaned, closed
+from rerank_kit.guard.paths import NO_KEY_PATHS, PATHS, SCORING, closed
 from rerank_kit.guard.reading import Reading
 
 PROBES = ("/live", "/ready")
 
 DRAIN_RETRY_S = 5
-ID = re.compile(rb"[!-~]{1,128}")  # a request id that a header can carry
 
 logger = logging.getLogger("vllm.rerank_guard")  # below "vllm": its handler and level
 # vLLM 0.32 warns at each call of /v1/score (api_router.py) that the route is not part of OpenAI's API.
 SCORE_LOGGER, SCORE_WARNING = "vllm.entrypoints.pooling.scoring.api_router", "Score API is not part of standard OpenAI"
-
-
-class Call:
-    """State of one HTTP request."""
-
-    def __init__(self, scope: dict, known=PATHS):
-        # The first of a repeated header counts, as in vLLM's own key check.
-        self.headers = dict(reversed(scope["headers"]))
-        self.sent_path = scope["path"].removeprefix(scope.get("root_path", ""))
-        self.path = cleaned(self.sent_path, known)
-        self.scoring = scope["method"] == "POST" and self.path in SCORING
-        given = self.headers.get(b"x-request-id", b"")
-        self.request_id = given if ID.fullmatch(given) else uuid.uuid4().hex.encode()
-        trace = re.fullmatch(rb"[0-9a-f]{2}-([0-9a-f]{32})-.*", self.headers.get(b"traceparent", b""))
-        self.trace_id = trace[1].decode() if trace else "-"
-        self.payload: dict = {}
-        self.asked = Asked(inner_path=self.path)
-        self.mode = ""  # what happens to pairs that are too long: one of MODES; "" = vLLM's 400
-        self.cut: list[int] = []  # documents of which the model sees a part only
-        self.split: Split | None = None
-        self.lookup: Lookup | None = None  # what the result cache knows of the call's pairs
-        self.start_s = time.perf_counter()
-        self.taken_s = 0.0  # until the answer began, since a client that reads slowly is not a slow call
-        self.status = 0  # 0 = no answer yet
-        self.pairs = self.n_bytes = 0
-        self.requests = 0  # that vLLM makes of the pairs; 0 = one for each
-        self.in_flight = self.aborted = self.answered = False
-        self.body_id = self.request_id  # the id in vLLM's answer: the body's own request_id comes before the header's
-        self.deadline_s = math.inf  # of time.perf_counter(); the caller waits no longer
-        self.is_late = False
-
-    @property
-    def engine_id(self) -> bytes:
-        """The id for vLLM says how many pairs come, because call_scheduler.py waits for them."""
-        return b"%b.n%d" % (self.body_id, self.requests or self.pairs) if ID.fullmatch(self.body_id) else self.body_id
 
 
 class Guard:

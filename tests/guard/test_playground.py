@@ -108,6 +108,13 @@ def test_the_page_in_a_browser(browser, served, monkeypatch):  # noqa: F811
     assert browser("document.title") == "Rerank playground" and browser("document.images.length") == 0
     call = browser("document.getElementById('curl').textContent")
     assert call.startswith(f"curl http://127.0.0.1:{port}/v1/rerank -H ") and "sesame" not in call
+    sent = guard.app.calls[-1][2]
+    assert sent["query"] == "it's <b>q</b>" and sent["instruction"] == "Judge."
+    shown = call.split(" -d ")[1].strip("'").replace("'\\''", "'")
+    assert json.loads(shown)["query"] == sent["query"]
+    assert browser("location.href") == url and browser("localStorage.length + sessionStorage.length") == 0
+    origins = browser("performance.getEntriesByType('resource').map(x => new URL(x.name).origin)")
+    assert set(origins) == {f"http://127.0.0.1:{port}"}
     browser(f"location.href = {url + '/'!r}")
     browser.until(
         "location.pathname.endsWith('/') && document.readyState == 'complete' && !!document.getElementById('curl')"
@@ -118,10 +125,3 @@ def test_the_page_in_a_browser(browser, served, monkeypatch):  # noqa: F811
     )
     browser("document.querySelector('button').click()")
     assert browser.until("document.querySelectorAll('li').length") == 2, "the page finds the service from there too"
-    sent = guard.app.calls[-1][2]
-    assert sent["query"] == "it's <b>q</b>" and sent["instruction"] == "Judge."
-    shown = call.split(" -d ")[1].strip("'").replace("'\\''", "'")
-    assert json.loads(shown)["query"] == sent["query"]
-    assert browser("location.href") == url and browser("localStorage.length + sessionStorage.length") == 0
-    origins = browser("performance.getEntriesByType('resource').map(x => new URL(x.name).origin)")
-    assert set(origins) == {f"http://127.0.0.1:{port}"}
