@@ -39,6 +39,8 @@ TICK_S = 0.2
 LONGEST_BACKOFF_S = 60.0
 END_OF_ENGINE_S = 10  # beyond STOP_DELAY_S and STOP_TIMEOUT_S, for the engine's own end
 END_OF_LOADING_S = 3
+ROOM_FOR_LOG = 2**20
+NO_OUTPUT = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0), (os.POSIX_SPAWN_DUP2, 1, 2)]
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 
 
@@ -92,7 +94,8 @@ class Supervisor:
         self.asked_to_stop = False
         self.crashes: list[float] = []  # monotonic times, within RESTART_WINDOW_S
         self.servers: list[int] = []  # the first is the service, the others are engines beside it
-        self.unsaved = False  # the state file does not say what is, because the disk was full
+        # The disk was full: the state file does not say what is, the server's output goes nowhere.
+        self.unsaved = self.unlogged = False
         self.umask = os.umask(0o077)  # only the owner may read log, state and old logs
 
     def run(self) -> int:
@@ -167,7 +170,7 @@ class Supervisor:
         return not self.asked_to_stop
 
     def _start(self) -> None:
-        self._note(f"start {self.header}")
+        self.unlogged = not self._has_room()
         _ended.clear()  # PIDs are reused
         unignore = [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE]
         self.servers = []
@@ -176,7 +179,8 @@ class Supervisor:
         os.umask(self.umask)  # other users may share the caches that the server fills
         try:
             for argv in commands:  # all, or none: what is spawned before a failure is killed with the rest
-                self.servers.append(os.posix_spawn(argv[0], argv, env, setsigdef=unignore))
+                actions = NO_OUTPUT if self.unlogged else []
+                self.servers.append(os.posix_spawn(argv[0], argv, env, setsigdef=unignore, file_actions=actions))
         finally:
             os.umask(0o077)
         now = time.time()
@@ -187,6 +191,13 @@ class Supervisor:
             server_began=now,
             ready_since=0.0,
         )
+
+    def _has_room(self) -> bool:
+        """Whether there is room for the server's output: a worker of vLLM that cannot write its first lines ends."""
+        with suppress(OSError):
+            if not self.foreground and shutil.disk_usage(self.log.parent).free < ROOM_FOR_LOG:
+                return False
+        return self._note(f"start {self.header}")
 
     def _watch_until_death(self) -> str | None:
         """Why the server died, or None after a requested stop."""
@@ -227,6 +238,8 @@ class Supervisor:
                     rotate_if_large(self.log, self.cfg.log_max_mib * 2**20, self.cfg.log_keep)
                     if self.unsaved:
                         self._save()
+                    if self.unlogged and shutil.disk_usage(self.log.parent).free >= ROOM_FOR_LOG:
+                        self.unlogged = not self._note("the disk was full: no output of this server until a restart")
                 self.bell.wait(TICK_S)
         finally:
             for thread in (watch, peers):
@@ -268,11 +281,13 @@ class Supervisor:
     def _on_stop(self, *_) -> None:
         self.asked_to_stop = True
 
-    def _note(self, text: str) -> None:
-        # A full disk must not end the service.
+    def _note(self, text: str) -> bool:
+        """Write a line into the log. False on a full disk, which must not end the service."""
         with suppress(OSError):
             stamp = datetime.now().astimezone().isoformat(timespec="seconds")
             print(f"[kit] {stamp} {text}", flush=True)
+            return True
+        return False
 
     def _save(self, **changes) -> None:
         for name, value in changes.items():

@@ -155,6 +155,7 @@ def test_of_several_engines_all_are_started_or_none(monkeypatch, tmp_path):
     cfg = EnvConfig(log_dir=str(tmp_path), restart="no")
     made.cfg, made.plan, made.header, made.umask = cfg, SimpleNamespace(cfg=cfg, copies=2), "", 0o022
     made.state, made.crashes, made.asked_to_stop = supervisor.State("starting", os.getpid()), [], False
+    made.foreground, made.log = False, tmp_path / "log"
     assert made.run() == 1
     assert len(spawned) == 1 and not alive(spawned[0])
     assert "/no/such/program" in made.state.why and made.state.state == "failed"
