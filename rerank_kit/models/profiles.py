@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import dataclass, field
-from itertools import islice
 
 from rerank_kit.models.chat_template import agrees, pair_template, template_fault
 from rerank_kit.models.checkpoint import Checkpoint
@@ -133,10 +132,9 @@ def find_profile(checkpoint: Checkpoint, wanted: str | None = None) -> Profile:
 
 
 def _matches(checkpoint: Checkpoint, known: dict[str, Profile]) -> list[Profile]:
-    """Profiles and refusals that fit a checkpoint; where none does, the first of those that are a fallback."""
-    fits = [p for p in known.values() if not p.fallback and any(_fits(checkpoint, rule) for rule in p.match)]
-    last = (p for p in known.values() if p.fallback and any(_fits(checkpoint, rule) for rule in p.match))
-    return fits or list(islice(last, 1))
+    """Profiles and refusals that fit a checkpoint; where none does, those that are a fallback, first one first."""
+    fits = [p for p in known.values() if any(_fits(checkpoint, rule) for rule in p.match)]
+    return [p for p in fits if not p.fallback] or fits
 
 
 def _has_prompt_of(checkpoint: Checkpoint, template: str) -> bool:

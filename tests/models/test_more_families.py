@@ -85,9 +85,9 @@ FAMILIES = {
         tiny_registry.embedding_gemma, "embeddinggemma-300m", "embedding_gemma", 512, (*TEXTS, LONG_QUERY)
     ),
 }
-# What differs from a neighbour in the architecture's name alone, and what a server would only repeat, is left to
-# `python -m pytest -m soak tests/models/test_more_families.py`.
-CI = {"electra": True, "camembert": False, "followir": True, "gemma2_head": False, "embedding_gemma": True}
+# Every run takes these, on a server or without one; `python -m pytest -m soak tests/models/test_more_families.py` takes
+# all the others, each on a server and without one.
+ONLINE, OFFLINE = ("electra", "followir"), ("camembert", "embedding_gemma")
 
 
 @pytest.fixture
@@ -107,12 +107,13 @@ def told(family: Family, monkeypatch):
     return get_config()
 
 
-ALL = [pytest.param(n, id=n, marks=[pytest.mark.soak] * (n not in CI)) for n in FAMILIES]
+ALL = [pytest.param(n, True, id=n, marks=[pytest.mark.soak] * (n not in ONLINE)) for n in FAMILIES]
+ALL += [pytest.param(n, False, id=f"{n}-offline") for n in OFFLINE]
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("family", ALL, indirect=True)
-def test_scores_are_those_of_the_models_library(family, request, fork_server, forked_python, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("family", "online"), ALL, indirect=["family"])
+def test_scores_are_those_of_the_models_library(family, online, fork_server, forked_python, tmp_path, monkeypatch):
     family, model = family
     found = opened(model, told(family, monkeypatch))
     profile = found.profile
@@ -126,7 +127,6 @@ def test_scores_are_those_of_the_models_library(family, request, fork_server, fo
     if profile.instruction:
         pairs.append(replace(pairs[0], instruction=INSTRUCTION))
         wanted.append(pairs[-1])
-    online = CI.get(request.node.callspec.id, True)
     results, ids = offline_scores(fork_server.command, model, family, pairs, tmp_path)
     given = for_reference(found.checkpoint)
     expected = reference_scores(model, profile.reference, wanted, None, family.max_length, **given)
