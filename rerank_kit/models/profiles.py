@@ -97,10 +97,8 @@ def find_profile(checkpoint: Checkpoint, wanted: str | None = None) -> Profile:
     listing = "".join(f"\n  {p.name}: {p.title}" for p in profiles.values())
     if wanted:
         if wanted in known and known[wanted].unsupported:
-            refused = known[wanted]
-            raise ConfigError(
-                f"MODEL_PROFILE={wanted!r} cannot be served: {refused.unsupported}; use instead: {refused.instead}"
-            )
+            why, instead = known[wanted].unsupported, known[wanted].instead
+            raise ConfigError(f"MODEL_PROFILE={wanted!r} cannot be served: {why}; use instead: {instead}")
         if wanted not in profiles:
             raise ConfigError(f"MODEL_PROFILE={wanted!r} is unknown; the profiles are:{listing}")
         return profiles[wanted]
