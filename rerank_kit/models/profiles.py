@@ -38,6 +38,8 @@ class Profile:
     # that defines this class: see adapted_folder() in served_folder.py.
     config_changes: dict = field(default_factory=dict)
     config_file: str | None = None
+    # Encoder and head are put into one weight file in the adapted folder: see joined_head.py.
+    joined_head: bool = False
     unsupported: str | None = None
     instead: str = ""  # what to use in place of a family that is refused
     # The family's row in README's table: family, example, score, images.

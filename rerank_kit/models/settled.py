@@ -16,6 +16,7 @@ from rerank_kit.models.chat_template import (
     template_fault,
 )
 from rerank_kit.models.checkpoint import Checkpoint
+from rerank_kit.models.joined_head import head_config
 from rerank_kit.models.profiles import Profile
 from rerank_kit.settings import ConfigError, EnvConfig
 
@@ -66,7 +67,11 @@ def settle(checkpoint: Checkpoint, profile: Profile, cfg: EnvConfig) -> Settled:
         # The same layers and names as RoBERTa's. vLLM 0.32's Transformers backend would count its positions from 0.
         overrides["architectures"] = ["RobertaForSequenceClassification"]
         why["architectures"] = "RoBERTa's, which computes CamemBERT's layers; vLLM has none of that name"
-    return Settled(replace(profile, hf_overrides=overrides), template, why)
+    changes = dict(profile.config_changes)
+    if profile.joined_head:
+        changes |= head_config(checkpoint)
+        why["head"] = "the modules behind Pooling, in one file with the encoder under the names of ModernBERT's head"
+    return Settled(replace(profile, hf_overrides=overrides, config_changes=changes), template, why)
 
 
 def _normalizes(checkpoint: Checkpoint) -> bool:
