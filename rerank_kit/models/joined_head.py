@@ -6,7 +6,6 @@ compute the same are put into one weight file under its names.
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 from rerank_kit.models.checkpoint import Checkpoint
@@ -16,6 +15,7 @@ from rerank_kit.settings import ConfigError
 
 NAME = "model.safetensors"
 MODULES = ("Transformer", "Pooling", "Dense", "LayerNorm", "Dense")
+PIECE = 1 << 22
 GELU = "torch.nn.modules.activation.GELU"
 IDENTITY = "torch.nn.modules.linear.Identity"
 
@@ -66,7 +66,7 @@ def _folders(checkpoint: Checkpoint) -> list[Path]:
             f"{checkpoint.path}: its modules are {list(checkpoint.modules)}, and {list(MODULES)} are needed: unset "
             "MODEL_PROFILE"
         )
-    modules = read_json(checkpoint.path / "modules.json")
+    modules = read_json(checkpoint.path / "modules.json") or []
     folders = [checkpoint.path / m.get("path", "") for m in modules][2:]
     for folder in folders:
         if not (folder / NAME).is_file():
@@ -104,21 +104,11 @@ def write_joined(checkpoint: Checkpoint, target: Path) -> None:
         for file, begin, n_bytes in copies:
             with file.open("rb") as source:
                 source.seek(begin)
-                shutil.copyfileobj(_Part(source, n_bytes), out, 1 << 22)
+                while n_bytes:  # a piece at a time: the weights may be larger than the memory that is free
+                    out.write(source.read(min(n_bytes, PIECE)))
+                    n_bytes -= min(n_bytes, PIECE)
         for tensor in head.values():
             out.write(tensor.contiguous().numpy().tobytes())
-
-
-class _Part:
-    """The next bytes of an open file, as a file."""
-
-    def __init__(self, file, left: int):
-        self.file, self.left = file, left
-
-    def read(self, most: int) -> bytes:
-        data = self.file.read(min(most, self.left))
-        self.left -= len(data)
-        return data
 
 
 def _head_weights(checkpoint: Checkpoint) -> dict:

@@ -22,6 +22,7 @@ from rerank_kit.settings import ConfigError, EnvConfig
 
 SIGMOID = "torch.nn.modules.activation.Sigmoid"
 IDENTITY = "torch.nn.modules.linear.Identity"
+LOGIT_STEPS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of Gemma, Cohere, Granite
 BARE = "{{ messages[0]['content'] }}{{ messages[1]['content'] }}"
 
 
@@ -253,6 +254,12 @@ def _score_tokens(checkpoint: Checkpoint, profile: Profile, overrides: dict, *, 
             "no such tokens: take the tokenizer that belongs to the model"
         )
     true, false = texts
+    capped = next((key for key in LOGIT_STEPS if checkpoint.config.get(key) not in (None, 1)), None)
+    if capped and profile.own_template:
+        raise ConfigError(
+            f"{checkpoint.path}: config.json has {capped}={checkpoint.config[capped]}, which changes the logits; vLLM "
+            "leaves that out where it makes a score of them, so such a model is not served"
+        )
     if profile.own_template:
         architecture = checkpoint.architectures[0].replace("ForCausalLM", "ForSequenceClassification")
         overrides["architectures"] = [architecture]
