@@ -95,7 +95,7 @@ FAMILIES = {
 }
 # Every run takes these, on a server or without one; `python -m pytest -m soak tests/models/test_more_families.py` takes
 # all the others, each on a server and without one.
-ONLINE, OFFLINE = ("electra", "followir"), ("camembert", "embedding_gemma", "ettin")
+ONLINE, OFFLINE = ("electra", "followir"), ("camembert", "ettin")
 
 
 @pytest.fixture
