@@ -151,7 +151,9 @@ def _plan_model(cfg: EnvConfig, model: str | Path, machine: Machine) -> Plan:
     if line := untested(machine.vllm_version):
         why["vllm"] = line
     engine["model"] = str(found.folder)
-    if profile.config_changes:
+    if profile.joined_head:
+        why["model"] = "made by start: encoder and head in one weight file, a copy beside links to the rest"
+    elif profile.config_changes:
         why["model"] = "made by start: links to the checkpoint, and a config.json that names no code from the hub"
     if profile.config_file:
         # This trusts the kit's own code only: the adapted folder holds no other code.

@@ -3,7 +3,6 @@
 import json
 import re
 from dataclasses import dataclass, field
-from itertools import islice
 
 from rerank_kit.models.chat_template import agrees, pair_template, template_fault
 from rerank_kit.models.checkpoint import Checkpoint, load_tokenizer
@@ -39,6 +38,8 @@ class Profile:
     # that defines this class: see adapted_folder() in served_folder.py.
     config_changes: dict = field(default_factory=dict)
     config_file: str | None = None
+    # Encoder and head are put into one weight file in the adapted folder: see joined_head.py.
+    joined_head: bool = False
     unsupported: str | None = None
     instead: str = ""  # what to use in place of a family that is refused
     # The family's row in README's table: family, example, score, images.
@@ -102,10 +103,8 @@ def find_profile(checkpoint: Checkpoint, wanted: str | None = None) -> Profile:
     listing = "".join(f"\n  {p.name}: {p.title}" for p in profiles.values())
     if wanted:
         if wanted in known and known[wanted].unsupported:
-            refused = known[wanted]
-            raise ConfigError(
-                f"MODEL_PROFILE={wanted!r} cannot be served: {refused.unsupported}; use instead: {refused.instead}"
-            )
+            why, instead = known[wanted].unsupported, known[wanted].instead
+            raise ConfigError(f"MODEL_PROFILE={wanted!r} cannot be served: {why}; use instead: {instead}")
         if wanted not in profiles:
             raise ConfigError(f"MODEL_PROFILE={wanted!r} is unknown; the profiles are:{listing}")
         return profiles[wanted]
@@ -137,10 +136,9 @@ def find_profile(checkpoint: Checkpoint, wanted: str | None = None) -> Profile:
 
 
 def _matches(checkpoint: Checkpoint, known: dict[str, Profile]) -> list[Profile]:
-    """Profiles and refusals that fit a checkpoint; where none does, the first of those that are a fallback."""
-    fits = [p for p in known.values() if not p.fallback and any(_fits(checkpoint, rule) for rule in p.match)]
-    last = (p for p in known.values() if p.fallback and any(_fits(checkpoint, rule) for rule in p.match))
-    return fits or list(islice(last, 1))
+    """Profiles and refusals that fit a checkpoint; where none does, those that are a fallback, first one first."""
+    fits = [p for p in known.values() if any(_fits(checkpoint, rule) for rule in p.match)]
+    return [p for p in fits if not p.fallback] or fits
 
 
 def _has_prompt_of(checkpoint: Checkpoint, template: str) -> bool:

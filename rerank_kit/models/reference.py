@@ -237,6 +237,13 @@ def reference_scores(
                 states = network.model(ids, attention_mask=seen).last_hidden_state[0]
                 temperature = json.loads((model / "config.json").read_text("utf-8")).get("temperature") or 1
                 scores.append((network.score(states.mean(0))[0] / temperature).item())
+            elif kind == "modernbert_modules":
+                batch = tokenizer([pair.query], [pair.document], truncation=True, max_length=max_length)
+                states = network(**batch.convert_to_tensors("pt")).last_hidden_state[0]
+                vector = states[0] if read_checkpoint(model).pooling == ("cls",) else states.mean(0)
+                for layer in _dense_layers(model):
+                    vector = layer(vector)
+                scores.append(_activation(model)(vector[0]).item())
             elif kind in ("sequence_classification", "jina_reranker_v2", "gte_multilingual_reranker"):
                 if "Qwen" in type(network).__name__:
                     ids = torch.tensor([qwen3_prompt_ids(tokenizer, pair, instruction, max_length)])
@@ -285,7 +292,7 @@ def _network(model: Path, kind: str):
         config = transformers.Qwen3Config(**{k: v for k, v in own.items() if k not in ("auto_map", "model_type")})
     elif kind in CAUSAL or (kind == "chat_template" and not _classifies(model)):
         loader = transformers.AutoModelForCausalLM
-    elif kind == "embedding":
+    elif kind in ("embedding", "modernbert_modules"):
         loader = transformers.AutoModel
     # Of transformers' kernels only this one caps Gemma 2's attention (attn_logit_softcapping).
     plain = {"attn_implementation": "eager"} if "Gemma2" in (model / "config.json").read_text("utf-8") else {}
@@ -472,13 +479,20 @@ def _embedding(tokenizer, network, text: str, max_length: int, modes: tuple[str,
 
 
 def _dense_layers(model: Path) -> list:
-    """The Dense modules of an embedding model in their order: a linear layer and its activation, Tanh by default."""
+    """The Dense and LayerNorm modules in their order. A Dense is a linear layer and its activation, Tanh by default."""
     from safetensors.torch import load_file
     from torch import nn
 
     layers: list[nn.Module] = []
     file = model / "modules.json"
     for module in json.loads(file.read_text("utf-8")) if file.is_file() else []:
+        if module["type"].endswith(".LayerNorm"):
+            folder = model / module["path"]
+            norm = nn.LayerNorm(json.loads((folder / "config.json").read_text("utf-8"))["dimension"])
+            norm.load_state_dict(
+                {k.removeprefix("norm."): v for k, v in load_file(folder / "model.safetensors").items()}
+            )
+            layers.append(norm.float())
         if module["type"].endswith(".Dense"):
             folder = model / module["path"]
             config = json.loads((folder / "config.json").read_text("utf-8"))

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from rerank_kit.models.checkpoint import SOURCE, Checkpoint
+from rerank_kit.models.joined_head import NAME, write_joined
 from rerank_kit.models.json_files import read_json
 from rerank_kit.models.profiles import Profile
 from rerank_kit.settings import ConfigError
@@ -18,7 +19,10 @@ def adapted_folder(checkpoint: Checkpoint, profile: Profile, root: Path) -> Path
     """
     if not profile.config_changes:
         return checkpoint.path
-    parts = [str(checkpoint.path), *_adapted_files(checkpoint, profile).values(), *map(str, _linked(checkpoint))]
+    files = _adapted_files(checkpoint, profile).values()
+    parts = [str(checkpoint.path), *files, *map(str, _linked(checkpoint, profile))]
+    if profile.joined_head:  # the weights are a copy: another one for files that have changed
+        parts += [f"{f.name} {f.stat().st_mtime_ns}" for f in sorted(checkpoint.path.rglob("*.safetensors"))]
     return root / f"model-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:12]}"
 
 
@@ -37,8 +41,10 @@ def make_adapted(checkpoint: Checkpoint, profile: Profile, folder: Path) -> None
         with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as scratch:
             part = Path(scratch, folder.name)
             part.mkdir()
-            for file in _linked(checkpoint):
+            for file in _linked(checkpoint, profile):
                 (part / file.name).symlink_to(file.absolute())
+            if profile.joined_head:
+                write_joined(checkpoint, part / NAME)
             for name, text in _adapted_files(checkpoint, profile).items():
                 (part / name).write_text(text, "utf-8")
             (part / SOURCE).symlink_to(checkpoint.path.absolute())
@@ -48,9 +54,12 @@ def make_adapted(checkpoint: Checkpoint, profile: Profile, folder: Path) -> None
             raise ConfigError(f"{folder} cannot be made: {exc.strerror}; is LOG_DIR writable?") from exc
 
 
-def _linked(checkpoint: Checkpoint) -> list[Path]:
+def _linked(checkpoint: Checkpoint, profile: Profile) -> list[Path]:
     """Files of a checkpoint that an adapted folder links to: weights and tokenizer, no code."""
     kinds = (".json", ".safetensors", ".bin", ".model", ".txt")
+    if profile.joined_head:
+        files = [f for f in checkpoint.path.iterdir() if f.suffix in (".json", ".txt", ".model")]
+        return sorted(f for f in files if f.name not in ("config.json", "modules.json", f"{NAME}.index.json"))
     return sorted(f for f in checkpoint.path.iterdir() if f.suffix in kinds and f.name != "config.json")
 
 

@@ -16,11 +16,13 @@ from rerank_kit.models.chat_template import (
     template_fault,
 )
 from rerank_kit.models.checkpoint import Checkpoint
+from rerank_kit.models.joined_head import head_config
 from rerank_kit.models.profiles import Profile
 from rerank_kit.settings import ConfigError, EnvConfig
 
 SIGMOID = "torch.nn.modules.activation.Sigmoid"
 IDENTITY = "torch.nn.modules.linear.Identity"
+LOGIT_STEPS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of Gemma, Cohere, Granite
 BARE = "{{ messages[0]['content'] }}{{ messages[1]['content'] }}"
 
 
@@ -69,7 +71,12 @@ def settle(checkpoint: Checkpoint, profile: Profile, cfg: EnvConfig) -> Settled:
     pooler = dict(profile.pooler_config)
     if profile.reference == "llama_bidirectional":
         _temperature(checkpoint, pooler, why)
-    return Settled(replace(profile, hf_overrides=overrides, pooler_config=pooler), template, why)
+    changes = dict(profile.config_changes)
+    if profile.joined_head:
+        changes |= head_config(checkpoint)
+        why["head"] = "the modules behind Pooling, in one file with the encoder under the names of ModernBERT's head"
+    changed = replace(profile, hf_overrides=overrides, pooler_config=pooler, config_changes=changes)
+    return Settled(changed, template, why)
 
 
 def _temperature(checkpoint: Checkpoint, pooler: dict, why: dict[str, str]) -> None:
@@ -264,6 +271,12 @@ def _score_tokens(checkpoint: Checkpoint, profile: Profile, overrides: dict, *, 
             "no such tokens: take the tokenizer that belongs to the model"
         )
     true, false = texts
+    capped = next((key for key in LOGIT_STEPS if checkpoint.config.get(key) not in (None, 1)), None)
+    if capped and profile.own_template:
+        raise ConfigError(
+            f"{checkpoint.path}: config.json has {capped}={checkpoint.config[capped]}, which changes the logits; vLLM "
+            "leaves that out where it makes a score of them, so such a model is not served"
+        )
     if profile.own_template:
         architecture = checkpoint.architectures[0].replace("ForCausalLM", "ForSequenceClassification")
         overrides["architectures"] = [architecture]

@@ -29,10 +29,10 @@ QUANTIZED = ("aqlm", "bitsandbytes", "eetq", "exl2", "exl3", "higgs", "hqq", "qu
 def check_whole(checkpoint: Checkpoint) -> None:
     """Raise ConfigError if weights or tokenizer are missing, cut off, or are not what their names say."""
     path = checkpoint.path
-    if (path / "adapter_config.json").is_file() and not _weight_files(path):
+    if (path / "adapter_config.json").is_file() and not weight_files(path):
         raise ConfigError(f"MODEL_PATH={str(path)!r} {what_it_is(path)}")
     _check_quantization(checkpoint)
-    files = _weight_files(path)
+    files = weight_files(path)
     if not files:
         raise ConfigError(f"MODEL_PATH={str(path)!r} {_no_weights(path)}")
     shapes: dict[str, list[int]] = {}
@@ -46,7 +46,7 @@ def check_whole(checkpoint: Checkpoint) -> None:
     _check_tokenizer(path)
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     """The weight files that vLLM loads: those of the index, else *.safetensors, else *.bin."""
     for suffix in WEIGHTS:
         index = path / ("model.safetensors.index.json" if suffix == ".safetensors" else "pytorch_model.bin.index.json")

@@ -19,7 +19,7 @@ from rerank_kit.settings import FIELDS, ConfigError, EnvConfig
         ("--ssl_keyfile k.pem", "set SSL_KEYFILE"),
         ("--ssl-ca-certs ca.pem", "bring no certificate"),
         ("--root-path /x", "let the proxy"),
-        ("--chat-template t.jinja", "set INSTRUCTION"),
+        ("--chat-template t.jinja", "set TEMPLATE, INSTRUCTION or MODEL_PROFILE"),
         ("--hf-overrides.architectures+ X", "MODEL_PROFILE"),
         ("--task score", "MODEL_PROFILE"),
         ("-tp 2", "EXTRA_ARGS holds -tp: take it out, set TP"),

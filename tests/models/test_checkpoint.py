@@ -225,4 +225,5 @@ def test_cfg_of_an_unknown_checkpoint_lists_the_profiles(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
     done = run_kit("cfg", MODEL_PATH=tmp_path)
     assert done.returncode == 6
-    assert "LlamaForCausalLM" in done.stderr and "qwen3_reranker:" in done.stderr
+    assert "LlamaForCausalLM" in done.stderr and "profiles that are served: bge_reranker_v2_gemma" in done.stderr
+    assert "use instead: MODEL_PROFILE" in done.stderr and "TEMPLATE=FILE and SCORE_TOKENS" in done.stderr

@@ -203,3 +203,21 @@ def test_the_template_in_the_docs_is_followirs_prompt():
         "to the query (true/false). Answer using only one word, one of those two choices.\n\nQuery: QUERY\nDocument: "
         'DOC\nRelevant (only output one word, either "true" or "false"): [/INST] '
     )
+
+
+def test_logits_that_the_model_changes_afterwards_are_refused(tmp_path, monkeypatch):
+    file = template(tmp_path)
+    path = folder(tmp_path, "Gemma3ForCausalLM", final_logit_softcapping=30.0)
+    with pytest.raises(ConfigError, match=r"config\.json has final_logit_softcapping=30\.0, which changes the logits"):
+        decided(path, monkeypatch, TEMPLATE=file, SCORE_TOKENS="yes,no")
+    path = folder(tmp_path, "Gemma3ForCausalLM", "plain", final_logit_softcapping=None)
+    assert decided(path, monkeypatch)[1].name == "logit_score"
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForSequenceClassification", "MistralForCausalLM", "CohereForCausalLM"])
+def test_settings_do_not_unlock_code_of_the_hub(architecture, tmp_path, monkeypatch):
+    code = {"auto_map": {"AutoConfig": "code.Config"}}
+    path = folder(tmp_path, architecture, **ONE, **code)
+    env = {"SCORE_TOKENS": "yes,no"} if architecture.endswith("LM") else {}
+    with pytest.raises(ConfigError, match="which the kit never runs"):
+        decided(path, monkeypatch, TEMPLATE=template(tmp_path), **env)

@@ -321,8 +321,8 @@ def change(folder: Path, name: str, **values) -> None:
     [
         ("{{ messages[1].content }}|{{ messages[0].content }}", "does not put the query once before the document"),
         ("{{ messages[0].content }}{{ messages[0].content }}{{ messages[1].content }}", "does not put the query once"),
-        ("{{ messages[0].content }}", "no place for a query and a document"),
-        ("{% if", "no place for a query and a document"),
+        ("{{ messages[0].content }}", "no file says how a pair is written"),
+        ("{% if", "no file says how a pair is written"),
     ],
 )
 def test_a_template_that_cannot_be_served_is_refused_with_the_prompts(folders, tmp_path, template, said):

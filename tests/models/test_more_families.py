@@ -3,13 +3,15 @@
 Within 1e-4 in float32, on the texts of test_families.py. What only TEMPLATE and SCORE_TOKENS can tell is told by them.
 """
 
+import json
+import os
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny_registry
-from conftest import KIT
 from test_families import (
     ASCII_LONG,
     ENCODER_TEXTS,
@@ -29,7 +31,9 @@ from rerank_kit.models.given import for_reference
 from rerank_kit.models.opened import opened
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.reference import _chat_ids, reference_scores
-from rerank_kit.settings import get_config
+from rerank_kit.models.served_folder import make_adapted
+from rerank_kit.models.whole import safetensors_header
+from rerank_kit.settings import ConfigError, get_config
 
 # FollowIRReranker of package mteb 2.26.24: its prompt, and the softmax of the tokens "true" and "false".
 FOLLOWIR = (
@@ -58,6 +62,10 @@ def head(name: str, control: tuple, profile: str = "decoder_head") -> Family:
 FAMILIES = {
     "electra": Family(tiny_registry.electra_cross_encoder, "ms-marco-electra", "cross_encoder", 256, ENCODER_TEXTS),
     "camembert": Family(tiny_registry.camembert_cross_encoder, "camembert", "cross_encoder", 256, ENCODER_TEXTS),
+    "ettin": Family(tiny_registry.ettin_reranker, "ettin-reranker-17m-v1", "modernbert_modules", 256, ENCODER_TEXTS),
+    "ettin_bias": Family(
+        partial(tiny_registry.ettin_reranker, bias=True), "my-ettin", "modernbert_modules", 256, ENCODER_TEXTS
+    ),
     "qwen2_head": head("Qwen2", QWEN_CONTROL),
     "qwen3_head": head("Qwen3", QWEN_CONTROL, "qwen3_reranker_seq_cls"),
     "llama_head": head("Llama", LLAMA_CONTROL),
@@ -85,9 +93,9 @@ FAMILIES = {
         tiny_registry.embedding_gemma, "embeddinggemma-300m", "embedding_gemma", 512, (*TEXTS, LONG_QUERY)
     ),
 }
-# What differs from a neighbour in the architecture's name alone, and what a server would only repeat, is left to
-# `python -m pytest -m soak tests/models/test_more_families.py`.
-CI = {"electra": True, "camembert": False, "followir": True, "gemma2_head": False, "embedding_gemma": True}
+# Every run takes these, on a server or without one; `python -m pytest -m soak tests/models/test_more_families.py` takes
+# all the others, each on a server and without one.
+ONLINE, OFFLINE = ("electra", "followir"), ("camembert", "ettin")
 
 
 @pytest.fixture
@@ -102,17 +110,18 @@ def family(request, tmp_path) -> tuple[Family, Path]:
 
 def told(family: Family, monkeypatch):
     """Settings of this process, as the family's servers get them."""
-    for key, value in (*family.settings, ("LOG_DIR", str(KIT / "log"))):
+    for key, value in family.settings:
         monkeypatch.setenv(key, value)
     return get_config()
 
 
-ALL = [pytest.param(n, id=n, marks=[pytest.mark.soak] * (n not in CI)) for n in FAMILIES]
+ALL = [pytest.param(n, True, id=n, marks=[pytest.mark.soak] * (n not in ONLINE)) for n in FAMILIES]
+ALL += [pytest.param(n, False, id=f"{n}-offline") for n in OFFLINE]
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("family", ALL, indirect=True)
-def test_scores_are_those_of_the_models_library(family, request, fork_server, forked_python, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("family", "online"), ALL, indirect=["family"])
+def test_scores_are_those_of_the_models_library(family, online, fork_server, forked_python, tmp_path, monkeypatch):
     family, model = family
     found = opened(model, told(family, monkeypatch))
     profile = found.profile
@@ -126,7 +135,6 @@ def test_scores_are_those_of_the_models_library(family, request, fork_server, fo
     if profile.instruction:
         pairs.append(replace(pairs[0], instruction=INSTRUCTION))
         wanted.append(pairs[-1])
-    online = CI.get(request.node.callspec.id, True)
     results, ids = offline_scores(fork_server.command, model, family, pairs, tmp_path)
     given = for_reference(found.checkpoint)
     expected = reference_scores(model, profile.reference, wanted, None, family.max_length, **given)
@@ -149,3 +157,47 @@ def test_scores_are_those_of_the_models_library(family, request, fork_server, fo
         assert rerank_scores(url, [pairs[i] for i in empty]) == pytest.approx([expected[i] for i in empty], abs=1e-4)
         if profile.reference != "embedding":
             assert lengths == [len(ids[i]) for i in some]
+
+
+@pytest.fixture(scope="module")
+def ettin(tmp_path_factory):
+    return tiny_registry.ettin_reranker(tmp_path_factory.mktemp("ettin") / "ettin-reranker-17m-v1")
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "words"),
+    [
+        ("2_Dense/config.json", {"activation_function": "torch.nn.modules.activation.Tanh"}, "2_Dense: in_features"),
+        ("2_Dense/config.json", {"out_features": 32}, "2_Dense: in_features"),
+        ("3_LayerNorm/config.json", {"dimension": 32}, "3_LayerNorm: dimension is 32, and 64 is needed"),
+        ("4_Dense/config.json", {"out_features": 2}, "4_Dense: in_features"),
+        ("4_Dense/config.json", {"activation_function": "torch.nn.modules.activation.Sigmoid"}, "4_Dense: in_features"),
+        ("config.json", {"norm_eps": 1e-6}, "config.json: norm_eps is 1e-06"),
+        ("1_Pooling/config.json", {"pooling_mode": "lasttoken"}, r"pooling is \('lasttoken',\)"),
+    ],
+)
+def test_modules_that_are_no_modernbert_head_are_refused(file, values, words, ettin, tmp_path):
+    folder = shutil.copytree(ettin, tmp_path / "mine")
+    data = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(data | values))
+    with pytest.raises(ConfigError, match=words):
+        opened(folder, get_config())
+
+
+def test_a_head_whose_weights_are_missing_is_refused(ettin, tmp_path):
+    folder = shutil.copytree(ettin, tmp_path / "mine")
+    (folder / "3_LayerNorm" / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"3_LayerNorm/model\.safetensors is missing: the download is incomplete"):
+        opened(folder, get_config())
+
+
+def test_the_joined_model_is_made_once_and_again_for_other_weights(ettin, tmp_path):
+    folder = shutil.copytree(ettin, tmp_path / "mine")
+    found = opened(folder, get_config(log_dir=str(tmp_path / "log")))
+    make_adapted(found.checkpoint, found.profile, found.folder)
+    names = set(safetensors_header(found.folder / "model.safetensors"))
+    assert {"head.dense.weight", "head.norm.weight", "classifier.weight", "classifier.bias"} < names
+    assert {name for name in names if not name.startswith(("model.", "head.", "classifier."))} == set()
+    assert opened(folder, get_config(log_dir=str(tmp_path / "log"))).folder == found.folder
+    os.utime(folder / "4_Dense" / "model.safetensors", (1, 1))
+    assert opened(folder, get_config(log_dir=str(tmp_path / "log"))).folder != found.folder

@@ -102,6 +102,18 @@ def test_electra_is_served_where_no_layer_is_left_out():
     assert decided(head, hidden_size=256) == "small_electra", "the default of ElectraConfig is 128"
 
 
+def test_a_dense_layer_behind_pooling_is_no_late_interaction():
+    modules = ("Transformer", "Pooling", "Dense")
+    assert decided("LlamaModel", modules=modules, pooling=("mean",)) == "other_embedding"
+    assert decided("LlamaModel", modules=("Transformer", "Dense")) == "late_interaction"
+
+
+def test_camembert_counts_its_positions_as_roberta_does():
+    for name in ("CamembertForSequenceClassification", "RobertaForSequenceClassification"):
+        config = {"architectures": [name], "max_position_embeddings": 514, "pad_token_id": 1}
+        assert Checkpoint(Path("/m"), config, (), None).positions == 512
+
+
 def test_code_of_the_hub_is_the_last_reason():
     code = {"auto_map": {"AutoModel": "org/code--modeling.Model"}}
     assert decided("SomethingNew", **code) == "code_from_the_hub"

@@ -11,9 +11,11 @@ from tiny_models import (
     gemma_tokenizer,
     modernbert_cross_encoder,
     qwen3_tokenizer,
+    set_config,
     xlm_roberta_tokenizer,
 )
 
+GELU, IDENTITY = "torch.nn.modules.activation.GELU", "torch.nn.modules.linear.Identity"
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 # A pair as a user's template writes it. The instruction is the message of role system.
 PAIR = (
@@ -196,10 +198,46 @@ def embedding_gemma(folder: Path) -> Path:
     for number, (rows, columns) in enumerate(((96, 64), (64, 96)), 2):
         path = folder / f"{number}_Dense"
         path.mkdir(exist_ok=True)
-        identity = {"bias": False, "activation_function": "torch.nn.modules.linear.Identity"}
+        identity = {"bias": False, "activation_function": IDENTITY}
         (path / "config.json").write_text(json.dumps({"in_features": columns, "out_features": rows, **identity}))
         save_file({"linear.weight": torch.randn(rows, columns) * 0.2}, path / "model.safetensors")
         kind = "sentence_transformers.models.Dense"
         modules.insert(number, {"idx": number, "name": str(number), "path": path.name, "type": kind})
+    (folder / "modules.json").write_text(json.dumps(modules))
+    return folder
+
+
+def ettin_reranker(folder: Path, *, bias: bool = False) -> Path:
+    """ettin-reranker: a bare ModernBERT, cls pooling, and the head as Dense, LayerNorm and Dense modules."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import ModernBertConfig, ModernBertModel
+
+    modernbert_cross_encoder(folder)
+    model = ModernBertModel(ModernBertConfig.from_pretrained(folder))
+    _spread(model)
+    model.save_pretrained(folder)
+    set_config(folder, id2label=None, label2id=None)
+    _sentence_transformer(folder, "cls", old_layout=False, max_length=256)
+    modules = json.loads((folder / "modules.json").read_text())[:2]
+    torch.manual_seed(5)
+    random = torch.randn
+    dense = {"linear.weight": random(64, 64) * 0.2} | ({"linear.bias": random(64) * 0.3} if bias else {})
+    parts = (
+        ("Dense", {"in_features": 64, "out_features": 64, "bias": bias, "activation_function": GELU}, dense),
+        ("LayerNorm", {"dimension": 64}, {"norm.weight": 1 + random(64) * 0.3, "norm.bias": random(64) * 0.3}),
+        (
+            "Dense",
+            {"in_features": 64, "out_features": 1, "bias": True, "activation_function": IDENTITY},
+            {"linear.weight": random(1, 64) * 0.3, "linear.bias": random(1)},
+        ),
+    )
+    for number, (kind, config, weights) in enumerate(parts, 2):
+        path = folder / f"{number}_{kind}"
+        path.mkdir(exist_ok=True)
+        (path / "config.json").write_text(json.dumps(config))
+        save_file(weights, path / "model.safetensors")
+        place = {"idx": number, "name": str(number), "path": path.name}
+        modules.append(place | {"type": f"sentence_transformers.base.modules.{kind.lower()}.{kind}"})
     (folder / "modules.json").write_text(json.dumps(modules))
     return folder
