@@ -2,7 +2,7 @@
 
 import pytest
 import tiny_hub_models
-from transformers import AutoTokenizer
+from conftest import Later
 
 from rerank_kit.engine.machine import Machine
 from rerank_kit.engine.plan import plan_engine
@@ -12,6 +12,7 @@ from rerank_kit.models.reference import ctxl_prompt_ids
 from rerank_kit.offline.prompts import PairEncoder
 from rerank_kit.settings import ConfigError, get_config
 
+transformers = Later("transformers")
 CPU = Machine("0.32.0+cpu", (), (0, 1), 2**34)
 LENGTH = 128
 LONG = "Gravity attracts bodies. " * 60
@@ -32,7 +33,7 @@ def served(request, tmp_path_factory):
     """(encoder, fitter, tokenizer) of a checkpoint whose prompts have LENGTH tokens at most."""
     folder = MAKERS[request.param](tmp_path_factory.mktemp("ctxl") / "ctxl-rerank-v2")
     plan = plan_engine(get_config(max_model_len=LENGTH), folder, CPU)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     return PairEncoder(plan), Fitter(tokenizer, plan.template, LENGTH), tokenizer
 
 
