@@ -117,10 +117,8 @@ def main() -> None:
         scores = torch.cosine_similarity(*sides, dim=1)
     else:
         model = sentence_transformers.CrossEncoder(asked["model"], **more)
-        function, divisor = (
-            {"Sigmoid": torch.sigmoid, "Identity": torch.nn.Identity()}.get(asked["activation"]),
-            asked["divisor"],
-        )
+        divisor = asked["divisor"]
+        function = {"Sigmoid": torch.sigmoid, "Identity": torch.nn.Identity()}.get(asked["activation"])
         activation = {"activation_fn": lambda logit: function(logit / divisor)} if function else {}
         prompt = {"prompt": asked["prompt"]} if asked["prompt"] else {}
         # One pair a batch: nothing is padded.

@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -28,7 +28,7 @@ from rerank_kit.models.known_pairs import KNOWN, PAIRS, judge
 from rerank_kit.models.library import RECIPE, compare
 from rerank_kit.models.library import TOLERANCE as LIBRARY_TOLERANCE
 from rerank_kit.models.pair import Pair
-from rerank_kit.models.profiles import find_profile
+from rerank_kit.models.profiles import Profile, find_profile
 from rerank_kit.models.published import DOCUMENTS, QUERY, Published, distance, logit, probability, published
 from rerank_kit.models.published import TOLERANCE as TOLERANCE_LOGIT
 from rerank_kit.models.reference import INSTRUCTION, jina_v3_prompt, reference_scores
@@ -132,7 +132,23 @@ def reference_bytes(checkpoint: Checkpoint) -> int:
     return int(1.2 * 4 * n_weights)
 
 
-def check_engines(cfg: EnvConfig) -> tuple[str, str | None, str]:
+def compared(profile: Profile, checkpoint: Checkpoint) -> Callable[[float], float]:
+    """What TOLERANCE is for: a score, or the probability of a logit, since bf16 moves a logit of 20 further."""
+    return probability if score_scale(profile, checkpoint)["name"] == "logit" else float
+
+
+def check_batches(cfg: EnvConfig) -> Iterator[tuple[str, str | None, str]]:
+    """The checks of `--exact`."""
+    checkpoint, settled = served(cfg)
+    if settled.profile.listwise:
+        raise ConfigError(
+            f"check --exact scores pairs in many batches, and profile {settled.profile.name} is listwise: its scores "
+            "depend on the other documents of a call. Leave --exact out"
+        )
+    yield from check_exact(cfg, ask, TOLERANCE, shown=compared(settled.profile, checkpoint))
+
+
+def check_engines(cfg: EnvConfig, shown: Callable[[float], float] = float) -> tuple[str, str | None, str]:
     """(name, fault, seen). Every data parallel engine must score, and all must give a pair the same score.
 
     vLLM accepts an engine of another host without comparing its weights. A wrong checkpoint there would change the
@@ -149,7 +165,7 @@ def check_engines(cfg: EnvConfig) -> tuple[str, str | None, str]:
     fault = None
     if len(after) < n or idle:
         fault = f"only {len(after) - len(idle)} of {n} engines scored"
-    elif max(scores) - min(scores) > TOLERANCE:
+    elif shown(max(scores)) - shown(min(scores)) > TOLERANCE:
         fault = (
             f"the same pair has scores from {min(scores):.4f} to {max(scores):.4f}: the engines do not serve the same "
             "weights in the same way (another checkpoint, dtype or release on one of the hosts?)"
@@ -175,7 +191,10 @@ def run_checks(cfg: EnvConfig, reference: bool = False) -> Iterator[tuple[str, s
     yield head
     engines = [engine for engine in progress(cfg) if engine]  # none without vLLM's metrics
     if max(cfg.dp, len(engines)) > 1:
-        yield check_engines(cfg) if engines else ("engines", None, "not compared: the service has no vLLM metrics")
+        shown = compared(profile, checkpoint)
+        yield (
+            check_engines(cfg, shown) if engines else ("engines", None, "not compared: the service has no vLLM metrics")
+        )
 
     yield known
 
@@ -221,8 +240,7 @@ def check_references(
     except ConfigError as exc:
         yield "reference", f"not compared: {exc}", ""
         return
-    # bf16 moves a logit of 20 further than 0.02: logits are compared as the probabilities that they stand for.
-    shown = probability if score_scale(profile, checkpoint)["name"] == "logit" else float
+    shown = compared(profile, checkpoint)
     differences = [
         abs(shown(a) - shown(b)) if isinstance(a, float) else math.inf for a, b in zip(scores, expected, strict=True)
     ]
@@ -254,7 +272,7 @@ def main(argv: list[str]) -> int:
         if is_headless(cfg):
             raise ConfigError(f"NODE_RANK={cfg.node_rank} has no API: run check on node 0, which asks all engines")
         checks = run_checks(cfg, "--reference" in argv)
-        for name, fault, seen in chain(checks, check_exact(cfg, ask, TOLERANCE) if "--exact" in argv else ()):
+        for name, fault, seen in chain(checks, check_batches(cfg) if "--exact" in argv else ()):
             failed += fault is not None
             if fault or "--quiet" not in argv:
                 print(f"{'FAILED' if fault else 'ok':<6}  {name:<9}  {fault or seen}")

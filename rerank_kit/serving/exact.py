@@ -9,7 +9,7 @@ import json
 import random
 import secrets
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,12 +71,13 @@ class Scores:
         """Pairs whose scores are not all the same bits."""
         return [i for i, found in enumerate(self.of_pair) if len({score for score, _ in found}) > 1]
 
-    def furthest(self) -> tuple[float, int]:
-        """(largest distance of a score from the median of its pair, that pair)."""
+    def furthest(self, shown: Callable[[float], float] = float) -> tuple[float, int]:
+        """(largest distance of a score from the median of its pair, that pair); `shown` gives the scale."""
         gaps = []
         for i, found in enumerate(self.of_pair):
-            middle = statistics.median_low([score for score, _ in found])
-            gaps.append((max(abs(score - middle) for score, _ in found), i))
+            values = [shown(score) for score, _ in found]
+            middle = statistics.median_low(values)
+            gaps.append((max(abs(value - middle) for value in values), i))
         return max(gaps)
 
 
@@ -134,8 +135,16 @@ def against_earlier(cfg: EnvConfig, scores: Scores) -> tuple[str | None, str]:
     return said if cfg.exact else None, said
 
 
-def check_exact(cfg: EnvConfig, ask, bound: float, n_pairs: int = N_PAIRS, n_rounds: int = N_ROUNDS) -> Iterator:
-    """Yield (check, fault or None, observation) of `check --exact`."""
+def check_exact(
+    cfg: EnvConfig,
+    ask,
+    bound: float,
+    n_pairs: int = N_PAIRS,
+    n_rounds: int = N_ROUNDS,
+    *,
+    shown: Callable[[float], float] = float,
+) -> Iterator:
+    """Yield (check, fault or None, observation) of `check --exact`. The bound is for shown(score)."""
     mode = known_state(cfg).get("version", "").endswith("-exact")
     if known_state(cfg) and mode != bool(cfg.exact):
         runs = "with" if mode else "without"
@@ -143,7 +152,7 @@ def check_exact(cfg: EnvConfig, ask, bound: float, n_pairs: int = N_PAIRS, n_rou
     before = progress(cfg)
     scores = measure(cfg, ask, n_pairs, n_rounds)
     after = progress(cfg)
-    gap, pair = scores.furthest()
+    gap, pair = scores.furthest(shown)
     low, high = min(scores.of_pair[pair]), max(scores.of_pair[pair])
     seen = f"{scores.n} scores of {n_pairs} pairs in {n_rounds} rounds on {max(1, len(after))} engines"
     worst = f"the largest from {low[0]!r} ({low[1]}) to {high[0]!r} ({high[1]})"

@@ -495,6 +495,18 @@ def fp8_scores() -> list[float]:
 PAGE = "performance.md"
 SENTENCES = [
     says(
+        "scores.md",
+        "new documents had # pairs/s, the same documents with another query #.",
+        "document-first-cpu",
+        lambda: [one("document-first-cpu", profile="ctxl_rerank_v2", documents=which) for which in ("new", "seen")],
+    ),
+    says(
+        "scores.md",
+        "has the query first: # and #",
+        "document-first-cpu",
+        lambda: [one("document-first-cpu", profile="qwen3_reranker", documents=which) for which in ("new", "seen")],
+    ),
+    says(
         "performance_h100.md",
         "but # pairs/s at 16 in flight (# to # with four).",
         "call-h100-b",

@@ -24,7 +24,7 @@ def test_start_says_it_and_cfg_too(checkpoints, monkeypatch, capsys, version, sa
     assert ("vllm" in made.why) == bool(said)
     monkeypatch.setattr(command, "plan_service", lambda cfg: made)
     monkeypatch.setattr(command, "vllm_command", lambda: "vllm")
-    assert command.main(["check"]) == 0
+    assert command.startable_plan(made.cfg) is made
     err = capsys.readouterr().err
     assert err.startswith(said) and err.count("\n") == bool(said)
 

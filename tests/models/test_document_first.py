@@ -6,6 +6,7 @@ from conftest import Later
 
 from rerank_kit.engine.machine import Machine
 from rerank_kit.engine.plan import plan_engine
+from rerank_kit.guard.long_bodies import fit_payload
 from rerank_kit.models.fitting import MARK, Fitter
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.reference import ctxl_prompt_ids
@@ -70,3 +71,13 @@ def test_a_length_without_room_beside_the_template_is_refused(served, tmp_path):
             encoder.encode([Pair(LONG, LONG, "instruction " * 40)])
     finally:
         encoder.max_length = before
+
+
+def test_a_query_that_was_cut_has_no_document_beside_it_in_any_call(served):
+    """A query cut to the tokens that surely fit leaves two or three, into which the beginning of a document went."""
+    _, fitter, _ = served
+    documents = ["a b c", "d"]
+    one, many = {"query": LONG, "documents": documents}, {"queries": [LONG, LONG], "documents": documents}
+    assert fit_payload(fitter, one) == fit_payload(fitter, many) == [0, 1]
+    assert one["documents"] == many["documents"] == ["", ""]
+    assert many["queries"] in (one["query"], [one["query"]], [one["query"]] * 2)

@@ -6,9 +6,12 @@ import os
 import pytest
 from conftest import free_port, run_kit
 
+from rerank_kit.models.checkpoint import Checkpoint
+from rerank_kit.models.profiles import load_profiles
+from rerank_kit.models.settled import Settled
 from rerank_kit.serving import check, exact
 from rerank_kit.serving.check import TOLERANCE
-from rerank_kit.serving.exact import check_exact, known_pairs, measure, rounds
+from rerank_kit.serving.exact import Scores, check_exact, known_pairs, measure, rounds
 from rerank_kit.settings import ConfigError, get_config
 
 
@@ -124,3 +127,22 @@ def test_exact_keeps_every_bit_on_a_gpu_and_after_a_restart(tmp_path):
             assert done.returncode == 0 and wanted in done.stdout, done.stdout + done.stderr
     finally:
         run_kit("stop", **settings)
+
+
+def test_logits_are_compared_as_probabilities(tmp_path):
+    """bf16 moves a logit of 20 by more than the bound for scores from 0 to 1."""
+    found = Checkpoint(tmp_path, {}, (), None)
+    profiles = load_profiles()
+    logit, score = (check.compared(profiles[name], found) for name in ("ctxl_rerank_v2", "qwen3_reranker"))
+    assert logit(20.25) - logit(20.0) < check.TOLERANCE < logit(0.25) - logit(0.0)
+    assert logit(-800.0) == 0.0 and logit(800.0) == 1.0 and score(0.25) == 0.25
+    scores = Scores(1)
+    scores.of_pair[0] = [(20.0, "alone"), (20.25, "among others")]
+    assert scores.furthest() == (0.25, 0) and scores.furthest(logit)[0] < check.TOLERANCE
+
+
+def test_a_listwise_model_has_no_pairs_to_batch(monkeypatch):
+    listwise = Settled(load_profiles()["jina_reranker_v3"], None)
+    monkeypatch.setattr(check, "served", lambda cfg: (None, listwise))
+    with pytest.raises(ConfigError, match="is listwise"):
+        list(check.check_batches(get_config()))
