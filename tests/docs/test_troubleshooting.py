@@ -225,8 +225,8 @@ def test_a_message_is_what_the_kit_says(beginning, tmp_path, request):
 def test_every_message_of_the_page_is_provoked():
     for row in FIRST:
         assert any(messages(row[0])[0].startswith(known) for known in (*PROVOKE, *BY_SERVICE)), row[0]
-    files = [*KIT.glob("rerank_kit/**/*.py"), KIT / "rerank_kit" / "setup.sh", KIT / "start_rerank.sh"]
-    code = "".join(file.read_text("utf-8") for file in files)
+    files = [*KIT.glob("rerank_kit/**/*.py"), *KIT.glob("rerank_kit/*.sh"), KIT / "start_rerank.sh"]
+    code = "".join(p.read_text("utf-8") for p in files)
     for row in LATER:
         for part in messages(row[0])[0].split("..."):
             assert part.strip() in code, f"nothing says {part!r}"

@@ -207,6 +207,7 @@ def test_the_lock_of_setup_ends_with_it(bare):
     """Nothing that demo starts later inherits it."""
     copy, env, _ = bare
     text = (copy / "start_rerank.sh").read_text().replace('main "$@"\n', "")
+    text += '. "$KIT/rerank_kit/setup.sh"\n'
     text += f"HAVE_VLLM= PY={sys.executable}\nstep() {{ :; }}\nkit() {{ :; }}\nfind_python() {{ :; }}\n"
     text += 'mkdir "$VENV"\ndo_setup\nsleep 60 &\necho "$!"\n'
     (copy / "start_rerank.sh").write_text(text)
@@ -222,7 +223,7 @@ def test_pip_is_asked_as_if_nobody_had_changed_it(bare):
     """PIP_USER and user = true in pip.conf; modules in the current folder."""
     copy, env, _ = bare
     text = (copy / "start_rerank.sh").read_text().replace('main "$@"\n', "")
-    (copy / "start_rerank.sh").write_text(f"{text}\npip --no-deps torch\n")
+    (copy / "start_rerank.sh").write_text(f'{text}\n. "$KIT/rerank_kit/setup.sh"\npip --no-deps torch\n')
     program(copy / ".venv" / "bin" / "python", 'echo "PIP_USER=$PIP_USER $*"')
     done = subprocess.run(
         ["dash", str(copy / "start_rerank.sh")], env=env | {"PIP_USER": "1"}, capture_output=True, text=True, timeout=20
