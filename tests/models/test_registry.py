@@ -19,7 +19,9 @@ IMAGES = {"image_model", "visual_retriever", "multimodal", "qwen3_vl_reranker"}
 # than it should tells a user something untrue.
 KINDS = {
     "_TEXT_GENERATION_MODELS": CAUSAL | {"image_model"},
-    "_EMBEDDING_MODELS": CAUSAL | IMAGES | {"embedding", "embedding_alone", "other_embedding", "sparse", "wrapper"},
+    "_EMBEDDING_MODELS": CAUSAL
+    | IMAGES
+    | {"embedding", "embedding_alone", "other_embedding", "nomic", "sparse", "wrapper"},
     "_LATE_INTERACTION_MODELS": IMAGES | {"late_interaction", "listwise"},
     "_REWARD_MODELS": {"reward"},
     "_TOKEN_CLASSIFICATION_MODELS": {"token_classifier"},
