@@ -38,6 +38,8 @@ class PairTemplate:
     names: tuple[tuple[str, str], ...]  # bos_token and the like, by tokenizer_config.json
     instruction: bool  # it uses a message of role system
     added: tuple[str, ...] = ()  # tokens that the tokenizer puts around every text
+    # The server's ids of a prompt are those of the library, which adds no token to what a template renders.
+    same_ids: bool = True
 
     def prompt(self, query: str, document: str, instruction: str | None = None) -> str:
         """render(), without a <bos> that the tokenizer puts there on the server."""
@@ -72,9 +74,11 @@ def pair_template(checkpoint: Checkpoint) -> PairTemplate | None:
         instructed = own.render(QUERY, DOCUMENT, INSTRUCTION)
     except Exception:  # it knows no system message
         instructed = ""
-    added = tuple(load_tokenizer(checkpoint.path).encode("").tokens)
+    tokenizer = load_tokenizer(checkpoint.path)
     takes = all(mark in instructed for mark in (QUERY, DOCUMENT, INSTRUCTION))
-    return replace(own, instruction=takes, added=added)
+    own = replace(own, instruction=takes, added=tuple(tokenizer.encode("").tokens))
+    library = tokenizer.encode(prompt, add_special_tokens=False).ids
+    return replace(own, same_ids=library == tokenizer.encode(own.prompt(QUERY, DOCUMENT)).ids)
 
 
 def template_fault(checkpoint: Checkpoint) -> str | None:
@@ -144,6 +148,8 @@ def special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
 
 def agrees(own: PairTemplate, profile_text: str, instruction: bool) -> bool:
     """Whether the checkpoint's own template makes the same prompts as a profile's."""
+    if not own.same_ids:
+        return False
     try:
         for query, document in PROBES:
             for asked in INSTRUCTIONS if instruction or own.instruction else (None,):
@@ -177,6 +183,11 @@ def served_text(own: PairTemplate, checkpoint: Checkpoint, instruction: str | No
         raise ConfigError(
             f"{where} is rendered as the whole prompt by the library that wrote it, and the tokenizer puts "
             f"{list(own.added)} around every text on the server: such a prompt is not served"
+        )
+    if not own.same_ids:
+        raise ConfigError(
+            f"{where} is rendered as the whole prompt by the library that wrote it, and the server's tokenizer, which "
+            f"puts {list(own.added)} before a text, makes other tokens of it: such a prompt is not served"
         )
     for query, document in PROBES:
         for asked in INSTRUCTIONS if own.instruction else (None,):

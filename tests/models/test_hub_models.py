@@ -157,9 +157,8 @@ def test_ctxl_needs_the_token_that_its_card_scores(make, architecture, tmp_path)
         find_profile(found)
 
 
-def test_ctxl_as_sentence_transformers_writes_it(tmp_path):
-    """LogitScore with true_token_id 0: in a folder of any name, and before the profile of own templates."""
-    folder = tiny_hub_models.ctxl_rerank_v2(tmp_path / "my-ranker")
+def logit_score_of_id_0(folder):
+    """The files of sentence-transformers around a model whose score is the logit of token 0."""
     kinds = ("base.modules.transformer.Transformer", "cross_encoder.modules.logit_score.LogitScore")
     paths = ("", "1_LogitScore")
     modules = [{"path": p, "type": f"sentence_transformers.{k}"} for p, k in zip(paths, kinds, strict=True)]
@@ -167,6 +166,23 @@ def test_ctxl_as_sentence_transformers_writes_it(tmp_path):
     (folder / "1_LogitScore").mkdir()
     (folder / "1_LogitScore" / "config.json").write_text('{"true_token_id": 0, "false_token_id": null}')
     (folder / "sentence_bert_config.json").write_text('{"modality_config": {"message": {"format": "flat"}}}')
+    return folder
+
+
+@pytest.mark.parametrize("bos", ["{{ bos_token }}", ""])
+def test_a_template_of_which_the_server_would_make_other_tokens_is_refused(bos, tmp_path):
+    """sentence-transformers puts nothing before a template's text, and Mistral's tokenizer no space behind <s>."""
+    folder = logit_score_of_id_0(tiny_hub_models.ctxl_rerank_v2_mistral(tmp_path / "my-ranker"))
+    template = bos + "Q: {{ messages[-2].content }} D: {{ messages[-1].content }}"
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ConfigError, match="makes other tokens of it") as caught:
+        plan_service(get_config(log_dir=str(tmp_path)), folder, CPU)
+    assert "MODEL_PROFILE=ctxl_rerank_v2_mistral" in str(caught.value)
+
+
+def test_ctxl_as_sentence_transformers_writes_it(tmp_path):
+    """LogitScore with true_token_id 0: in a folder of any name, and before the profile of own templates."""
+    folder = logit_score_of_id_0(tiny_hub_models.ctxl_rerank_v2(tmp_path / "my-ranker"))
     template = (
         "Check whether a given document contains information helpful to answer the query.\n<Document> "
         "{{ messages[-1].content }}\n<Query> {{ messages[-2].content }}"
