@@ -7,6 +7,7 @@ import pytest
 from conftest import run_kit
 
 from rerank_kit.models.checkpoint import Checkpoint, read_checkpoint
+from rerank_kit.models.known_pairs import judge
 from rerank_kit.serving import check, health
 from rerank_kit.serving.check import PAIRS, reference_bytes, run_checks
 from rerank_kit.settings import get_config
@@ -146,3 +147,20 @@ def test_no_server_is_one_line(monkeypatch):
 def test_another_model_name_is_found(service):
     done = run_kit("check", **{**service.settings, "SERVED_MODEL_NAME": "other"})
     assert done.returncode == 1 and "not SERVED_MODEL_NAME=other" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fault", "said"),
+    [
+        ([9, 11], None, "2 prompts have the profile's 9 to 11 tokens"),
+        ([9, 12], "the service uses another template", ""),
+        ([9, None], None, "1 prompts have the profile's 9 to 9 tokens"),
+        ([8, None], "the service uses another template", ""),
+        ([None, None], None, "takes fewer tokens than these pairs have"),
+        (None, None, "has no tokenizer.json"),
+    ],
+)
+def test_prompts_that_are_cut_are_not_compared(wanted, fault, said):
+    expected = {"tokens": wanted, "low": 0, "high": 1, "known": []}
+    name, found, seen = next(judge(expected, [(0.1, 9), (0.9, 11)]))
+    assert name == "prompt" and (fault in found if fault else found is None and said in seen)
