@@ -350,7 +350,7 @@ def summary(path: Path) -> list[str]:
     names = ("fault", "n", "recovery p50", "p99", "longest", "lost calls", "wrong scores")
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for name, (n, *seconds, lost, wrong) in figures(results.read(path.stem)[1]).items():
-        cells = [n, *(f"{value:.0f} s" for value in seconds), lost, wrong]
+        cells = [n, *(f"{value:.1f} s" for value in seconds), lost, wrong]
         lines.append(f"| {name} | " + " | ".join(map(str, cells)) + " |")
     return lines
 
