@@ -10,6 +10,7 @@ python vllm_usage_tiny.py --input pairs.jsonl --output scores.jsonl
 
 import os
 import sys
+from collections.abc import Sequence
 
 from rerank_kit import settings
 from rerank_kit.engine.plan import Plan, plan_engine
@@ -42,6 +43,7 @@ def check(plan: Plan, reranker: OfflineReranker, pairs: list[Pair]) -> bool:
         verdict = "ok" if difference <= tolerance else "DIFFERS"
         print(f"- idx={index} | vllm={score} | reference={wanted:.6f} | difference={difference:.2e} | {verdict}")
     print(f"largest difference {worst:.2e}: {'agrees' if worst <= tolerance else 'DOES NOT AGREE'}")
+    others: dict[str, tuple[Sequence[float | None], float]]
     others = {f"vLLM in {dtype}": (scores, tolerance), RECIPE: (expected, LIBRARY_TOLERANCE)}
     agrees = worst <= tolerance
     for same, said in compare(plan.checkpoint, plan.profile, pairs, plan.cfg.instruction, others):

@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -76,7 +76,7 @@ def compare(
     profile: Profile,
     pairs: list[Pair],
     instruction: str | None,
-    others: dict[str, tuple[Sequence[float | None], float]],
+    others: Mapping[str, tuple[Sequence[float | None], float]],
 ) -> Iterator[tuple[bool, str]]:
     """Whether the library's scores are those of the others, and one line about each.
 
