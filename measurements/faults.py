@@ -328,22 +328,29 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[max(0, -(-len(values) * int(share * 100) // 100) - 1)]
 
 
-def summary(path: Path) -> list[str]:
-    """The Markdown table of a result file: a line for each kind of fault, and one for all that ended the server."""
-    with path.open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(line for line in file if not line.startswith("# ")))
+def figures(rows: list[dict]) -> dict[str, list[float]]:
+    """{kind of fault, and all that ended the server: [faults, p50, p99, longest recovery in s, lost calls, wrong]}."""
     kinds: dict[str, list[dict]] = {}
     for row in rows:
-        kinds.setdefault(f"{row['victim']}, {row['fault']}", []).append(row)
-    kinds = dict(sorted(kinds.items())) | {"all with a restart": [row for row in rows if row["restarts"] != "0"]}
-    lines = [
-        "| fault | n | recovery p50 | p99 | longest | lost calls | wrong scores |",
-        "|---|---|---|---|---|---|---|",
-    ]
+        kinds.setdefault(f"{row['victim']}: {row['fault']}", []).append(row)
+    kinds = dict(sorted(kinds.items())) | {"all that ended the server": [row for row in rows if row["recovery_s"] > 1]}
+    found = {}
     for name, of_kind in kinds.items():
-        seconds = [float(row["recovery_s"]) for row in of_kind]
-        cells = [len(of_kind), *(f"{percentile(seconds, share):.0f} s" for share in (0.5, 0.99, 1))]
-        cells += [sum(int(row["lost"]) for row in of_kind), sum(int(row["wrong"]) for row in of_kind)]
+        seconds = [row["recovery_s"] for row in of_kind]
+        found[name] = [len(of_kind), *(percentile(seconds, share) for share in (0.5, 0.99, 1))]
+        found[name] += [sum(row[column] for row in of_kind) for column in ("lost", "wrong")]
+    return found
+
+
+def summary(path: Path) -> list[str]:
+    """The Markdown table of a result file."""
+    from measurements import results
+
+    results.FOLDER = path.resolve().parent
+    names = ("fault", "n", "recovery p50", "p99", "longest", "lost calls", "wrong scores")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for name, (n, *seconds, lost, wrong) in figures(results.read(path.stem)[1]).items():
+        cells = [n, *(f"{value:.1f} s" for value in seconds), lost, wrong]
         lines.append(f"| {name} | " + " | ".join(map(str, cells)) + " |")
     return lines
 

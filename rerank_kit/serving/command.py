@@ -151,19 +151,30 @@ def server_env(plan: Plan) -> dict[str, str]:
         env["VLLM_API_KEY"] = plan.cfg.api_key
     if plan.cfg.guard and plan.cfg.startup_check and not is_headless(plan.cfg):
         expected = expectation(plan.checkpoint, Settled(plan.profile, plan.template))
-        _check_length(plan, max(expected["tokens"] or [0]))
-        env["GUARD_CHECK"] = json.dumps(expected)
+        if _fits(plan, max(expected["tokens"] or [0])):
+            env["GUARD_CHECK"] = json.dumps(expected)
     return with_kit_on_path(env)
 
 
-def _check_length(plan: Plan, n_tokens: int) -> None:
-    """Raise ConfigError if the short pairs of the start-up check, n_tokens long at most, do not fit."""
-    most = plan.engine["max_model_len"]
-    if n_tokens > most and plan.profile.reference != "embedding":
-        raise ConfigError(
-            f"MAX_MODEL_LEN={most} has no room for a short pair: with this prompt those of the start-up check have "
-            f"up to {n_tokens} tokens. Raise MAX_MODEL_LEN (unset: the model's own limit), or shorten INSTRUCTION"
-        )
+def _fits(plan: Plan, n_tokens: int) -> bool:
+    """Whether the short pairs of the start-up check, n_tokens long at most, fit into the model.
+
+    A checkpoint may say so short a limit itself; then every pair is cut, as its own library cuts, and the guard only
+    waits for a first score.
+
+    Raises:
+        ConfigError: they do not fit, and a setting is the reason.
+    """
+    most, cfg = plan.engine["max_model_len"], plan.cfg
+    if n_tokens <= most or plan.profile.reference == "embedding":
+        return True
+    if cfg.max_model_len is None and not cfg.instruction:
+        return False
+    limit = f"MAX_MODEL_LEN={most}" if cfg.max_model_len else f"the model's limit of {most} tokens"
+    raise ConfigError(
+        f"{limit} has no room for a short pair: with this prompt those of the start-up check have "
+        f"up to {n_tokens} tokens. Raise MAX_MODEL_LEN (unset: the model's own limit), or shorten INSTRUCTION"
+    )
 
 
 def make_files(plan: Plan) -> None:

@@ -15,7 +15,7 @@ from statistics import median
 import pytest
 from conftest import KIT
 
-from measurements import results, scaling_table
+from measurements import faults, results, scaling_table
 
 NUMBER = r"\d[\d,]*(?:\.\d+)?(?:e-?\d+)?"
 GENERATED = ("capacity", "tiers", "scale-2xh100", "scale-2xh200-4b", "scale-2xh200-8b")  # by scaling_table.py
@@ -871,6 +871,16 @@ SENTENCES = [
         ],
     ),
 ]
+
+
+def of_fault(kind: str) -> list[float]:
+    return faults.figures(rows_in(results.FOLDER, "faults-cpu"))[kind]
+
+
+SENTENCES += [
+    says("reliability.md", f"| {kind} | # | # s | # s | # s | # | # |", "faults-cpu", lambda kind=kind: of_fault(kind))
+    for kind in faults.figures(results.read("faults-cpu")[1])
+]
 CHECKS = [*TABLES, *SENTENCES]
 
 
@@ -909,6 +919,7 @@ def test_other_speeds_in_a_file_are_noticed(name, tmp_path, monkeypatch):
     head, rows = results.read(name)
     monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
     names = ("pairs/s", "pairs_s", "share", "cpu_s_per_1000_calls", "start_s", "seconds", "value")
+    names += ("recovery_s",)
     column = next(name for name in names if name in rows[0])
     for row in rows:
         row[column] = row[column] and row[column] * 1.02

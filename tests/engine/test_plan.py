@@ -351,3 +351,14 @@ def test_the_pairs_of_the_check_must_fit(checkpoints, length, more, fits):
     with pytest.raises(ConfigError, match=f"MAX_MODEL_LEN={length} has no room for a short pair"):
         command.server_env(made)
     assert "GUARD_CHECK" not in command.server_env(plan(checkpoints, max_model_len=length, startup_check=0, **more))
+
+
+def test_a_checkpoint_with_a_limit_below_the_pairs_of_the_check_is_served(checkpoints, tmp_path):
+    """It was trained so, and cuts every pair; nobody set MAX_MODEL_LEN."""
+    folder = shutil.copytree(checkpoints["bert"], tmp_path / "ms-marco-short")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": 24}))
+    (folder / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "", "type": "a.Transformer"}]')
+    made = plan_service(get_config(model_path=str(folder)), folder, CPU)
+    assert made.engine["max_model_len"] == 24
+    assert "GUARD_CHECK" not in command.server_env(made)

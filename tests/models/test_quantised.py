@@ -28,8 +28,10 @@ def test_the_engine_has_the_scores_of_what_the_weights_mean(method, checkpoints,
     folder, twin = quantised(checkpoints["qwen3"], tmp_path / name, method)
     [scores] = engine_scores(fork_server.command, [folder], tmp_path, "bfloat16")
     expected, before = reference(twin), reference(checkpoints["qwen3"])
-    assert max(abs(a - b) for a, b in zip(expected, before, strict=True)) > 0.05, "rounding shows"
-    assert scores == pytest.approx(expected, abs=0.06 if method.endswith("w8a8") else 0.02)
+    eight_bits = method.endswith("w8a8")
+    moved = max(abs(a - b) for a, b in zip(expected, before, strict=True))
+    assert moved > (0.01 if eight_bits else 0.1), "rounding shows"
+    assert scores == pytest.approx(expected, abs=0.06 if eight_bits else 0.04)
 
 
 def test_what_transformers_cannot_load_is_said_in_one_line(checkpoints, tmp_path, monkeypatch):

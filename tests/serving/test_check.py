@@ -7,6 +7,7 @@ import pytest
 from conftest import run_kit
 
 from rerank_kit.models.checkpoint import Checkpoint, MissingPackage, read_checkpoint
+from rerank_kit.models.known_pairs import judge
 from rerank_kit.serving import check, health
 from rerank_kit.serving.check import PAIRS, reference_bytes, run_checks
 from rerank_kit.settings import get_config
@@ -155,3 +156,20 @@ def test_a_check_by_a_python_without_tokenizers_could_not_be_made(monkeypatch, c
     monkeypatch.setattr(check, "run_checks", lacking)
     assert check.main([]) == 4
     assert capsys.readouterr().out == "FAILED  this Python cannot read tokenizer.json\n"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fault", "said"),
+    [
+        ([9, 11], None, "2 prompts have the profile's 9 to 11 tokens"),
+        ([9, 12], "the service uses another template", ""),
+        ([9, None], None, "1 prompts have the profile's 9 to 9 tokens"),
+        ([8, None], "the service uses another template", ""),
+        ([None, None], None, "takes fewer tokens than these pairs have"),
+        (None, None, "has no tokenizer.json"),
+    ],
+)
+def test_prompts_that_are_cut_are_not_compared(wanted, fault, said):
+    expected = {"tokens": wanted, "low": 0, "high": 1, "known": []}
+    name, found, seen = next(judge(expected, [(0.1, 9), (0.9, 11)]))
+    assert name == "prompt" and (fault in found if fault else found is None and said in seen)

@@ -369,6 +369,7 @@ def test_a_full_disk_does_not_end_the_service(kit):
         os.kill(first, signal.SIGKILL)
         port = kit.settings["PORT"]
         until(lambda: not alive(first) and _answers(port))
+        time.sleep(3)  # the supervisor has seen it, too, and could not write it down
         (kit.logs / "filler").unlink()
         # There was no room to write it down: status must not show the dead server for ever.
         until(has(kit, restarts=1, state="ready"))
