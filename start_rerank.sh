@@ -477,14 +477,15 @@ descendants() {
 # Sends TERM to a process and all its descendants, and lists them in all. They are frozen first, so that none starts
 # another one meanwhile.
 end_family() {
-  all=
+  all='' frozen=''
   while more=$(descendants "$1") && [ "$more" != "$all" ]; do
-    all=$more
+    all=$more frozen="$frozen $more"
     # shellcheck disable=SC2086 # a list
     kill -STOP $all 2>/dev/null
   done
+  # A supervisor that has just written its PID file is no longer among them, and frozen.
   # shellcheck disable=SC2086 # a list
-  { kill -TERM $all; kill -CONT $all; } 2>/dev/null
+  { kill -TERM $all; kill -CONT $frozen; } 2>/dev/null
 }
 
 interrupted() {

@@ -33,8 +33,9 @@ class RerankItem:
 
 
 Items = list[RerankItem]
-# (address, model) of services that said that they are listwise: a list that is split there has other scores.
-_listwise: set[tuple[str | None, str]] = set()
+# {(address, model): when it said so last} of listwise services: a list that is split there has other scores.
+_listwise: dict[tuple[str | None, str], float] = {}
+LISTWISE_S = 60  # so long it is believed: another model may be served there by then
 _Value = TypeVar("_Value")
 Ranked = tuple[Items, list[float | None], dict[str, Any]]  # what rerank() returns
 # (address, model name of the request, model name of the answer), both listed by that server as names of one model.
@@ -90,7 +91,8 @@ class _Call:
 
     def _split(self) -> list[range]:
         n_docs = len(self.documents) if self.top_n else 0
-        if n_docs and (self.base_url, self.model) in _listwise:
+        said_s = _listwise.get((self.base_url, self.model), -math.inf)
+        if n_docs and time.monotonic() - said_s < LISTWISE_S:
             return [range(n_docs)]
         return [range(i, min(i + self.size, n_docs)) for i in range(0, n_docs, self.size)]
 
@@ -191,10 +193,11 @@ class _Call:
         Raises:
             RerankResponseError: by mixed().
         """
-        if len(answers) > 1 and any(answer["_listwise"] for answer in answers):
-            _listwise.add((self.base_url, self.model))
-            self.parts = self._split()
-            return True
+        if any(answer["_listwise"] for answer in answers):
+            _listwise[self.base_url, self.model] = time.monotonic()
+            if len(answers) > 1:
+                self.parts = self._split()
+                return True
         return self.mixed(answers, n_tries)
 
     def mixed(self, answers: list[dict[str, Any]], n_tries: int) -> bool:

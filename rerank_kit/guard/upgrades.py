@@ -41,10 +41,14 @@ def read_bodies() -> None:
 
     def data_received(self, data):
         theirs["data_received"](self, data)
-        if self.body_begins is not None:
-            begins, self.body_begins = self.body_begins, None
-            self.parser = _parser_of_the_rest(httptools, self)
-            data_received(self, data[begins:])
+        while self.body_begins is not None:
+            data, self.body_begins = data[self.body_begins :], None
+            try:
+                self.parser = _parser_of_the_rest(httptools, self)
+            except httptools.HttpParserError:  # a Transfer-Encoding that says nothing of the body's end
+                self.send_400_response("Invalid HTTP request received.")
+                return
+            theirs["data_received"](self, data)
 
     ours = (on_headers_complete, on_message_complete, unsupported_upgrade, data_received)
     for name, value in {**dict(zip(METHODS, ours, strict=True)), "framing": None, "body_begins": None}.items():

@@ -96,6 +96,7 @@ class Supervisor:
         self.servers: list[int] = []  # the first is the service, the others are engines beside it
         # The disk was full: the state file does not say what is, the server's output goes nowhere.
         self.unsaved = self.unlogged = False
+        self.silent = False  # the output of this server goes nowhere
         self.umask = os.umask(0o077)  # only the owner may read log, state and old logs
 
     def run(self) -> int:
@@ -170,7 +171,7 @@ class Supervisor:
         return not self.asked_to_stop
 
     def _start(self) -> None:
-        self.unlogged = not self._has_room()
+        self.unlogged = self.silent = not self._has_room()
         _ended.clear()  # PIDs are reused
         unignore = [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE]
         self.servers = []
@@ -179,7 +180,7 @@ class Supervisor:
         os.umask(self.umask)  # other users may share the caches that the server fills
         try:
             for argv in commands:  # all, or none: what is spawned before a failure is killed with the rest
-                actions = NO_OUTPUT if self.unlogged else []
+                actions = NO_OUTPUT if self.silent else []
                 self.servers.append(os.posix_spawn(argv[0], argv, env, setsigdef=unignore, file_actions=actions))
         finally:
             os.umask(0o077)
@@ -194,10 +195,12 @@ class Supervisor:
 
     def _has_room(self) -> bool:
         """Whether there is room for the server's output: a worker of vLLM that cannot write its first lines ends."""
-        with suppress(OSError):
-            if not self.foreground and shutil.disk_usage(self.log.parent).free < ROOM_FOR_LOG:
-                return False
-        return self._note(f"start {self.header}")
+        return (self.foreground or self._disk_has_room()) and self._note(f"start {self.header}")
+
+    def _disk_has_room(self) -> bool:
+        with suppress(OSError):  # LOG_DIR may be gone
+            return shutil.disk_usage(self.log.parent).free >= ROOM_FOR_LOG
+        return False
 
     def _watch_until_death(self) -> str | None:
         """Why the server died, or None after a requested stop."""
@@ -219,7 +222,10 @@ class Supervisor:
                 for number, status in ended:
                     if status is not None:  # vLLM's API process does not notice that an engine of another group died
                         who = f"engine process {number + 1} of {len(ended)}: " if number else ""
-                        return who + describe_end(status, None if self.foreground else read_log(self.log))
+                        if self.silent:
+                            return f"{who}{describe_end(status)}: its output was dropped, because the disk was full"
+                        seen = "see the server's own output" if self.foreground else root_cause(read_log(self.log))
+                        return f"{who}{describe_end(status)}: {seen}"
                 if watch.warming and self.state.state == "starting":
                     self._save(state=WARMING)
                 if watch.ready and not self.state.ready_since:
@@ -238,7 +244,7 @@ class Supervisor:
                     rotate_if_large(self.log, self.cfg.log_max_mib * 2**20, self.cfg.log_keep)
                     if self.unsaved:
                         self._save()
-                    if self.unlogged and shutil.disk_usage(self.log.parent).free >= ROOM_FOR_LOG:
+                    if self.unlogged and self._disk_has_room():
                         self.unlogged = not self._note("the disk was full: no output of this server until a restart")
                 self.bell.wait(TICK_S)
         finally:
@@ -340,14 +346,12 @@ def reap(pid: int) -> int | None:
     return _ended.pop(pid, None)
 
 
-def describe_end(status: int, log_text: str | None) -> str:
-    """One line: how the server ended, and why. log_text is None if the server shared our own output."""
+def describe_end(status: int) -> str:
+    """How the server ended."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        how = f"killed by signal {number} ({signal.Signals(number).name})"
-    else:
-        how = f"exit code {os.waitstatus_to_exitcode(status)}"
-    return f"{how}: " + ("see the server's own output" if log_text is None else root_cause(log_text))
+        return f"killed by signal {number} ({signal.Signals(number).name})"
+    return f"exit code {os.waitstatus_to_exitcode(status)}"
 
 
 def describe_error(exc: Exception) -> str:

@@ -21,7 +21,7 @@ def listwise(request):
 
 @pytest.fixture(autouse=True)
 def nothing_learnt(monkeypatch):
-    monkeypatch.setattr(one_call, "_listwise", set())
+    monkeypatch.setattr(one_call, "_listwise", {})
 
 
 def test_a_list_that_was_split_is_sent_again_whole_and_the_next_at_once(client, serve):
@@ -45,3 +45,15 @@ def test_other_services_get_parts(client, serve):
     server = serve(default=reply(listwise))
     _, _, raw = client.rerank("q", list("abcdefg"), base_url=server.url, batch_size=3)
     assert raw["_client_calls"] == 3 == len(server.requests)
+
+
+def test_another_model_at_that_address_gets_parts_again(client, serve, monkeypatch):
+    """Whole lists may be more than an ordinary service takes (413)."""
+    server = serve(default=reply(listwise, {"X-Rerank-Listwise": "1"}))
+    client.rerank("q", list("abcdefg"), base_url=server.url, batch_size=3)
+    server.default = reply(listwise)
+    _, _, raw = client.rerank("q", list("abcdefg"), base_url=server.url, batch_size=3)
+    assert raw["_client_calls"] == 1, "believed for LISTWISE_S"
+    monkeypatch.setattr(one_call, "LISTWISE_S", 0)
+    _, _, raw = client.rerank("q", list("abcdefg"), base_url=server.url, batch_size=3)
+    assert raw["_client_calls"] == 3

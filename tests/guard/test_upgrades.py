@@ -22,8 +22,8 @@ async def app(scope, receive, send):
     body, more = b"", True
     while more:
         message = await receive()
-        body += message["body"]
-        more = message["more_body"]
+        body += message.get("body", b"")
+        more = message.get("more_body", False)  # neither of "http.disconnect"
     said = json.dumps([scope["method"], scope["path"], body.decode()]).encode()
     length = (b"content-length", b"%d" % len(said))
     await send({"type": "http.response.start", "status": 200, "headers": [length]})
@@ -86,3 +86,21 @@ def test_request_without_body(port):
     assert answers(port, [empty, request(b"/b")], 2) == [["GET", "/a", ""], ["POST", "/b", "hello world"]]
     nothing = b"POST /a HTTP/1.1\r\nhost: x\r\n" + OFFER + b"content-length: 0\r\n\r\n"
     assert answers(port, [nothing, request(b"/b")], 2) == [["POST", "/a", ""], ["POST", "/b", "hello world"]]
+
+
+def test_many_at_once(port):
+    """Each takes a new parser."""
+    nothing = b"POST /a HTTP/1.1\r\nhost: x\r\n" + OFFER + b"content-length: 0\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(nothing * 1500)
+        data = b""
+        while data.count(b"HTTP/1.1 200 OK") < 1500 and (more := connection.recv(65536)):
+            data += more
+    assert data.count(b"HTTP/1.1 200 OK") == 1500
+
+
+def test_body_without_an_end_is_400(port, caplog):
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(b"POST /a HTTP/1.1\r\nhost: x\r\n" + OFFER + b"transfer-encoding: gzip\r\n\r\nhello")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 400 ")
+    assert "Traceback" not in caplog.text
