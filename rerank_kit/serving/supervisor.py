@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -424,7 +424,8 @@ def run_in_foreground(cfg: EnvConfig) -> int:
 def begin(script: int) -> int:
     """Check the settings, and launch a supervisor for start_rerank.sh of that PID."""
     try:
-        plan = startable_plan(get_config())
+        with redirect_stdout(sys.stderr):  # a hub's library may print; the script reads the PID from stdout
+            plan = startable_plan(get_config())
     except (ConfigError, OSError) as exc:
         return refused(exc)
 

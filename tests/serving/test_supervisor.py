@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import KIT, http, kit_environment, until
@@ -432,3 +433,15 @@ def test_rotate_if_large_without_room_for_a_copy(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "copyfile", no_room)
     assert supervisor.rotate_if_large(log, 99, 3) and log.stat().st_size == 0
     assert not supervisor.rotate_if_large(tmp_path / "none.log", 1, 3)
+
+
+def test_what_a_library_prints_is_not_taken_for_the_pid(monkeypatch, capfd):
+    def printing(cfg):
+        print("Downloading 3 files")
+        return SimpleNamespace(cfg=cfg)
+
+    monkeypatch.setattr(supervisor, "startable_plan", printing)
+    monkeypatch.setattr(supervisor, "launch", lambda cfg, script, supervise: print("123 456") or 0)
+    assert supervisor.begin(os.getpid()) == 0
+    out, err = capfd.readouterr()
+    assert (out, err) == ("123 456\n", "Downloading 3 files\n")
