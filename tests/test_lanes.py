@@ -30,9 +30,8 @@ def test_tests_of_a_real_server_are_one_lane_and_come_first(tmp_path):
     conftest.pytest_collection_modifyitems(SimpleNamespace(workerinput={"lanes": str(file)}), items)
     assert items == [ITEMS[number] for number in SORTED]
     lanes = json.loads(file.read_text())
-    assert [lanes[item.nodeid] for item in items] == ["real"] * 3 + ["test_supervisor", "test_start_rerank"] + [
-        "test_a"
-    ] * 2
+    real = ["real services", "forked services", "forked services"]
+    assert [lanes[item.nodeid] for item in items] == [*real, "test_supervisor", "test_start_rerank", "test_a", "test_a"]
 
 
 def test_a_run_without_lanes_keeps_its_order():
@@ -59,6 +58,6 @@ def test_the_scheduler_asks_for_the_lane(pytestconfig, tmp_path):
 
 
 def test_the_names_are_of_fixtures_and_files_that_exist():
-    assert all(hasattr(conftest, name) for name in REAL)
+    assert all(hasattr(conftest, name) for fixtures in REAL.values() for name in fixtures)
     names = {path.stem for path in (KIT / "tests").rglob("test_*.py")}
-    assert set(FIRST) - {"real"} <= names
+    assert set(FIRST) - set(REAL) <= names

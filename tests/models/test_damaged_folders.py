@@ -55,7 +55,9 @@ def planned(folder: Path) -> str | None:
         said = str(exc)
         reason, *listing = said.splitlines()
         assert reason and len(said) < 3000, said
-        assert all(line.startswith(("  ", "profiles that are served: ")) for line in listing), "a list, below one line"
+        assert all(line.startswith(("  ", "use instead: ", "profiles that are served: ")) for line in listing), (
+            "a list, below one line"
+        )
         return said
     finally:
         assert time.monotonic() - began < 5

@@ -66,8 +66,10 @@ def same_as_slow(encoder, pairs):
     """How many pairs were compared, and how many of them were cut."""
     n_cut = 0
     for pair, prompt in zip(pairs, encoder.encode(pairs), strict=True):
-        assert (prompt.ids, prompt.cut, prompt.n_first) == slow_ids(encoder, pair), pair
         n_cut += prompt.cut
+        if prompt.cut and encoder._document_first:
+            continue  # tests/models/test_document_first.py: not the end of the prompt is cut there
+        assert (prompt.ids, prompt.cut, prompt.n_first) == slow_ids(encoder, pair), pair
     return len(pairs), n_cut
 
 

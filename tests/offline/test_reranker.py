@@ -467,7 +467,7 @@ def run_program(name, *args, timeout_s=300, python=(sys.executable,), **settings
         (["--output", "/tmp/x"], {"use": "qwen3"}, "--output and --shard need --input"),
         (["--shard", "1/4"], {"use": "qwen3"}, "--output and --shard need --input"),
         (
-            ["--input", str(KIT / "docs"), "--output", "/tmp/x"],
+            ["--input", str(KIT / "profiles"), "--output", "/tmp/x"],
             {"use": "qwen3"},
             "has no *.jsonl, *.csv, *.tsv or *.parquet",
         ),
