@@ -136,7 +136,7 @@ def test_scores_are_those_of_the_models_library(family, online, fork_server, for
         pairs.append(replace(pairs[0], instruction=INSTRUCTION))
         wanted.append(pairs[-1])
     results, ids = offline_scores(fork_server.command, model, family, pairs, tmp_path)
-    given = for_reference(found.checkpoint)
+    given = for_reference(found.checkpoint, profile)
     expected = reference_scores(model, profile.reference, wanted, None, family.max_length, **given)
     assert [r["score"] for r in results] == pytest.approx(expected, abs=1e-4)
     assert max(expected) - min(expected) > 0.1, "scores that do not differ prove nothing"
