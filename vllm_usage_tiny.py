@@ -10,14 +10,15 @@ python vllm_usage_tiny.py --input pairs.jsonl --output scores.jsonl
 
 import os
 import sys
-from collections.abc import Sequence
 
 from rerank_kit import settings
 from rerank_kit.engine.plan import Plan, plan_engine
+from rerank_kit.engine.scale import score_difference
 from rerank_kit.models.given import for_reference
-from rerank_kit.models.library import RECIPE, compare
+from rerank_kit.models.library import RECIPE, Compared, compare
 from rerank_kit.models.library import TOLERANCE as LIBRARY_TOLERANCE
 from rerank_kit.models.pair import Pair
+from rerank_kit.models.published import difference
 from rerank_kit.models.reference import reference_scores
 from rerank_kit.offline.program import arguments, example_pairs, leave, print_example, run_file, tell_loading
 from rerank_kit.offline.reranker import OfflineReranker
@@ -33,20 +34,20 @@ def check(plan: Plan, reranker: OfflineReranker, pairs: list[Pair]) -> bool:
     tolerance = TOLERANCE[dtype]
     scores = [result.score for result in reranker.score(pairs)]
     length = plan.engine["max_model_len"]
-    profile, divisor = plan.profile, plan.profile.pooler_config.get("logit_sigma", 1)
-    asked = plan.checkpoint.path, profile.reference, pairs, plan.cfg.instruction, length, divisor
-    expected = reference_scores(*asked, **for_reference(plan.checkpoint))
+    asked = plan.checkpoint.path, plan.profile.reference, pairs, plan.cfg.instruction, length
+    expected = reference_scores(*asked, **for_reference(plan.checkpoint, plan.profile))
+    far = difference if dtype == "float32" else score_difference(plan.profile, plan.checkpoint)
     print(f"vLLM {plan.machine.vllm_version} in {dtype} against transformers in float32, tolerance {tolerance:g}")
     worst = 0.0
     for index, (score, wanted) in enumerate(zip(scores, expected, strict=True)):
-        difference = abs(score - wanted) if score is not None else float("inf")
-        difference = float("inf") if difference != difference else difference  # NaN never agrees
-        worst = max(worst, difference)
-        verdict = "ok" if difference <= tolerance else "DIFFERS"
-        print(f"- idx={index} | vllm={score} | reference={wanted:.6f} | difference={difference:.2e} | {verdict}")
+        gap = far(score, wanted) if score is not None else float("inf")
+        gap = float("inf") if gap != gap else gap  # NaN never agrees
+        worst = max(worst, gap)
+        verdict = "ok" if gap <= tolerance else "DIFFERS"
+        print(f"- idx={index} | vllm={score} | reference={wanted:.6f} | difference={gap:.2e} | {verdict}")
     print(f"largest difference {worst:.2e}: {'agrees' if worst <= tolerance else 'DOES NOT AGREE'}")
-    others: dict[str, tuple[Sequence[float | None], float]]
-    others = {f"vLLM in {dtype}": (scores, tolerance), RECIPE: (expected, LIBRARY_TOLERANCE)}
+    others: dict[str, Compared] = {f"vLLM in {dtype}": (scores, tolerance, far)}
+    others[RECIPE] = (expected, LIBRARY_TOLERANCE, difference)
     agrees = worst <= tolerance
     for same, said in compare(plan.checkpoint, plan.profile, pairs, plan.cfg.instruction, others):
         print(said)

@@ -91,7 +91,7 @@ class EnvConfig:
     node_rank: int = _key(0, "0: the head node (API and its own copies); 1, 2 ...: a node with copies only", "nodes", low=0)
     dp_rpc_port: int = _key(29550, "port of node 0 at which the other nodes register; the nodes open further ports between them", "nodes", low=1, high=65535)
     gpu_memory_utilization: float | None = _key(None, "share of GPU memory that vLLM may take, 0 to 1 (CPU build: of the host's memory). Default: 0.85 on a GPU", "engine", low=0.01, high=1)
-    max_model_len: int | None = _key(None, "longest prompt in tokens (query + document + template). Default: the model's own limit, 4096 at most", "engine", low=16)
+    max_model_len: int | None = _key(None, "longest prompt in tokens (query + document + template). Default: the model's own limit, 4096 at most (16384 for a listwise model)", "engine", low=16)
     max_num_batched_tokens: int | None = _key(None, "limit on tokens in one engine step. Default: chosen by model and machine", "engine", low=16)
     max_num_seqs: int | None = _key(None, "limit on pairs in one engine step. Default: chosen by model and machine", "engine", low=1)
     dtype: str = _key("auto", "precision of weights and activations", "engine", choices=("auto", "bfloat16", "float16", "half", "float32", "float"))

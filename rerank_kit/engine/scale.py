@@ -1,7 +1,10 @@
 """What a score of one checkpoint is: said in the service's answers (meta.score_scale) and by /info."""
 
+from collections.abc import Callable
+
 from rerank_kit.models.checkpoint import Checkpoint
 from rerank_kit.models.profiles import Profile
+from rerank_kit.models.published import difference, logit_difference
 
 
 def score_scale(profile: Profile, checkpoint: Checkpoint) -> dict:
@@ -22,3 +25,8 @@ def score_scale(profile: Profile, checkpoint: Checkpoint) -> dict:
     else:
         scale = {"name": "logit" if function == "Identity" else function, "min": None, "max": None}
     return scale | {"profile": profile.name} | ({"listwise": True} if profile.listwise else {})
+
+
+def score_difference(profile: Profile, checkpoint: Checkpoint) -> Callable[[float, float], float]:
+    """How far a score lies from the wanted one, on the scale of tolerances for scores from 0 to 1."""
+    return logit_difference if score_scale(profile, checkpoint)["name"] == "logit" else difference

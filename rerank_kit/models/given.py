@@ -7,6 +7,7 @@ from typing import Any
 
 from rerank_kit.models.chat_template import pair_template, template_fault
 from rerank_kit.models.checkpoint import Checkpoint, Said, load_tokenizer
+from rerank_kit.models.profiles import Profile
 from rerank_kit.settings import KIT_DIR, ConfigError, EnvConfig
 
 
@@ -69,7 +70,8 @@ def _ids(checkpoint: Checkpoint, setting: str) -> tuple[int, int | None]:
     return ids[0], ids[1] if len(ids) == 2 else None
 
 
-def for_reference(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What reference_scores() has to know of these settings, since it reads the files itself."""
+def for_reference(checkpoint: Checkpoint, profile: Profile) -> dict[str, Any]:
+    """What reference_scores() has to know of these settings and of settle(), since it reads the files itself."""
     template = checkpoint.chat_template.value if checkpoint.chat_template and "TEMPLATE" in checkpoint.given else None
-    return {"template": template, "tokens": checkpoint.logit_tokens if "SCORE_TOKENS" in checkpoint.given else None}
+    tokens = checkpoint.logit_tokens if "SCORE_TOKENS" in checkpoint.given else None
+    return {"own_prompt": profile.own_prompt, "template": template, "tokens": tokens}

@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,6 +23,7 @@ INSTALL = f"pip install --no-deps --target {FOLDER.relative_to(KIT_DIR)} -r requ
 TIMEOUT_S = 1800
 TOLERANCE = 1e-4  # two references in float32 differ by rounding alone
 RECIPE = "the kit's own recipe"
+Compared = tuple[Sequence[float | None], float, Callable[[float, float], float]]  # see compare()
 
 
 class NotComparable(Exception):
@@ -79,12 +80,13 @@ def compare(
     profile: Profile,
     pairs: list[Pair],
     instruction: str | None,
-    others: Mapping[str, tuple[Sequence[float | None], float]],
+    others: Mapping[str, Compared],
 ) -> Iterator[tuple[bool, str]]:
     """Whether the library's scores are those of the others, and one line about each.
 
     Args:
-        others: {whose scores: (the scores, the difference that rounding explains)}; None is no score.
+        others: {whose scores: (the scores, the difference that rounding explains, how far a score lies from the
+            library's)}; None is no score.
 
     What cannot be compared is no difference, and one line.
     """
@@ -94,8 +96,8 @@ def compare(
         yield True, f"not compared with sentence-transformers: {exc}"
         return
     what, shown = f"sentence-transformers {version()} in float32", ", ".join(f"{score:.4f}" for score in theirs)
-    for who, (scores, tolerance) in others.items():
-        differences = [math.inf if a is None else abs(a - b) for a, b in zip(scores, theirs, strict=True)]
+    for who, (scores, tolerance, far) in others.items():
+        differences = [math.inf if a is None else far(a, b) for a, b in zip(scores, theirs, strict=True)]
         worst = max(math.inf if math.isnan(value) else value for value in differences)  # max() passes over NaN
         if worst <= tolerance:
             yield True, f"{what} and {who} agree within {worst:.1e}"

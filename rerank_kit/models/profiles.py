@@ -50,6 +50,8 @@ class Profile:
     unless: tuple[str, ...] = ()
     # The prompt is the checkpoint's own chat template, whatever it says, and the score tokens are its LogitScore's.
     own_template: bool = False
+    # Set by settle(): the checkpoint's chat template or TEMPLATE replaces `template`; the rest is the family's.
+    own_prompt: bool = False
     # A score depends on the other documents of the call: lists are never split, and pairs alone are not scored offline.
     listwise: bool = False
     # Of a family with a prompt: the function from the head's logit to the score, Sigmoid or Identity.

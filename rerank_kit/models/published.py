@@ -84,6 +84,22 @@ def probability(logit: float) -> float:
     return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0
 
 
+def difference(score: float, wanted: float) -> float:
+    """How far a score lies from the wanted one."""
+    return abs(score - wanted)
+
+
+def logit_difference(score: float, wanted: float) -> float:
+    """The difference of two logits' probabilities, or a fifth of their own relative one where that is larger.
+
+    bf16 moves large logits far, by 0.8 at -12 above, and their probabilities are alike all the same. Those of 4 and 8
+    are alike too, so the logits count by themselves: a tolerance of 0.02 allows 0.1 * (2 + |wanted|), which is 1.4 at
+    -12, 0.6 at 4, and less than what a factor of 1.2 adds to a logit above 2.
+    """
+    relative = abs(score - wanted) / (5 * (2 + abs(wanted)))
+    return max(relative, abs(probability(score) - probability(wanted)))  # max() keeps a NaN that comes first
+
+
 def distance(known: Published, scores: list[float]) -> float:
     """Largest difference of the two logits from the closest published run."""
     got = [logit(score) for score in scores]

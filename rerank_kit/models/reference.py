@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from rerank_kit.models.checkpoint import read_checkpoint
 from rerank_kit.models.pair import Pair
@@ -188,7 +189,8 @@ def reference_scores(
     pairs: list[Pair],
     instruction: str | None,
     max_length: int,
-    divisor: float = 1,
+    *,
+    own_prompt: bool = False,
     template: str | None = None,
     tokens: tuple[int, int | None] | None = None,
 ) -> list[float]:
@@ -197,15 +199,17 @@ def reference_scores(
     Args:
         model: checkpoint folder.
         kind: Profile.reference: a key of CAUSAL (causal_yes_no is the model card of Qwen3-Reranker),
-            chat_template (the checkpoint's own, rendered by transformers), sequence_classification (the converted
-            Qwen3-Reranker and cross-encoders with a head), llama_bidirectional (llama-nemotron-rerank),
+            chat_template (a prompt and score tokens or a head of the checkpoint's own), sequence_classification (the
+            converted Qwen3-Reranker and cross-encoders with a head), llama_bidirectional (llama-nemotron-rerank),
             listwise (jina-reranker-v3, each pair as a list of one), jina_reranker_v2, gte_multilingual_reranker or
             embedding (cosine, pooled as the checkpoint's Pooling module says).
         pairs: N pairs.
         instruction: default instruction; None = the checkpoint's saved default prompt, else the model card's.
         max_length: tokens of the longest prompt.
-        divisor: of the logit before the sigmoid, with chat_template; the other kinds have their family's.
-        template, tokens: TEMPLATE and SCORE_TOKENS of the user, with chat_template; None = the checkpoint's own.
+        own_prompt: the checkpoint's chat template in place of the family's prompt, rendered by transformers; head,
+            tokens, divisor and activation stay the family's. Always so with chat_template.
+        template: TEMPLATE of the user, with own_prompt; None = the checkpoint's own.
+        tokens: SCORE_TOKENS of the user, with chat_template; None = those of the checkpoint's LogitScore module.
 
     Returns:
         N scores.
@@ -216,22 +220,26 @@ def reference_scores(
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     network = _network(model, kind)
     instruction = instruction or _saved_prompt(model)
+
+    def ids_of(pair: Pair):
+        if own_prompt or kind == "chat_template":
+            return torch.tensor([_chat_ids(tokenizer, model, pair, instruction, max_length, template)])
+        return torch.tensor([PROMPT_IDS.get(kind, qwen3_prompt_ids)(tokenizer, pair, instruction, max_length)])
+
     scores = []
     with torch.inference_mode():
         for pair in pairs:
             if kind == "chat_template":
-                ids = torch.tensor([_chat_ids(tokenizer, model, pair, instruction, max_length, template)])
-                scores.append(torch.sigmoid(_own_logit(network, ids, tokenizer, model, tokens) / divisor).item())
+                scores.append(torch.sigmoid(_own_logit(network, ids_of(pair), model, tokens)).item())
             elif kind in CAUSAL:
-                prompt_ids, yes, no, divisor = CAUSAL[kind]
-                ids = torch.tensor([prompt_ids(tokenizer, pair, instruction, max_length)])
-                logits = network(ids).logits[0, -1]
+                _, yes, no, divisor = CAUSAL[kind]
+                logits = network(ids_of(pair)).logits[0, -1]
                 logit = logits[yes if isinstance(yes, int) else tokenizer.convert_tokens_to_ids(yes)]
                 if no is not None:
                     logit = logit - logits[tokenizer.convert_tokens_to_ids(no)]
                 scores.append((logit if divisor is None else torch.sigmoid(logit / divisor)).item())
             elif kind == "llama_bidirectional":
-                ids = torch.tensor([nemotron_prompt_ids(tokenizer, pair, None, max_length)])
+                ids = ids_of(pair)
                 # LlamaBidirectionalForSequenceClassification of NVIDIA: every token sees every other one.
                 seen = torch.zeros(1, 1, ids.shape[1], ids.shape[1])
                 states = network.model(ids, attention_mask=seen).last_hidden_state[0]
@@ -246,8 +254,7 @@ def reference_scores(
                 scores.append(_activation(model)(vector[0]).item())
             elif kind in ("sequence_classification", "jina_reranker_v2", "gte_multilingual_reranker"):
                 if "Qwen" in type(network).__name__:
-                    ids = torch.tensor([qwen3_prompt_ids(tokenizer, pair, instruction, max_length)])
-                    scores.append(torch.sigmoid(network(ids).logits[0, 0]).item())
+                    scores.append(torch.sigmoid(network(ids_of(pair)).logits[0, 0]).item())
                 else:
                     # Lists, as in sentence-transformers: transformers drops the second of two strings when it is empty.
                     both = ([pair.query], [pair.document])
@@ -295,9 +302,13 @@ def _network(model: Path, kind: str):
     elif kind in ("embedding", "modernbert_modules"):
         loader = transformers.AutoModel
     # Of transformers' kernels only this one caps Gemma 2's attention (attn_logit_softcapping).
-    plain = {"attn_implementation": "eager"} if "Gemma2" in (model / "config.json").read_text("utf-8") else {}
+    more: dict[str, Any] = {}
+    if "Gemma2" in (model / "config.json").read_text("utf-8"):
+        more["attn_implementation"] = "eager"
+    # Without a word on it transformers asks on the terminal whether to run code that config.json names.
+    more |= {"config": config, "dtype": torch.float32, "trust_remote_code": False}
     try:
-        return loader.from_pretrained(model, config=config, dtype=torch.float32, **plain).eval()
+        return loader.from_pretrained(model, **more).eval()
     except ImportError as exc:
         own = json.loads((model / "config.json").read_text("utf-8"))
         method = (own.get("quantization_config") or {}).get("quant_method")
@@ -354,7 +365,7 @@ def _jina_reranker_v3(model: Path):
 
     own = json.loads((model / "config.json").read_text("utf-8"))
     config = Qwen3Config(**{k: v for k, v in own.items() if k not in ("auto_map", "model_type", "architectures")})
-    base = Qwen3Model.from_pretrained(model, config=config, dtype=torch.float32).eval()
+    base = Qwen3Model.from_pretrained(model, config=config, dtype=torch.float32, trust_remote_code=False).eval()
     weights = {k: v for file in sorted(model.glob("*.safetensors")) for k, v in load_file(file).items()}
     rows = {n: weights[f"projector.{n}.weight"].float() for n in (0, 2)}
     return base, lambda states: torch.relu(states @ rows[0].T) @ rows[2].T
@@ -432,22 +443,23 @@ def _chat_ids(
     return ids[: max_length - same] + one[len(one) - same :]
 
 
-def _own_logit(network, ids, tokenizer, model: Path, tokens: tuple[int, int | None] | None = None):
-    """The logit of a head with one label, or of the tokens that the LogitScore module names (yes and no without it)."""
+def _own_logit(network, ids, model: Path, tokens: tuple[int, int | None] | None = None):
+    """The logit of a head with one label, or of the tokens: given ones, else those of the LogitScore module."""
     logits = network(ids).logits
     if _classifies(model):
         return logits[0, 0]
-    score = {"true_token_id": tokenizer.convert_tokens_to_ids("yes")}
-    score["false_token_id"] = tokenizer.convert_tokens_to_ids("no")
-    if tokens is not None:
-        score = {"true_token_id": tokens[0], "false_token_id": tokens[1]}
-    elif (model / "modules.json").is_file():
-        for module in json.loads((model / "modules.json").read_text("utf-8")):
-            if module["type"].endswith("LogitScore"):
-                score = json.loads((model / module["path"] / "config.json").read_text("utf-8"))
-    logit = logits[0, -1, score["true_token_id"]]
-    false = score.get("false_token_id")
-    return logit if false is None else logit - logits[0, -1, false]
+    true, false = tokens or _logit_score(model)
+    return logits[0, -1, true] if false is None else logits[0, -1, true] - logits[0, -1, false]
+
+
+def _logit_score(model: Path) -> tuple[int, int | None]:
+    """(id of the token for relevant, id of the one for not relevant or None) by the LogitScore module."""
+    file = model / "modules.json"
+    for module in json.loads(file.read_text("utf-8")) if file.is_file() else []:
+        if module["type"].endswith("LogitScore"):
+            score = json.loads((model / module["path"] / "config.json").read_text("utf-8"))
+            return score["true_token_id"], score.get("false_token_id")
+    raise ConfigError(f"{model}: no LogitScore module names the tokens of the score: set SCORE_TOKENS")
 
 
 def _activation(model: Path):

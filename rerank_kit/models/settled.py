@@ -145,7 +145,7 @@ def _own_prompt(
     whose = "" if "TEMPLATE" in checkpoint.given else "the checkpoint's own: "
     why["template"] = f"{whose}{own.source}{others}"
     _say_instruction(instruction, cfg, checkpoint, why)
-    return replace(profile, instruction=own.instruction, reference="chat_template"), template
+    return replace(profile, instruction=own.instruction, own_prompt=True), template
 
 
 def _say_instruction(instruction: str | None, cfg: EnvConfig, checkpoint: Checkpoint, why: dict[str, str]) -> None:

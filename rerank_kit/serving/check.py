@@ -4,7 +4,7 @@
 
 These faults give wrong scores without an error: a missing or broken template (one token is enough), a head that was not
 loaded (all scores are the same), and another model than the configured one. It prints one line for each check. Exit
-codes: 0 no fault, 1 a fault, 4 nothing could be checked.
+codes: 0 no fault, 1 a fault, 4 a check could not be made.
 """
 
 import http.client
@@ -20,16 +20,16 @@ from typing import Any
 
 from rerank_kit.engine.machine import GIB, free_memory, vllm_version
 from rerank_kit.engine.nodes import is_headless
-from rerank_kit.engine.scale import score_scale
+from rerank_kit.engine.scale import score_difference
 from rerank_kit.models.chat_template import render, special_tokens
 from rerank_kit.models.checkpoint import Checkpoint, MissingPackage, load_tokenizer, read_checkpoint
 from rerank_kit.models.given import for_reference, with_settings
 from rerank_kit.models.known_pairs import KNOWN, PAIRS, judge
-from rerank_kit.models.library import RECIPE, compare
+from rerank_kit.models.library import RECIPE, Compared, compare
 from rerank_kit.models.library import TOLERANCE as LIBRARY_TOLERANCE
 from rerank_kit.models.pair import Pair
-from rerank_kit.models.profiles import Profile, find_profile
-from rerank_kit.models.published import DOCUMENTS, QUERY, Published, distance, logit, probability, published
+from rerank_kit.models.profiles import find_profile
+from rerank_kit.models.published import DOCUMENTS, QUERY, Published, difference, distance, logit, published
 from rerank_kit.models.published import TOLERANCE as TOLERANCE_LOGIT
 from rerank_kit.models.reference import INSTRUCTION, jina_v3_prompt, reference_scores
 from rerank_kit.models.settled import Settled, settle
@@ -52,6 +52,10 @@ class Failed(Exception):
 
 class NoAnswer(Exception):
     """The service is too busy to be judged."""
+
+
+class NotMade(Exception):
+    """A check of an answering service that could not be made, with its reason."""
 
 
 def ask(cfg: EnvConfig, method: str, path: str, body: dict | None = None) -> bytes:
@@ -132,11 +136,6 @@ def reference_bytes(checkpoint: Checkpoint) -> int:
     return int(1.2 * 4 * n_weights)
 
 
-def compared(profile: Profile, checkpoint: Checkpoint) -> Callable[[float], float]:
-    """What TOLERANCE is for: a score, or the probability of a logit, since bf16 moves a logit of 20 further."""
-    return probability if score_scale(profile, checkpoint)["name"] == "logit" else float
-
-
 def check_batches(cfg: EnvConfig) -> Iterator[tuple[str, str | None, str]]:
     """The checks of `--exact`."""
     checkpoint, settled = served(cfg)
@@ -145,10 +144,10 @@ def check_batches(cfg: EnvConfig) -> Iterator[tuple[str, str | None, str]]:
             f"check --exact scores pairs in many batches, and profile {settled.profile.name} is listwise: its scores "
             "depend on the other documents of a call. Leave --exact out"
         )
-    yield from check_exact(cfg, ask, TOLERANCE, shown=compared(settled.profile, checkpoint))
+    yield from check_exact(cfg, ask, TOLERANCE, far=score_difference(settled.profile, checkpoint))
 
 
-def check_engines(cfg: EnvConfig, shown: Callable[[float], float] = float) -> tuple[str, str | None, str]:
+def check_engines(cfg: EnvConfig, far: Callable[[float, float], float] = difference) -> tuple[str, str | None, str]:
     """(name, fault, seen). Every data parallel engine must score, and all must give a pair the same score.
 
     vLLM accepts an engine of another host without comparing its weights. A wrong checkpoint there would change the
@@ -165,7 +164,7 @@ def check_engines(cfg: EnvConfig, shown: Callable[[float], float] = float) -> tu
     fault = None
     if len(after) < n or idle:
         fault = f"only {len(after) - len(idle)} of {n} engines scored"
-    elif shown(max(scores)) - shown(min(scores)) > TOLERANCE:
+    elif far(max(scores), min(scores)) > TOLERANCE:
         fault = (
             f"the same pair has scores from {min(scores):.4f} to {max(scores):.4f}: the engines do not serve the same "
             "weights in the same way (another checkpoint, dtype or release on one of the hosts?)"
@@ -174,10 +173,16 @@ def check_engines(cfg: EnvConfig, shown: Callable[[float], float] = float) -> tu
 
 
 def run_checks(cfg: EnvConfig, reference: bool = False) -> Iterator[tuple[str, str | None, str]]:
-    """Yield (check, fault or None, observation), cheap checks first."""
+    """Yield (check, fault or None, observation), cheap checks first.
+
+    Raises:
+        NotMade, MissingPackage: what comes next could not be checked.
+    """
     try:
         checkpoint, settled = served(cfg)
         profile = settled.profile
+    except MissingPackage:
+        raise
     except (Failed, ConfigError) as exc:
         yield "model", str(exc), ""
         return
@@ -193,10 +198,10 @@ def run_checks(cfg: EnvConfig, reference: bool = False) -> Iterator[tuple[str, s
     yield head
     engines = [engine for engine in progress(cfg) if engine]  # none without vLLM's metrics
     if max(cfg.dp, len(engines)) > 1:
-        shown = compared(profile, checkpoint)
-        yield (
-            check_engines(cfg, shown) if engines else ("engines", None, "not compared: the service has no vLLM metrics")
-        )
+        if engines:
+            yield check_engines(cfg, score_difference(profile, checkpoint))
+        else:
+            yield "engines", None, "not compared: the service has no vLLM metrics"
 
     yield known
 
@@ -226,28 +231,33 @@ def check_published(cfg: EnvConfig, known: Published, certain: bool) -> tuple[st
 def check_references(
     cfg: EnvConfig, checkpoint: Checkpoint, settled: Settled, scores: list[float]
 ) -> Iterator[tuple[str, str | None, str]]:
-    """The service's scores beside the recipe of the family in transformers, and beside sentence-transformers itself."""
+    """The service's scores beside the recipe of the family in transformers, and beside sentence-transformers itself.
+
+    Raises:
+        NotMade, MissingPackage: transformers cannot score the checkpoint here.
+    """
     profile = settled.profile
     needed, free = reference_bytes(checkpoint), free_memory()
     if needed > free:
         sizes = f"transformers in float32 needs {needed / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB are free"
-        yield "reference", f"not compared: {sizes}", ""
-        return
+        raise NotMade(f"reference  not compared: {sizes}")
     pairs = [Pair(*pair) for pair in PAIRS]
     length = min(checkpoint.max_length, 8192)
-    divisor = profile.pooler_config.get("logit_sigma", 1)
-    asked = checkpoint.path, profile.reference, pairs, cfg.instruction, length, divisor
+    asked = checkpoint.path, profile.reference, pairs, cfg.instruction, length
     try:
-        expected = reference_scores(*asked, **for_reference(checkpoint))
+        expected = reference_scores(*asked, **for_reference(checkpoint, profile))
+    except MissingPackage:
+        raise
     except ConfigError as exc:
-        yield "reference", f"not compared: {exc}", ""
-        return
-    shown = compared(profile, checkpoint)
-    differences = [
-        abs(shown(a) - shown(b)) if isinstance(a, float) else math.inf for a, b in zip(scores, expected, strict=True)
-    ]
+        raise NotMade(f"reference  not compared: {exc}") from exc
+    far = score_difference(profile, checkpoint)
+    differences = [far(a, b) if isinstance(a, float) else math.inf for a, b in zip(scores, expected, strict=True)]
     worst = max(math.inf if math.isnan(value) else value for value in differences)  # max() passes over NaN
-    fault = None if worst <= TOLERANCE else f"a score differs by {worst:.4f} from transformers in float32"
+    fault = None
+    if worst > TOLERANCE:
+        far_off = [(a, b) for a, b, d in zip(scores, expected, differences, strict=True) if not d <= TOLERANCE]
+        fault = f"a score differs by {worst:.4f} from transformers in float32"
+        fault += f" ({', '.join(f'{a} for {b:.4f}' for a, b in far_off)})"
     quantized = cfg.quantization or (checkpoint.config.get("quantization_config") or {}).get("quant_method")
     if fault and quantized:
         fault += (
@@ -256,9 +266,9 @@ def check_references(
         )
     yield "reference", fault, f"transformers in float32 agrees within {worst:.1e} (bf16 explains {TOLERANCE})"
     # Recipe and service beside the library, which loads the folder by rules of its own.
-    others = {RECIPE: (expected, LIBRARY_TOLERANCE)}
+    others: dict[str, Compared] = {RECIPE: (expected, LIBRARY_TOLERANCE, difference)}
     if not quantized:
-        others["the service"] = (scores, TOLERANCE)
+        others["the service"] = (scores, TOLERANCE, far)
     for agrees, said in compare(checkpoint, profile, pairs, cfg.instruction, others):
         yield "library", None if agrees else said, said
 
@@ -280,7 +290,10 @@ def main(argv: list[str]) -> int:
                 print(f"{'FAILED' if fault else 'ok':<6}  {name:<9}  {fault or seen}")
     except MissingPackage as exc:
         print(f"FAILED  {exc}")
-        return 4
+        return 1 if failed else 4
+    except NotMade as exc:
+        print(f"unsure  {exc}")
+        return 1 if failed else 4
     except ConfigError as exc:
         print(f"ConfigError: {exc}", file=sys.stderr)
         return 6
@@ -292,7 +305,7 @@ def main(argv: list[str]) -> int:
         return 1
     except ImportError as exc:
         print(f"FAILED  this Python lacks a package: {exc}; use the one that serves (sh start_rerank.sh python)")
-        return 4
+        return 1 if failed else 4
     except (ValueError, LookupError, TypeError) as exc:
         print(f"FAILED  an answer does not have vLLM's format: {type(exc).__name__}: {exc}")
         return 1

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from rerank_kit.models.published import difference
 from rerank_kit.serving.health import progress
 from rerank_kit.serving.status import known_state
 from rerank_kit.settings import ConfigError, EnvConfig
@@ -71,13 +72,13 @@ class Scores:
         """Pairs whose scores are not all the same bits."""
         return [i for i, found in enumerate(self.of_pair) if len({score for score, _ in found}) > 1]
 
-    def furthest(self, shown: Callable[[float], float] = float) -> tuple[float, int]:
-        """(largest distance of a score from the median of its pair, that pair); `shown` gives the scale."""
+    def furthest(self, far: Callable[[float, float], float] = difference) -> tuple[float, int]:
+        """(largest distance of a score from the median of its pair, that pair)."""
         gaps = []
         for i, found in enumerate(self.of_pair):
-            values = [shown(score) for score, _ in found]
+            values = [score for score, _ in found]
             middle = statistics.median_low(values)
-            gaps.append((max(abs(value - middle) for value in values), i))
+            gaps.append((max(far(value, middle) for value in values), i))
         return max(gaps)
 
 
@@ -142,9 +143,9 @@ def check_exact(
     n_pairs: int = N_PAIRS,
     n_rounds: int = N_ROUNDS,
     *,
-    shown: Callable[[float], float] = float,
+    far: Callable[[float, float], float] = difference,
 ) -> Iterator:
-    """Yield (check, fault or None, observation) of `check --exact`. The bound is for shown(score)."""
+    """Yield (check, fault or None, observation) of `check --exact`. The bound is for far(score, median)."""
     mode = known_state(cfg).get("version", "").endswith("-exact")
     if known_state(cfg) and mode != bool(cfg.exact):
         runs = "with" if mode else "without"
@@ -152,7 +153,7 @@ def check_exact(
     before = progress(cfg)
     scores = measure(cfg, ask, n_pairs, n_rounds)
     after = progress(cfg)
-    gap, pair = scores.furthest(shown)
+    gap, pair = scores.furthest(far)
     low, high = min(scores.of_pair[pair]), max(scores.of_pair[pair])
     seen = f"{scores.n} scores of {n_pairs} pairs in {n_rounds} rounds on {max(1, len(after))} engines"
     worst = f"the largest from {low[0]!r} ({low[1]}) to {high[0]!r} ({high[1]})"

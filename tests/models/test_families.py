@@ -22,6 +22,7 @@ from conftest import KIT, free_port, http, kit_environment, run_kit
 from rerank_kit.engine.machine import Machine
 from rerank_kit.engine.plan import plan_engine
 from rerank_kit.models.checkpoint import Checkpoint, read_checkpoint
+from rerank_kit.models.given import for_reference
 from rerank_kit.models.library import FOLDER as LIBRARY
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.profiles import PROFILE_DIR, all_profiles, find_profile, load_profiles
@@ -331,6 +332,7 @@ def test_scores_are_those_of_the_model_card(name, folder_of, fork_server, forked
         pytest.skip(f"vLLM imports {profile.needs} for this family")
     model = folder_of(name)
     profile = settle(read_checkpoint(model), profile, get_config()).profile
+    given = for_reference(read_checkpoint(model), profile)
     pairs = [Pair(*text) for text in (*family.texts, ASCII_LONG)]
     wanted = list(pairs)
     if family.control:
@@ -342,7 +344,8 @@ def test_scores_are_those_of_the_model_card(name, folder_of, fork_server, forked
     with serving(forked_python, model, family, tmp_path / "log") if family.online else nullcontext() as ready:
         results, ids = offline_scores(python, model, family, [*pairs, instructed], tmp_path)
         asked = results.pop()
-        expected = reference_scores(model, profile.reference, [*wanted, instructed], None, family.max_length)
+        asked = [*wanted, instructed]
+        expected = reference_scores(model, profile.reference, asked, None, family.max_length, **given)
         wanted_asked = expected.pop()
         if profile.instruction:
             assert asked["score"] == pytest.approx(wanted_asked, abs=1e-4)
@@ -352,7 +355,7 @@ def test_scores_are_those_of_the_model_card(name, folder_of, fork_server, forked
         assert [r["score"] for r in results] == pytest.approx(expected, abs=1e-4)
         assert max(expected) - min(expected) > 0.1, "scores that do not differ prove nothing"
         assert [r["cut"] for r in results] == [len(p.query) + len(p.document) > 1000 for p in pairs]
-        if profile.reference in PROMPT_IDS:
+        if profile.reference in PROMPT_IDS and not profile.own_prompt:
             from transformers import AutoTokenizer
 
             tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)

@@ -11,6 +11,8 @@ from conftest import Later
 from rerank_kit.engine.machine import Machine
 from rerank_kit.engine.plan import plan_service
 from rerank_kit.models.checkpoint import read_checkpoint
+from rerank_kit.models.given import for_reference
+from rerank_kit.models.opened import opened
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.profiles import all_profiles, find_profile
 from rerank_kit.models.reference import qwen3_vl_prompt_ids, reference_scores
@@ -23,6 +25,15 @@ MODELS = {
     "jina_reranker_v2": tiny_hub_models.jina_reranker_v2,
     "gte_multilingual_reranker": tiny_hub_models.gte_multilingual_reranker,
 }
+RECIPES = {
+    "mxbai_rerank_v2": (tiny_models.mxbai_rerank_v2, "mxbai-rerank-base-v2"),
+    "bge_reranker_v2_gemma": (tiny_models.bge_reranker_v2_gemma, "bge-reranker-v2-gemma"),
+    "zerank2": (tiny_models.zerank2, "zerank-2"),
+    "ctxl_rerank_v2": (tiny_hub_models.ctxl_rerank_v2, "ctxl-rerank-v2-instruct-multilingual-1b"),
+    "llama_nemotron_rerank": (tiny_hub_models.llama_nemotron_rerank, "llama-nemotron-rerank-1b-v2"),
+}
+BOS = {"bge_reranker_v2_gemma": "{{ bos_token }}", "llama_nemotron_rerank": "{{ bos_token }}"}
+OWN = "{{ bos_token }}{# query, document #}one: {{ messages[-2].content }} two: {{ messages[-1].content }} answer:"
 PAIRS = [Pair("What is the capital of China?", "Beijing."), Pair("中国", "引力 " * 200), Pair("a", ""), Pair("", "b")]
 
 
@@ -138,6 +149,52 @@ def test_temperature_is_told_to_vllm_and_other_pooling_is_refused(tmp_path):
     tiny_models.set_config(folder, pooling="last")
     with pytest.raises(ConfigError, match="with another pooling"):
         find_profile(read_checkpoint(folder))
+
+
+def test_a_template_of_its_own_leaves_the_temperature(tmp_path):
+    """In the folder, or by TEMPLATE: prompt and head are two things."""
+    folder = tiny_hub_models.llama_nemotron_rerank(tmp_path / "nemotron")
+    file = tmp_path / "own.jinja"
+    file.write_text(OWN)
+    cfg = get_config(log_dir=str(tmp_path), template=str(file))
+    assert plan_service(cfg, folder, CPU).engine["pooler_config"] == {"logit_sigma": 0.5}
+    (folder / "chat_template.jinja").write_text(OWN)
+    plan = plan_service(get_config(log_dir=str(tmp_path)), folder, CPU)
+    assert plan.engine["pooler_config"] == {"logit_sigma": 0.5} and plan.profile.own_prompt
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+@pytest.mark.parametrize("profile", RECIPES)
+def test_the_reference_of_another_prompt_keeps_the_familys_score(profile, in_folder, tmp_path, monkeypatch):
+    """Score tokens, head, divisor and activation are the family's: with its prompt as TEMPLATE its scores come out."""
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append("run the custom code? [y/N]") or "n")
+    make, name = RECIPES[profile]
+    folder, file = make(tmp_path / name), tmp_path / "own.jinja"
+    (folder / "modules.json").unlink(missing_ok=True)  # the family is known by the name: no file has the tokens
+    (folder / "chat_template.jinja" if in_folder else file).write_text(OWN)
+    found = opened(folder, get_config(template=None if in_folder else str(file)))
+    assert found.profile.name == profile
+    given = for_reference(found.checkpoint, found.profile)
+    assert given["own_prompt"] and (given["template"] is None) == in_folder
+    pairs = [Pair("What is the capital of China?", "Beijing"), Pair("gravity", "attracts two bodies"), Pair("a", "b")]
+    kind, card = found.profile.reference, all_profiles()[profile]
+    other = reference_scores(folder, kind, pairs, None, 256, **given)
+    text = ("" if "bos_token" in card.template_text() else BOS.get(profile, "")) + card.template_text()
+    expected = reference_scores(folder, kind, pairs, None, 256)
+    scores = reference_scores(folder, kind, pairs, None, 256, own_prompt=True, template=text)
+    assert scores == pytest.approx(expected, abs=1e-5)
+    assert other != pytest.approx(expected, abs=1e-3)
+    assert not asked
+
+
+def test_transformers_never_asks_whether_to_run_code(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append("run the custom code? [y/N]") or "n")
+    folder = tiny_hub_models.llama_nemotron_rerank(tmp_path / "nemotron")
+    with pytest.raises(ValueError, match="custom code"):
+        reference_scores(folder, "sequence_classification", PAIRS, None, 256)
+    assert not asked
 
 
 @pytest.mark.parametrize(

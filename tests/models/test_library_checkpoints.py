@@ -16,8 +16,10 @@ from conftest import KIT, free_port, http, kit_environment, run_kit
 from library import all_checkpoints, record
 
 from rerank_kit.models import library
+from rerank_kit.models.given import for_reference
 from rerank_kit.models.opened import opened
 from rerank_kit.models.pair import Pair
+from rerank_kit.models.published import difference
 from rerank_kit.models.reference import reference_scores
 from rerank_kit.settings import ConfigError, get_config
 
@@ -95,7 +97,8 @@ def test_the_reference_has_the_librarys_scores(folders, all_environments):
             continue
         found = opened(folder, get_config())
         pairs, length = [Pair(*pair) for pair in PAIRS], found.checkpoint.max_length
-        scores = reference_scores(folder, found.profile.reference, pairs, None, length)
+        given = for_reference(found.checkpoint, found.profile)
+        scores = reference_scores(folder, found.profile.reference, pairs, None, length, **given)
         if scores != pytest.approx(recorded(folder), abs=1e-4):
             wrong.append(f"{shown(folder)}: {scores}, the library has {recorded(folder)}")
     assert not wrong, "\n".join(wrong)
@@ -222,10 +225,14 @@ def test_a_difference_between_recipe_and_library_is_said(monkeypatch):
         (library.NotComparable("it is not installed"), True, "not compared with sentence-transformers: it is not"),
     ):
         answers.append(answer)
-        [(found, text)] = library.compare(None, None, [], None, {library.RECIPE: ([0.5, 0.7], 1e-4)})
+        [(found, text)] = library.compare(None, None, [], None, {library.RECIPE: ([0.5, 0.7], 1e-4, difference)})
         assert found is agrees and said in text
     answers.append([0.5, 0.71])
-    others = {"vLLM in bfloat16": ([0.5, 0.7], 0.02), library.RECIPE: ([0.5, 0.7], 1e-4), "nobody": ([0.5, None], 0.02)}
+    others = {
+        "vLLM in bfloat16": ([0.5, 0.7], 0.02, difference),
+        library.RECIPE: ([0.5, 0.7], 1e-4, difference),
+        "nobody": ([0.5, None], 0.02, difference),
+    }
     lines = list(library.compare(None, None, [], None, others))
     assert [same for same, _ in lines] == [True, False, False]
     assert "and vLLM in bfloat16 agree within 1.0e-02" in lines[0][1]

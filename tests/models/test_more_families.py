@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import tiny_hub_models
 import tiny_registry
 from test_families import (
     ASCII_LONG,
@@ -25,6 +26,7 @@ from test_families import (
     rerank_scores,
     server_scores,
     serving,
+    zerank1,
 )
 
 from rerank_kit.models.given import for_reference
@@ -59,6 +61,10 @@ def head(name: str, control: tuple, profile: str = "decoder_head") -> Family:
     return Family(decoder(name), "my-model", profile, 512, control=control)
 
 
+def known(profile: str, make, folder: str) -> Family:
+    return Family(make, folder, profile, 512, settings=(("TEMPLATE", ""),))
+
+
 FAMILIES = {
     "electra": Family(tiny_registry.electra_cross_encoder, "ms-marco-electra", "cross_encoder", 256, ENCODER_TEXTS),
     "camembert": Family(tiny_registry.camembert_cross_encoder, "camembert", "cross_encoder", 256, ENCODER_TEXTS),
@@ -84,6 +90,11 @@ FAMILIES = {
         control=LLAMA_CONTROL,
         settings=(("TEMPLATE", ""), ("SCORE_TOKENS", "true,false")),
     ),
+    # A known family whose prompt alone is another: tokens, head, temperature and divisor stay.
+    "nemotron_template": known(
+        "llama_nemotron_rerank", tiny_hub_models.llama_nemotron_rerank, "llama-nemotron-rerank-1b"
+    ),
+    "zerank_template": known("zerank1", zerank1, "zerank-1-small"),
     "qwen2_lm": language_model("Qwen2", QWEN_CONTROL, "yes,no"),
     "llama_lm": language_model("Llama", LLAMA_CONTROL, "true"),
     "gemma_lm": language_model("Gemma", GEMMA_CONTROL, "Yes,No"),
@@ -136,14 +147,14 @@ def test_scores_are_those_of_the_models_library(family, online, fork_server, for
         pairs.append(replace(pairs[0], instruction=INSTRUCTION))
         wanted.append(pairs[-1])
     results, ids = offline_scores(fork_server.command, model, family, pairs, tmp_path)
-    given = for_reference(found.checkpoint)
+    given = for_reference(found.checkpoint, profile)
     expected = reference_scores(model, profile.reference, wanted, None, family.max_length, **given)
     assert [r["score"] for r in results] == pytest.approx(expected, abs=1e-4)
     assert max(expected) - min(expected) > 0.1, "scores that do not differ prove nothing"
-    if profile.reference == "chat_template":
+    if profile.reference == "chat_template" or profile.own_prompt:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         asked = [_chat_ids(tokenizer, model, p, None, family.max_length, given["template"]) for p in wanted]
         assert ids == asked
     if not online:

@@ -18,8 +18,10 @@ from one_file import score_file
 import vllm_usage
 import vllm_usage_tiny
 from rerank_kit.engine.plan import plan_service
-from rerank_kit.models import reference
+from rerank_kit.models import library, reference
+from rerank_kit.models.checkpoint import Checkpoint
 from rerank_kit.models.pair import Pair
+from rerank_kit.models.profiles import load_profiles
 from rerank_kit.models.reference import qwen3_prompt_ids
 from rerank_kit.offline import files
 from rerank_kit.offline import program as offline_program
@@ -562,25 +564,48 @@ def test_tiny_prints_the_example_ranked(checkpoints, fork_server):
     assert "profile: qwen3_reranker" in done.stdout
 
 
-def test_check_fails_when_scores_differ(monkeypatch, capsys):
+def checked_plan(profile: str, dtype: str, scores: list[float]):
+    """(plan, reranker) for check(), without vLLM."""
     plan = SimpleNamespace(
         engine={"max_model_len": 64},
         machine=SimpleNamespace(vllm_version="0"),
         cfg=SimpleNamespace(instruction=None),
-        checkpoint=SimpleNamespace(path=None),
-        profile=SimpleNamespace(reference="x", pooler_config={}),
+        checkpoint=Checkpoint(Path(), {}, (), None),
+        profile=load_profiles()[profile],
     )
-    config = SimpleNamespace(model_config=SimpleNamespace(dtype="torch.float32"))
-    reranker = SimpleNamespace(llm=SimpleNamespace(llm_engine=config), score=lambda pairs: [Result(0.5), Result(0.7)])
+    config = SimpleNamespace(model_config=SimpleNamespace(dtype=f"torch.{dtype}"))
+    llm = SimpleNamespace(llm_engine=config)
+    return plan, SimpleNamespace(llm=llm, score=lambda pairs: [Result(score) for score in scores])
 
-    for expected, library, agrees in (
+
+def test_check_fails_when_scores_differ(monkeypatch, capsys):
+    plan, reranker = checked_plan("qwen3_reranker", "float32", [0.5, 0.7])
+    for expected, known, agrees in (
         ([0.5, 0.70005], True, True),
         ([0.5, 0.7002], True, False),
         ([0.5, float("nan")], True, False),
         ([0.5, 0.7], False, False),
     ):
-        said = [(True, "what it says"), (library, "what it says")]
+        said = [(True, "what it says"), (known, "what it says")]
         monkeypatch.setattr(vllm_usage_tiny, "compare", lambda *_, said=said: said)
-        monkeypatch.setattr(vllm_usage_tiny, "reference_scores", lambda *_, expected=expected: expected)
+        monkeypatch.setattr(vllm_usage_tiny, "reference_scores", lambda *_, expected=expected, **__: expected)
         assert vllm_usage_tiny.check(plan, reranker, [None, None]) is agrees
         assert capsys.readouterr().out.endswith("what it says\nwhat it says\n")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "score", "wanted", "agrees"),
+    [
+        ("bfloat16", 20.25, 20.0, True),
+        ("bfloat16", 8.0, 4.0, False),
+        ("float32", 20.00005, 20.0, True),
+        ("float32", 20.001, 20.0, False),
+    ],
+)
+def test_check_compares_logits_alike_with_recipe_and_library(dtype, score, wanted, agrees, monkeypatch, capsys):
+    plan, reranker = checked_plan("ctxl_rerank_v2", dtype, [score])
+    monkeypatch.setattr(library, "library_scores", lambda *_: [wanted])
+    monkeypatch.setattr(vllm_usage_tiny, "reference_scores", lambda *_, **__: [wanted])
+    assert vllm_usage_tiny.check(plan, reranker, [None]) is agrees
+    said = capsys.readouterr().out
+    assert (f"in float32 {'and' if agrees else 'DIFFERS from'} vLLM in {dtype}") in said

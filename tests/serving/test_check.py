@@ -2,15 +2,19 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 from conftest import run_kit
 
+from rerank_kit.models import library
 from rerank_kit.models.checkpoint import Checkpoint, MissingPackage, read_checkpoint
 from rerank_kit.models.known_pairs import judge
+from rerank_kit.models.profiles import load_profiles
+from rerank_kit.models.settled import Settled
 from rerank_kit.serving import check, health
 from rerank_kit.serving.check import PAIRS, reference_bytes, run_checks
-from rerank_kit.settings import get_config
+from rerank_kit.settings import ConfigError, get_config
 
 pytestmark = pytest.mark.server
 REAL = health.request
@@ -109,7 +113,8 @@ def test_a_reference_that_does_not_fit_is_not_tried(cfg, monkeypatch):
     checkpoint = read_checkpoint(next(iter(check.served(cfg)[:1])).path)
     assert 4 * 50_000 < reference_bytes(checkpoint) < 4 * 1_000_000
     monkeypatch.setattr(check, "free_memory", lambda: 1000)
-    assert "not compared" in faults(cfg, reference=True)["reference"]
+    with pytest.raises(check.NotMade, match="not compared: transformers in float32 needs"):
+        faults(cfg, reference=True)
 
 
 def test_reference_bytes_counts_every_shard(checkpoints):
@@ -156,6 +161,55 @@ def test_a_check_by_a_python_without_tokenizers_could_not_be_made(monkeypatch, c
     monkeypatch.setattr(check, "run_checks", lacking)
     assert check.main([]) == 4
     assert capsys.readouterr().out == "FAILED  this Python cannot read tokenizer.json\n"
+
+
+def test_a_tokenizer_that_this_python_cannot_read_is_no_fault_of_the_service(monkeypatch, capsys):
+    """MissingPackage is a ConfigError too, and those of the checkpoint are faults."""
+
+    def lacking(*_, **__):
+        raise MissingPackage("this Python cannot read tokenizer.json")
+
+    found = Settled(load_profiles()["qwen3_reranker"], None)
+    monkeypatch.setattr(check, "served", lacking)
+    assert check.main([]) == 4 and "FAILED  this Python" in capsys.readouterr().out
+    monkeypatch.setattr(check, "reference_scores", lacking)
+    with pytest.raises(MissingPackage):
+        list(check.check_references(get_config(), Checkpoint(Path(), {}, (), None), found, [0.5]))
+
+
+@pytest.mark.parametrize(("before", "code"), [(None, 4), ("wrong", 1)])
+def test_what_could_not_be_compared_is_unsure(monkeypatch, capsys, before, code):
+    """Weights in AWQ, for example, which transformers cannot load: nobody knows, and no score is wrong for it."""
+
+    def unloadable(*_, **__):
+        raise ConfigError("weights in awq, which transformers cannot load here")
+
+    def checks(cfg, _):
+        yield "head", before, "fine"
+        found = Settled(load_profiles()["qwen3_reranker"], None)
+        yield from check.check_references(cfg, Checkpoint(Path(), {}, (), None), found, [0.5])
+
+    monkeypatch.setattr(check, "reference_scores", unloadable)
+    monkeypatch.setattr(check, "run_checks", checks)
+    assert check.main(["--reference"]) == code
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == "unsure  reference  not compared: weights in awq, which transformers cannot load here"
+
+
+@pytest.mark.parametrize(("served", "wanted", "fine"), [(20.25, 20.0, True), (8.0, 4.0, False), (0.3, 0.0, False)])
+def test_logits_are_compared_alike_with_recipe_and_library(monkeypatch, served, wanted, fine):
+    """bf16 moves a logit of 20 by 0.25, also beside the library, whose own difference to the recipe is 0 here."""
+    monkeypatch.setattr(check, "reference_scores", lambda *_, **__: [wanted] * len(PAIRS))
+    monkeypatch.setattr(library, "library_scores", lambda *_: [wanted] * len(PAIRS))
+    found = Settled(load_profiles()["ctxl_rerank_v2"], None)
+    made = Checkpoint(Path(), {}, (), None)
+    lines = list(check.check_references(get_config(), made, found, [served] * len(PAIRS)))
+    assert [(name, fault is None) for name, fault, _ in lines] == [
+        ("reference", fine),
+        ("library", True),
+        ("library", fine),
+    ]
+    assert fine or f"({served} for {wanted:.4f}" in lines[0][1]
 
 
 @pytest.mark.parametrize(

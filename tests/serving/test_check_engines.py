@@ -1,9 +1,12 @@
 """check of several engines: by vLLM's metrics where there are some, and not judged where there are none."""
 
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 
+from rerank_kit.models.checkpoint import Checkpoint
+from rerank_kit.models.profiles import load_profiles
+from rerank_kit.models.settled import Settled
 from rerank_kit.serving import check
 from rerank_kit.settings import get_config
 
@@ -11,9 +14,9 @@ from rerank_kit.settings import get_config
 @pytest.fixture
 def two(monkeypatch):
     """A service of two engines whose other checks find nothing."""
-    settled = SimpleNamespace(profile=SimpleNamespace(name="any"))
-    monkeypatch.setattr(check, "served", lambda cfg: (SimpleNamespace(path="/m"), settled))
-    monkeypatch.setattr(check, "expectation", lambda *_: {})
+    settled = Settled(load_profiles()["cross_encoder"], None)
+    monkeypatch.setattr(check, "served", lambda cfg: (Checkpoint(Path("/m"), {}, (), None), settled))
+    monkeypatch.setattr(check, "expectation", lambda *_: {"tokens": None})
     monkeypatch.setattr(check, "score", lambda *_: (0.5, 80))
     monkeypatch.setattr(check, "judge", lambda *_: [(name, None, "") for name in ("prompt", "head", "answers")])
     monkeypatch.setattr(check.time, "sleep", lambda _: None)

@@ -1,11 +1,14 @@
 """check --exact: the rounds on a real service; changed bits, a broken bound and a restart are found."""
 
 import json
+import math
 import os
+from pathlib import Path
 
 import pytest
 from conftest import free_port, run_kit
 
+from rerank_kit.engine.scale import score_difference
 from rerank_kit.models.checkpoint import Checkpoint
 from rerank_kit.models.profiles import load_profiles
 from rerank_kit.models.settled import Settled
@@ -133,12 +136,24 @@ def test_logits_are_compared_as_probabilities(tmp_path):
     """bf16 moves a logit of 20 by more than the bound for scores from 0 to 1."""
     found = Checkpoint(tmp_path, {}, (), None)
     profiles = load_profiles()
-    logit, score = (check.compared(profiles[name], found) for name in ("ctxl_rerank_v2", "qwen3_reranker"))
-    assert logit(20.25) - logit(20.0) < check.TOLERANCE < logit(0.25) - logit(0.0)
-    assert logit(-800.0) == 0.0 and logit(800.0) == 1.0 and score(0.25) == 0.25
+    logit, score = (score_difference(profiles[name], found) for name in ("ctxl_rerank_v2", "qwen3_reranker"))
+    assert logit(20.25, 20.0) < check.TOLERANCE < logit(0.25, 0.0) and score(0.25, 0.0) == 0.25
+    assert logit(-11.375, -12.192464) < check.TOLERANCE, "bf16 and float32 of one card"
+    assert logit(-800.0, 800.0) == 1 and logit(-800.0, -801.0) < check.TOLERANCE
+    assert math.isnan(logit(float("nan"), -20.0)) and logit(float("inf"), 20.0) == float("inf")
     scores = Scores(1)
     scores.of_pair[0] = [(20.0, "alone"), (20.25, "among others")]
     assert scores.furthest() == (0.25, 0) and scores.furthest(logit)[0] < check.TOLERANCE
+
+
+@pytest.mark.parametrize("wanted", [4.0, 8.0, -12.0])
+def test_a_wrong_factor_on_large_logits_is_seen(wanted):
+    """As probabilities 8 and 4 differ by less than the bound."""
+    far = score_difference(load_profiles()["llama_nemotron_rerank"], Checkpoint(Path(), {}, (), None))
+    assert min(far(2 * wanted, wanted), far(wanted / 2, wanted)) > check.TOLERANCE > far(1.05 * wanted, wanted)
+    scores = Scores(1)
+    scores.of_pair[0] = [(wanted, "alone"), (wanted, "alone"), (2 * wanted, "among others")]
+    assert scores.furthest(far)[0] > check.TOLERANCE
 
 
 def test_a_listwise_model_has_no_pairs_to_batch(monkeypatch):
