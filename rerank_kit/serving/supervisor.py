@@ -209,7 +209,7 @@ class Supervisor:
             watch = (
                 peers
                 if peers and is_headless(self.cfg)
-                else Watch(self.cfg, self.warm, self.plan.copies, self.bell.ring)
+                else Watch(self.cfg, self.warm, self.plan.copies, self.bell.ring, list_tokens=self._list_tokens())
             )
             while True:
                 ended = [(number, reap(pid)) for number, pid in enumerate(self.servers)]
@@ -245,6 +245,9 @@ class Supervisor:
             for thread in (watch, peers):
                 if thread:
                     thread.stopped.set()
+
+    def _list_tokens(self) -> int | None:
+        return self.plan.engine["max_model_len"] if self.plan.profile.listwise else None
 
     def _hangs(self, watch: Watch | Peers) -> str:
         """Why this live server counts as dead; empty = it does not."""

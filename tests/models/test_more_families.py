@@ -159,6 +159,15 @@ def test_scores_are_those_of_the_models_library(family, online, fork_server, for
             assert lengths == [len(ids[i]) for i in some]
 
 
+@pytest.mark.parametrize("modes", [["max"], ["weightedmean"], ["cls", "mean"]])
+def test_embedding_gemma_with_another_pooling_is_refused(modes, tmp_path):
+    folder = tiny_registry.embedding_gemma(tmp_path / "embeddinggemma-300m")
+    assert opened(folder, get_config()).profile.name == "embedding_gemma"
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": modes}))
+    with pytest.raises(ConfigError, match="with other pooling than mean, cls or last token"):
+        opened(folder, get_config())
+
+
 @pytest.fixture(scope="module")
 def ettin(tmp_path_factory):
     return tiny_registry.ettin_reranker(tmp_path_factory.mktemp("ettin") / "ettin-reranker-17m-v1")
