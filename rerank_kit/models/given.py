@@ -10,8 +10,8 @@ from rerank_kit.models.checkpoint import Checkpoint, Said, load_tokenizer
 from rerank_kit.models.profiles import load_profiles
 from rerank_kit.settings import KIT_DIR, ConfigError, EnvConfig
 
-# Put before a TEMPLATE that takes the instruction as the variable `instruction`, as those in profiles/ do. Then it takes
-# a message of role system, which is how the kit and the reference hand the instruction to a template of a checkpoint.
+# Put before a TEMPLATE that takes the instruction as the variable `instruction`, as those in profiles/ do. It then
+# takes a message of role system, which is how the kit and the reference give an instruction to a checkpoint's template.
 FROM_SYSTEM = (
     "{#- Made by the kit: the message of role system becomes the variable `instruction`. -#}"
     '{%- if messages[0]["role"] == "system" -%}'

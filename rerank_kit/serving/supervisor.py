@@ -24,8 +24,16 @@ from pathlib import Path
 
 from rerank_kit.engine.nodes import describe_node, has_other_nodes, is_headless
 from rerank_kit.engine.plan import Plan, plan_service
-from rerank_kit.processes import born, is_alive, session_pids
-from rerank_kit.serving.command import refused, server_commands, server_env, shown_args, shown_env, startable_plan
+from rerank_kit.processes import born, end_with_parent, is_alive, session_pids
+from rerank_kit.serving.command import (
+    make_joined,
+    refused,
+    server_commands,
+    server_env,
+    shown_args,
+    shown_env,
+    startable_plan,
+)
 from rerank_kit.serving.compare import key_mark, supervised_settings
 from rerank_kit.serving.health import WARMING, log_file, pid_file, state_file
 from rerank_kit.serving.launch import launch, rotate
@@ -41,7 +49,7 @@ END_OF_ENGINE_S = 10  # beyond STOP_DELAY_S and STOP_TIMEOUT_S, for the engine's
 END_OF_LOADING_S = 3
 ROOM_FOR_LOG = 2**20
 NO_OUTPUT = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0), (os.POSIX_SPAWN_DUP2, 1, 2)]
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 @dataclass
@@ -410,7 +418,7 @@ def run_in_foreground(cfg: EnvConfig) -> int:
         child = os.fork()
         if child == 0:
             os.setsid()
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+            end_with_parent()
             os._exit(Supervisor(plan, foreground=True).run())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os.kill(child, signal.SIGTERM))
@@ -424,6 +432,7 @@ def begin(script: int) -> int:
     """Check the settings, and launch a supervisor for start_rerank.sh of that PID."""
     try:
         plan = startable_plan(get_config())
+        make_joined(plan)  # may take minutes, in which a supervisor could not react
     except (ConfigError, OSError) as exc:
         return refused(exc)
 

@@ -208,5 +208,12 @@ def test_the_joined_model_is_made_once_and_again_for_other_weights(ettin, tmp_pa
     assert {"head.dense.weight", "head.norm.weight", "classifier.weight", "classifier.bias"} < names
     assert {name for name in names if not name.startswith(("model.", "head.", "classifier."))} == set()
     assert opened(folder, get_config(log_dir=str(tmp_path / "log"))).folder == found.folder
+    other = opened(shutil.copytree(folder, tmp_path / "other"), get_config(log_dir=str(tmp_path / "log")))
+    make_adapted(other.checkpoint, other.profile, other.folder)
     os.utime(folder / "4_Dense" / "model.safetensors", (1, 1))
-    assert opened(folder, get_config(log_dir=str(tmp_path / "log"))).folder != found.folder
+    again = opened(folder, get_config(log_dir=str(tmp_path / "log")))
+    assert again.folder != found.folder
+    make_adapted(again.checkpoint, again.profile, again.folder)
+    # The older copy is removed, that of another checkpoint is not, and nothing else is left.
+    assert set((tmp_path / "log").iterdir()) == {again.folder, other.folder}
+    assert (folder / "model.safetensors").is_file()
