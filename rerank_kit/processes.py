@@ -1,7 +1,12 @@
 """Processes by PID and start time: which are alive, which are in a session, and on which machine a PID is valid."""
 
+import ctypes
 import os
+import signal
+from contextlib import suppress
 from pathlib import Path
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def this_machine() -> str:
@@ -38,3 +43,9 @@ def session_pids(session: int) -> list[int]:
 def is_alive(pid: int) -> bool:
     """The process exists and is no zombie."""
     return born(pid) is not None
+
+
+def end_with_parent() -> None:
+    """TERM for this process when its parent ends."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

@@ -172,7 +172,7 @@ def served_text(own: PairTemplate, checkpoint: Checkpoint, instruction: str | No
     """
     control = _control_tokens(checkpoint)
     text = _front(own, control, instruction) + own.text
-    where = f"{checkpoint.path}/{own.source}"
+    where = own.source if "TEMPLATE" in checkpoint.given else f"{checkpoint.path}/{own.source}"
     prompt = own.render(QUERY, DOCUMENT)
     if prompt.count(QUERY) != 1 or prompt.count(DOCUMENT) != 1 or prompt.index(QUERY) > prompt.index(DOCUMENT):
         raise ConfigError(

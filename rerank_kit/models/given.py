@@ -5,10 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rerank_kit.models.chat_template import pair_template, template_fault
+from rerank_kit.models.chat_template import DOCUMENT, QUERY, PairTemplate, agrees, pair_template, template_fault
 from rerank_kit.models.checkpoint import Checkpoint, Said, load_tokenizer
-from rerank_kit.models.profiles import Profile
+from rerank_kit.models.profiles import Profile, load_profiles
 from rerank_kit.settings import KIT_DIR, ConfigError, EnvConfig
+
+# Put before a TEMPLATE that takes the instruction as the variable `instruction`, as those in profiles/ do. It then
+# takes a message of role system, which is how the kit and the reference give an instruction to a checkpoint's template.
+FROM_SYSTEM = (
+    "{#- Made by the kit: the message of role system becomes the variable `instruction`. -#}"
+    '{%- if messages[0]["role"] == "system" -%}'
+    '{%- set instruction, messages = messages[0]["content"], messages[1:] -%}'
+    "{%- endif %}\n"
+)
 
 
 def with_settings(checkpoint: Checkpoint, cfg: EnvConfig) -> Checkpoint:
@@ -19,18 +28,45 @@ def with_settings(checkpoint: Checkpoint, cfg: EnvConfig) -> Checkpoint:
     """
     if cfg.template:
         text = _read(cfg.template)
-        said = Said(text, f"TEMPLATE={cfg.template}")
-        given = (*checkpoint.given, "TEMPLATE")
-        checkpoint = replace(checkpoint, chat_template=said, message_format="auto", given=given)
-        if pair_template(checkpoint) is None:
-            raise ConfigError(
-                f"{said.source} {template_fault(checkpoint)}: it must write both texts, from messages of role query "
-                "and document (and system for the instruction), as in profiles/qwen3_reranker.jinja"
-            )
+        given = replace(checkpoint, message_format="auto", given=(*checkpoint.given, "TEMPLATE"))
+        checkpoint = _with_template(given, text, f"TEMPLATE={cfg.template}")
     if cfg.score_tokens:
         ids = _ids(checkpoint, cfg.score_tokens)
         checkpoint = replace(checkpoint, logit_tokens=ids, given=(*checkpoint.given, "SCORE_TOKENS"))
     return checkpoint
+
+
+def _with_template(checkpoint: Checkpoint, text: str, source: str) -> Checkpoint:
+    checkpoint = replace(checkpoint, chat_template=Said(text, source))
+    own = pair_template(checkpoint)
+    if own is None:
+        raise ConfigError(
+            f"{source} {template_fault(checkpoint)}: it must write both texts, from messages of role query and "
+            "document, as in profiles/qwen3_reranker.jinja (an instruction: from the variable `instruction`, as there, "
+            "or from a message of role system in front of the two)"
+        )
+    if not own.instruction and not own.structured and "instruction" in text:
+        changed = replace(checkpoint, chat_template=Said(FROM_SYSTEM + text, source))
+        taking = pair_template(changed)
+        if taking and taking.instruction and taking.render(QUERY, DOCUMENT) == own.render(QUERY, DOCUMENT):
+            checkpoint, own = changed, taking
+    _refuse_document_first(own, source)
+    return checkpoint
+
+
+def _refuse_document_first(own: PairTemplate, source: str) -> None:
+    prompt = own.render(QUERY, DOCUMENT)
+    if prompt.index(QUERY) < prompt.index(DOCUMENT):
+        return
+    profiles = [p for p in load_profiles().values() if p.template]
+    if any(agrees(own, p.template_text() or "", p.instruction) for p in profiles):
+        return
+    shown = prompt.replace(QUERY, "QUERY").replace(DOCUMENT, "DOCUMENT")
+    raise ConfigError(
+        f"{source} puts the document before the query ({shown!r}): such a prompt is served for ctxl_rerank_v2 alone, "
+        "with the template of its profile, because elsewhere a long pair could not be cut so that the query stays. "
+        "Unset TEMPLATE for a ctxl-rerank-v2 model; a model that was trained with another such prompt is not served"
+    )
 
 
 def _read(setting: str) -> str:

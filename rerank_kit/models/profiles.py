@@ -113,7 +113,7 @@ def find_profile(checkpoint: Checkpoint, wanted: str | None = None) -> Profile:
     fits = _matches(checkpoint, known)
     what = f"{checkpoint.path} ({', '.join(checkpoint.architectures) or 'no architecture'}"
     what += f", {checkpoint.num_labels} labels" if "id2label" in checkpoint.config else ""
-    what += f", LogitScore {checkpoint.logit_texts or checkpoint.logit_tokens})" if checkpoint.logit_tokens else ")"
+    what += f"{_told(checkpoint)})"
     fault = template_fault(checkpoint)
     if fault and checkpoint.chat_template and not checkpoint.has_modules:
         what += f", whose {checkpoint.chat_template.source} {fault},"
@@ -135,6 +135,16 @@ def find_profile(checkpoint: Checkpoint, wanted: str | None = None) -> Profile:
             f"(its prompt alone may be another: TEMPLATE=FILE):{listing}"
         )
     raise ConfigError(f"{what} fits no profile; if you know which one is right, set MODEL_PROFILE to one of:{listing}")
+
+
+def _told(checkpoint: Checkpoint) -> str:
+    """Score tokens and given template, each with the place that names it."""
+    said = checkpoint.chat_template
+    out = f", {said.source}" if said and "TEMPLATE" in checkpoint.given else ""
+    tokens = checkpoint.logit_texts or checkpoint.logit_tokens
+    if tokens and "SCORE_TOKENS" in checkpoint.given:
+        return f"{out}, SCORE_TOKENS={','.join(str(token) for token in tokens if token is not None)}"
+    return f"{out}, LogitScore {tokens}" if tokens else out
 
 
 def _matches(checkpoint: Checkpoint, known: dict[str, Profile]) -> list[Profile]:

@@ -49,9 +49,20 @@ def make_adapted(checkpoint: Checkpoint, profile: Profile, folder: Path) -> None
                 (part / name).write_text(text, "utf-8")
             (part / SOURCE).symlink_to(checkpoint.path.absolute())
             part.rename(folder)
+            for old in _older_copies(checkpoint, profile, folder):
+                old.rename(Path(scratch, old.name))  # at once, and deleted with the scratch folder
     except OSError as exc:
         if not folder.is_dir():  # if it is there now, another process made it
             raise ConfigError(f"{folder} cannot be made: {exc.strerror}; is LOG_DIR writable?") from exc
+
+
+def _older_copies(checkpoint: Checkpoint, profile: Profile, folder: Path) -> list[Path]:
+    """Folders beside this one with another joined copy of the same checkpoint: its weights have changed since."""
+    if not profile.joined_head:
+        return []
+    source = checkpoint.path.absolute()
+    others = [f for f in folder.parent.glob("model-*") if f != folder and (f / SOURCE).is_symlink()]
+    return [f for f in others if (f / SOURCE).readlink() == source and not (f / NAME).is_symlink()]
 
 
 def _linked(checkpoint: Checkpoint, profile: Profile) -> list[Path]:

@@ -8,8 +8,10 @@ import os
 import random
 import re
 import shlex
+import signal
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from rerank_kit.engine.nodes import check_rpc_port, has_other_nodes, is_headless
 from rerank_kit.engine.plan import Plan, plan_service
 from rerank_kit.models.served_folder import make_adapted
 from rerank_kit.models.settled import Settled
+from rerank_kit.processes import end_with_parent
 from rerank_kit.serving.check import expectation
 from rerank_kit.serving.network import check_network, check_port, hold_port, tls_files
 from rerank_kit.settings import FIELDS, KIT_DIR, ConfigError, EnvConfig, get_config, passed_on_env
@@ -179,10 +182,52 @@ def _fits(plan: Plan, n_tokens: int) -> bool:
 
 def make_files(plan: Plan) -> None:
     """The files in LOG_DIR that the command names: the adapted checkpoint, a template that is no profile's file."""
+    make_joined(plan)
     make_adapted(plan.checkpoint, plan.profile, Path(plan.engine["model"]))
     if plan.template is not None and _template_file(plan).parent == plan.cfg.log_path:
         plan.cfg.log_path.mkdir(parents=True, exist_ok=True)
         _write_once(_template_file(plan), plan.template)
+
+
+def make_joined(plan: Plan) -> None:
+    """A folder whose weights are a joined copy, if it is missing. A child process makes it.
+
+    The copy imports torch and may have gigabytes; the supervisor holds nothing but the standard library.
+    """
+    folder = Path(plan.engine["model"])
+    if plan.profile.joined_head and not folder.is_dir():
+        _in_child(lambda: make_adapted(plan.checkpoint, plan.profile, folder))
+
+
+def _in_child(work: Callable[[], None]) -> None:
+    """Do work() in a child process and wait for its end.
+
+    Raises:
+        ConfigError: it failed; with the child's own words.
+    """
+    read_end, write_end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.close(read_end)
+            signal.set_wakeup_fd(-1)
+            # By an exception, which removes half a copy.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit("TERM came while encoder and head were joined"))
+            end_with_parent()
+            work()
+            code = 0
+        except BaseException as exc:
+            text = str(exc) if isinstance(exc, ConfigError | SystemExit) else f"{type(exc).__name__}: {exc}"
+            os.write(write_end, text.encode()[:4096])
+        finally:
+            os._exit(code)
+    os.close(write_end)
+    with open(read_end, "rb") as said:
+        text = said.read().decode("utf-8", "replace")
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if status:
+        raise ConfigError(text or f"the process that joins encoder and head ended with code {status}; is memory free?")
 
 
 def _write_once(path: Path, text: str) -> None:

@@ -30,6 +30,8 @@ BUSY = "busy: it scores, and refuses further calls for now (429)"
 WRONG_SCORES = "the scores cannot be right"  # how the guard begins the fault of its own check (GUARD_CHECK)
 API_HANGS = "an API process hangs"  # how the guard begins what one API process says of another
 
+# At most, of a list of jina-reranker-v3: its prompt and query, what surrounds a document, a word of warm_up().
+PROMPT_TOKENS, DOCUMENT_TOKENS, WORD_TOKENS = 512, 32, 3
 PROBE_PAIRS = 4  # pairs that the supervisor scores on each of several engines, every 10 s
 
 
@@ -101,10 +103,15 @@ def not_ready(cfg: EnvConfig, timeout_s: float = 5.0) -> str:
         return "/ready answers 503"
 
 
-def warm_up(cfg: EnvConfig, n_calls: int = 32, n_docs: int = 64, timeout_s: float = 120.0) -> int:
+def warm_up(
+    cfg: EnvConfig, n_calls: int = 32, n_docs: int = 64, timeout_s: float = 120.0, *, list_tokens: int | None = None
+) -> int:
     """Score a burst of made-up documents, so that no user's call waits for kernels that are compiled on first use.
 
     On an H100 the first burst after a start took up to 10 s because of that, and the guard then refused calls.
+
+    Args:
+        list_tokens: of a listwise model, the tokens that a whole call may have; None = any number.
 
     Returns:
         Number of calls that were answered with scores.
@@ -114,6 +121,8 @@ def warm_up(cfg: EnvConfig, n_calls: int = 32, n_docs: int = 64, timeout_s: floa
 
     def one(number: int) -> bool:
         documents = [" ".join(rng.choices(words, k=8 << rng.randrange(6))) for _ in range(n_docs)]
+        if list_tokens is not None:
+            documents = _fitting(documents, list_tokens)
         body = {"model": cfg.served_model_name, "query": f"{number} {words[number % 25]}", "documents": documents}
         try:
             return request(cfg, "POST", "/v1/rerank", body, timeout_s)[0] == 200
@@ -122,6 +131,17 @@ def warm_up(cfg: EnvConfig, n_calls: int = 32, n_docs: int = 64, timeout_s: floa
 
     with ThreadPoolExecutor(n_calls) as pool:
         return sum(pool.map(one, range(n_calls)))
+
+
+def _fitting(documents: list[str], list_tokens: int) -> list[str]:
+    """Those of warm_up()'s documents that surely fit into one list beside its prompt; one short one always."""
+    left, out = list_tokens - PROMPT_TOKENS, []
+    for document in documents:
+        n_tokens = WORD_TOKENS * len(document.split()) + DOCUMENT_TOKENS
+        if n_tokens <= left:
+            out.append(document)
+            left -= n_tokens
+    return out or [documents[0].split()[0]]
 
 
 def healthy(cfg: EnvConfig) -> int:

@@ -24,8 +24,16 @@ from pathlib import Path
 
 from rerank_kit.engine.nodes import describe_node, has_other_nodes, is_headless
 from rerank_kit.engine.plan import Plan, plan_service
-from rerank_kit.processes import born, is_alive, session_pids
-from rerank_kit.serving.command import refused, server_commands, server_env, shown_args, shown_env, startable_plan
+from rerank_kit.processes import born, end_with_parent, is_alive, session_pids
+from rerank_kit.serving.command import (
+    make_joined,
+    refused,
+    server_commands,
+    server_env,
+    shown_args,
+    shown_env,
+    startable_plan,
+)
 from rerank_kit.serving.compare import key_mark, supervised_settings
 from rerank_kit.serving.health import WARMING, log_file, pid_file, state_file
 from rerank_kit.serving.launch import launch, rotate
@@ -41,7 +49,7 @@ END_OF_ENGINE_S = 10  # beyond STOP_DELAY_S and STOP_TIMEOUT_S, for the engine's
 END_OF_LOADING_S = 3
 ROOM_FOR_LOG = 2**20
 NO_OUTPUT = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0), (os.POSIX_SPAWN_DUP2, 1, 2)]
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 @dataclass
@@ -212,7 +220,7 @@ class Supervisor:
             watch = (
                 peers
                 if peers and is_headless(self.cfg)
-                else Watch(self.cfg, self.warm, self.plan.copies, self.bell.ring)
+                else Watch(self.cfg, self.warm, self.plan.copies, self.bell.ring, list_tokens=self._list_tokens())
             )
             while True:
                 ended = [(number, reap(pid)) for number, pid in enumerate(self.servers)]
@@ -251,6 +259,9 @@ class Supervisor:
             for thread in (watch, peers):
                 if thread:
                     thread.stopped.set()
+
+    def _list_tokens(self) -> int | None:
+        return self.plan.engine["max_model_len"] if self.plan.profile.listwise else None
 
     def _hangs(self, watch: Watch | Peers) -> str:
         """Why this live server counts as dead; empty = it does not."""
@@ -411,7 +422,7 @@ def run_in_foreground(cfg: EnvConfig) -> int:
         child = os.fork()
         if child == 0:
             os.setsid()
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+            end_with_parent()
             os._exit(Supervisor(plan, foreground=True).run())
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os.kill(child, signal.SIGTERM))
@@ -426,6 +437,7 @@ def begin(script: int) -> int:
     try:
         with redirect_stdout(sys.stderr):  # a hub's library may print; the script reads the PID from stdout
             plan = startable_plan(get_config())
+            make_joined(plan)  # may take minutes, in which a supervisor could not react
     except (ConfigError, OSError) as exc:
         return refused(exc)
 

@@ -31,9 +31,18 @@ class Watch(threading.Thread):
     processes one that hangs is never asked, because they share the port: the guard of another one tells.
     """
 
-    def __init__(self, cfg: EnvConfig, warm: bool, n_engines: int = 1, tell: Callable[[], None] = lambda: None):
-        """tell() is called when warming, ready or fault have changed."""
+    def __init__(
+        self,
+        cfg: EnvConfig,
+        warm: bool,
+        n_engines: int = 1,
+        tell: Callable[[], None] = lambda: None,
+        *,
+        list_tokens: int | None = None,
+    ):
+        """tell() is called when warming, ready or fault have changed; list_tokens is that of warm_up()."""
         super().__init__(daemon=True)
+        self.list_tokens = list_tokens
         self.cfg, self.warm, self.tell = cfg, warm, tell
         # vLLM distributes the pairs of a call over its engines, so each gets some.
         self.n_docs = 1 if n_engines == 1 else PROBE_PAIRS * n_engines
@@ -74,7 +83,7 @@ class Watch(threading.Thread):
         if self.warm and wrong is None:
             self.warming = True
             self.tell()
-            warm_up(self.cfg)
+            warm_up(self.cfg, list_tokens=self.list_tokens)
         self.ready = wrong in (None, BUSY)
         self.tell()
         return seen

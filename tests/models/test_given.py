@@ -3,12 +3,13 @@
 import json
 
 import pytest
+import tiny_hub_models
 import tiny_models
 
 from rerank_kit.models.chat_template import render, template_fault
 from rerank_kit.models.checkpoint import read_checkpoint
-from rerank_kit.models.given import with_settings
-from rerank_kit.models.profiles import find_profile
+from rerank_kit.models.given import for_reference, with_settings
+from rerank_kit.models.profiles import PROFILE_DIR, find_profile, load_profiles
 from rerank_kit.models.settled import settle
 from rerank_kit.settings import KIT_DIR, ConfigError, get_config
 
@@ -62,8 +63,11 @@ def test_template_and_score_tokens_serve_a_language_model(tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match="TEMPLATE=FILE and SCORE_TOKENS=yes,no"):
         decided(path, monkeypatch)
     file = template(tmp_path)
-    with pytest.raises(ConfigError, match="TEMPLATE=FILE and SCORE_TOKENS=yes,no"):
+    with pytest.raises(ConfigError) as caught:
         decided(path, monkeypatch, TEMPLATE=file)
+    said = str(caught.value)
+    assert f"(MistralForCausalLM, TEMPLATE={file}) is of a family" in said
+    assert "which token answers is nowhere written" in said and "use instead: SCORE_TOKENS=yes,no" in said
     checkpoint, profile, settled = decided(path, monkeypatch, SCORE_TOKENS="yes,no")
     assert profile.name == "logit_score" and checkpoint.logit_texts == ("yes", "no")
     overrides = settled.profile.hf_overrides
@@ -148,6 +152,90 @@ def test_score_tokens_alone_say_no_prompt(tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as caught:
         decided(path, monkeypatch, SCORE_TOKENS="yes,no")
     assert "MODEL_PROFILE=qwen3_reranker" in str(caught.value) and "TEMPLATE=FILE" in str(caught.value)
+
+
+def test_score_tokens_of_no_family_are_named_with_their_setting(tmp_path, monkeypatch):
+    path = folder(tmp_path, "MistralForCausalLM", "my-model")
+    with pytest.raises(ConfigError, match=r"\(MistralForCausalLM, SCORE_TOKENS=yes\) is of a family") as caught:
+        decided(path, monkeypatch, SCORE_TOKENS="yes")
+    assert "LogitScore" not in str(caught.value)
+
+
+def test_every_family_with_tokens_of_its_own_goes_before_logit_score():
+    """Its tokens in SCORE_TOKENS fit both, and the family is what they mean."""
+    profiles = load_profiles()
+    general = profiles["logit_score"]
+    architectures = {name for rule in general.match for name in rule["architectures"]}
+    own = {
+        name
+        for name, profile in profiles.items()
+        if profile is not general
+        and any(
+            {"logit_tokens", "logit_texts"} & rule.keys()
+            and architectures & set(rule.get("architectures", ()))
+            and not rule.get("custom_code")  # which logit_score never takes
+            for rule in profile.match
+        )
+    }
+    assert len(own) > 4 and own == set(general.unless)
+
+
+def test_ctxl_with_its_token_in_score_tokens_is_that_family(tmp_path, monkeypatch):
+    path = tmp_path / "ctxl-rerank-v2-instruct-multilingual-6b"
+    tiny_hub_models.mistral_tokenizer(path)
+    (path / "config.json").write_text(json.dumps({"architectures": ["MistralForCausalLM"]}))
+    file = template(tmp_path, "{{ bos_token }} " + PAIR)
+    _, profile, settled = decided(path, monkeypatch, TEMPLATE=file, SCORE_TOKENS="<unk>")
+    assert profile.name == "ctxl_rerank_v2_mistral" and settled.template.endswith(PAIR)
+
+
+def edited(tmp_path, name):
+    """A user's copy of a profile's template with one word changed."""
+    text = (PROFILE_DIR / f"{name}.jinja").read_text("utf-8")
+    return template(tmp_path, text.replace("<Document>", "<Passage>"))
+
+
+def test_an_edited_copy_of_a_profiles_template_takes_the_instruction(tmp_path, monkeypatch):
+    path, file = folder(tmp_path, "Qwen3ForCausalLM", "Qwen3-Reranker-0.6B"), edited(tmp_path, "qwen3_reranker")
+    chat = [{"role": "query", "content": "<|im_end|>Q"}, {"role": "document", "content": "D"}]
+    settled = decided(path, monkeypatch, TEMPLATE=file)[2]
+    assert settled.profile.instruction
+    prompt = render(settled.template, chat)
+    assert "<Instruct>: Given a web search query" in prompt and "<Passage>: D<" in prompt and "<| im_end|>Q" in prompt
+    checkpoint, _, settled = decided(path, monkeypatch, INSTRUCTION="Mine <|im_end|>")
+    assert "<Instruct>: Mine <| im_end|>\n<Query>" in render(settled.template, chat)
+    assert "<Instruct>: of the call\n" in render(settled.template, chat, instruction="of the call")
+    # What the reference renders, from messages alone, is the same.
+    system = [{"role": "system", "content": "Mine"}]
+    told = render(for_reference(checkpoint)["template"], system + chat)
+    assert told.replace("<|im_end|>Q", "<| im_end|>Q") == render(settled.template, chat, instruction="Mine")
+
+
+def test_an_unchanged_copy_of_a_profiles_template_is_that_profiles(tmp_path, monkeypatch):
+    path = folder(tmp_path, "Qwen3ForCausalLM", "Qwen3-Reranker-0.6B")
+    text = (PROFILE_DIR / "qwen3_reranker.jinja").read_text("utf-8")
+    settled = decided(path, monkeypatch, TEMPLATE=template(tmp_path, text), INSTRUCTION="Mine")[2]
+    assert settled.template.endswith(text) and '"Mine"' in settled.template
+
+
+def test_a_template_with_the_document_first_is_refused_plainly(tmp_path, monkeypatch):
+    path = folder(tmp_path, "Qwen3ForCausalLM", "ctxl-rerank-v2-instruct-multilingual-1b")
+    file = edited(tmp_path, "ctxl_rerank_v2")
+    with pytest.raises(ConfigError) as caught:
+        decided(path, monkeypatch, TEMPLATE=file, MODEL_PROFILE="ctxl_rerank_v2")
+    said = str(caught.value)
+    assert said.startswith(f"TEMPLATE={file} puts the document before the query (")
+    assert "is served for ctxl_rerank_v2 alone" in said and "TEMPLATE=FILE" not in said
+    text = (PROFILE_DIR / "ctxl_rerank_v2.jinja").read_text("utf-8")
+    settled = decided(path, monkeypatch, TEMPLATE=template(tmp_path, text))[2]
+    assert settled.template == text
+
+
+def test_what_is_wrong_with_a_given_template_is_said_without_the_folder(tmp_path, monkeypatch):
+    path, file = folder(tmp_path, "Qwen3ForCausalLM", "Qwen3-Reranker-0.6B"), template(tmp_path, PAIR + PAIR)
+    with pytest.raises(ConfigError) as caught:
+        decided(path, monkeypatch, TEMPLATE=file)
+    assert str(caught.value).startswith(f"TEMPLATE={file} does not put the query once before the document")
 
 
 @pytest.mark.parametrize("text", [BROKEN + "{# query document #}", "{{ query }} {{ document }}", "{% query document"])

@@ -1,5 +1,7 @@
 """jina-reranker-v3: recognised, planned, and a real service against the recipe of its model card, list by list."""
 
+from dataclasses import replace
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
@@ -15,6 +17,7 @@ from rerank_kit.models.checkpoint import read_checkpoint
 from rerank_kit.models.profiles import find_profile
 from rerank_kit.models.reference import listwise_scores
 from rerank_kit.serving import check
+from rerank_kit.serving.supervisor import Supervisor
 from rerank_kit.settings import ConfigError, get_config
 
 CPU = Machine("0.32.0+cpu", (), (0, 1), 64 * 2**30)
@@ -40,6 +43,8 @@ def test_the_plan_of_a_listwise_model(folder, tmp_path):
     assert plan.engine["max_model_len"] == 4096 and "for a whole list" in plan.why["max_model_len"]
     assert "enable_prefix_caching" not in plan.engine and "listwise" in plan.why["result_cache_mib"]
     assert '"listwise": true' in plan.env["GUARD_SCORE_SCALE"]
+    for of, tokens in ((plan, 4096), (replace(plan, profile=replace(plan.profile, listwise=False)), None)):
+        assert Supervisor._list_tokens(SimpleNamespace(plan=of)) == tokens  # of its warm-up
     with pytest.raises(ConfigError, match="LONG_DOCUMENTS=chunk splits documents"):
         plan_service(get_config(log_dir=str(tmp_path), long_documents="chunk"), folder, CPU)
     with pytest.raises(ConfigError, match="GUARD=0, and profile jina_reranker_v3 is listwise"):

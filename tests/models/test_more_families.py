@@ -170,6 +170,15 @@ def test_scores_are_those_of_the_models_library(family, online, fork_server, for
             assert lengths == [len(ids[i]) for i in some]
 
 
+@pytest.mark.parametrize("modes", [["max"], ["weightedmean"], ["cls", "mean"]])
+def test_embedding_gemma_with_another_pooling_is_refused(modes, tmp_path):
+    folder = tiny_registry.embedding_gemma(tmp_path / "embeddinggemma-300m")
+    assert opened(folder, get_config()).profile.name == "embedding_gemma"
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": modes}))
+    with pytest.raises(ConfigError, match="with other pooling than mean, cls or last token"):
+        opened(folder, get_config())
+
+
 @pytest.fixture(scope="module")
 def ettin(tmp_path_factory):
     return tiny_registry.ettin_reranker(tmp_path_factory.mktemp("ettin") / "ettin-reranker-17m-v1")
@@ -210,5 +219,12 @@ def test_the_joined_model_is_made_once_and_again_for_other_weights(ettin, tmp_pa
     assert {"head.dense.weight", "head.norm.weight", "classifier.weight", "classifier.bias"} < names
     assert {name for name in names if not name.startswith(("model.", "head.", "classifier."))} == set()
     assert opened(folder, get_config(log_dir=str(tmp_path / "log"))).folder == found.folder
+    other = opened(shutil.copytree(folder, tmp_path / "other"), get_config(log_dir=str(tmp_path / "log")))
+    make_adapted(other.checkpoint, other.profile, other.folder)
     os.utime(folder / "4_Dense" / "model.safetensors", (1, 1))
-    assert opened(folder, get_config(log_dir=str(tmp_path / "log"))).folder != found.folder
+    again = opened(folder, get_config(log_dir=str(tmp_path / "log")))
+    assert again.folder != found.folder
+    make_adapted(again.checkpoint, again.profile, again.folder)
+    # The older copy is removed, that of another checkpoint is not, and nothing else is left.
+    assert set((tmp_path / "log").iterdir()) == {again.folder, other.folder}
+    assert (folder / "model.safetensors").is_file()

@@ -413,12 +413,16 @@ def test_a_gpu_service_is_warm_before_it_is_ready(monkeypatch, warm):
     monkeypatch.setattr(serving_watch, "listens", lambda cfg: True)
     monkeypatch.setattr(serving_watch, "not_ready", lambda cfg: "")
     monkeypatch.setattr(serving_watch, "probe", lambda cfg, timeout_s, n_docs: order.append("probe"))
-    monkeypatch.setattr(serving_watch, "warm_up", lambda cfg: order.append(f"warm, ready={watches[0].ready}"))
-    watches.append(serving_watch.Watch(get_config(health_timeout_s=2), warm))
+    monkeypatch.setattr(
+        serving_watch,
+        "warm_up",
+        lambda cfg, list_tokens: order.append(f"warm, ready={watches[0].ready}, {list_tokens}"),
+    )
+    watches.append(serving_watch.Watch(get_config(health_timeout_s=2), warm, list_tokens=4096))
     until(lambda: watches[0].ready and order.count("probe") > 2)
     watches[0].stopped.set()
     watches[0].join(5)
-    assert order[:3] == (["probe", "warm, ready=False", "probe"] if warm else ["probe"] * 3)
+    assert order[:3] == (["probe", "warm, ready=False, 4096", "probe"] if warm else ["probe"] * 3)
     assert sum(word.startswith("warm") for word in order) == warm
 
 
