@@ -344,8 +344,8 @@ def test_scores_are_those_of_the_model_card(name, folder_of, fork_server, forked
     with serving(forked_python, model, family, tmp_path / "log") if family.online else nullcontext() as ready:
         results, ids = offline_scores(python, model, family, [*pairs, instructed], tmp_path)
         asked = results.pop()
-        asked = [*wanted, instructed]
-        expected = reference_scores(model, profile.reference, asked, None, family.max_length, **given)
+        every = [*wanted, instructed]
+        expected = reference_scores(model, profile.reference, every, None, family.max_length, **given)
         wanted_asked = expected.pop()
         if profile.instruction:
             assert asked["score"] == pytest.approx(wanted_asked, abs=1e-4)

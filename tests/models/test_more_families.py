@@ -62,7 +62,7 @@ def head(name: str, control: tuple, profile: str = "decoder_head") -> Family:
 
 
 def known(profile: str, make, folder: str) -> Family:
-    return Family(make, folder, profile, 512, settings=(("TEMPLATE", ""),))
+    return Family(make, folder, profile, 512, settings=(("TEMPLATE", ""),), online=False)
 
 
 FAMILIES = {
@@ -126,7 +126,7 @@ def told(family: Family, monkeypatch):
     return get_config()
 
 
-ALL = [pytest.param(n, True, id=n, marks=[pytest.mark.soak] * (n not in ONLINE)) for n in FAMILIES]
+ALL = [pytest.param(n, FAMILIES[n].online, id=n, marks=[pytest.mark.soak] * (n not in ONLINE)) for n in FAMILIES]
 ALL += [pytest.param(n, False, id=f"{n}-offline") for n in OFFLINE]
 
 
