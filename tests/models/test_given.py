@@ -207,7 +207,7 @@ def test_an_edited_copy_of_a_profiles_template_takes_the_instruction(tmp_path, m
     assert "<Instruct>: of the call\n" in render(settled.template, chat, instruction="of the call")
     # What the reference renders, from messages alone, is the same.
     system = [{"role": "system", "content": "Mine"}]
-    told = render(for_reference(checkpoint)["template"], system + chat)
+    told = render(for_reference(checkpoint, settled.profile)["template"], system + chat)
     assert told.replace("<|im_end|>Q", "<| im_end|>Q") == render(settled.template, chat, instruction="Mine")
 
 
