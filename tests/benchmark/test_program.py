@@ -349,6 +349,7 @@ def test_server_flags_finds_the_server_by_port(closed_port):
     assert other is None  # another host's port says nothing about this one
 
 
+@pytest.mark.timing
 def test_client_bottleneck_is_reported(tmp_path, capsys, monkeypatch):
     real = Texts.body
     argv = ("--endpoint", "rerank", "--concurrency", "4", "--requests", "12")

@@ -95,7 +95,7 @@ def test_scores_of_lists_are_those_of_the_model_card(folder, forked_python, tmp_
         documents = {row["index"]: row["document"]["text"] for row in answer["results"]}
         assert documents == {0: spelled, 1: "c"}
         # The client's requests have 64 documents at most; this list goes in one.
-        monkeypatch.setattr(one_call, "_listwise", set())
+        monkeypatch.setattr(one_call, "_listwise", {})
         for _ in range(2):
             _, scores, raw = rerank(QUERY, many, base_url=url)
             assert scores == pytest.approx(whole, abs=1e-4) and raw["_client_calls"] == 1

@@ -71,7 +71,8 @@ def no_memory(checkpoint, target):
 )
 def test_a_copy_that_fails_is_one_line_and_nothing_is_launched(plan, monkeypatch, capfd, write, said):
     assert begun(plan, monkeypatch, write) == 6
-    err = capfd.readouterr().err
-    assert err.startswith(f"ConfigError: {said}") and err.count("\n") == 1
+    # A library of another test (gRPC) has its own word on forks.
+    lines = [line for line in capfd.readouterr().err.splitlines() if "fork_posix" not in line]
+    assert len(lines) == 1 and lines[0].startswith(f"ConfigError: {said}")
     left = list(plan.folder.parent.iterdir())
     assert not plan.folder.exists() and (not left or write is no_memory)

@@ -445,6 +445,7 @@ def test_what_a_library_prints_is_not_taken_for_the_pid(monkeypatch, capfd):
         return SimpleNamespace(cfg=cfg)
 
     monkeypatch.setattr(supervisor, "startable_plan", printing)
+    monkeypatch.setattr(supervisor, "make_joined", lambda plan: None)
     monkeypatch.setattr(supervisor, "launch", lambda cfg, script, supervise: print("123 456") or 0)
     assert supervisor.begin(os.getpid()) == 0
     out, err = capfd.readouterr()
