@@ -563,8 +563,9 @@ def test_async_call_can_be_cancelled(serve, config):
     asyncio.run(run())
 
 
+@pytest.mark.timing
 def test_async_calls_run_at_the_same_time(serve, config):
-    server = serve(default=slow(0.2))
+    server = serve(default=slow(0.3))
 
     async def run():
         t0 = asyncio.get_running_loop().time()
@@ -572,7 +573,7 @@ def test_async_calls_run_at_the_same_time(serve, config):
         return results, asyncio.get_running_loop().time() - t0
 
     results, took_s = asyncio.run(run())
-    assert took_s < 3  # one after the other: 4 s
+    assert took_s < 3  # one after the other: 6 s
     assert [r[1] for r in results] == [expected(f"q{i}", DOCS) for i in range(20)]
 
 
@@ -640,6 +641,7 @@ def test_rerank_many_raises_the_failure_and_drops_the_rest(serve, config):
     assert len(server.requests) < 10
 
 
+@pytest.mark.timing
 def test_a_failure_ends_what_has_not_been_sent(serve, config, monkeypatch):
     """Neither further parts of the other queries, nor retries and their waits."""
     config(client_concurrency=3, client_batch_size=1)
@@ -656,6 +658,7 @@ def test_a_failure_ends_what_has_not_been_sent(serve, config, monkeypatch):
     assert time.monotonic() - began < 5 and caught.value.status_code == 400
 
 
+@pytest.mark.timing
 def test_ctrl_c_does_not_wait_for_answers(serve, config):
     config(client_concurrency=4, client_batch_size=1)
     server = serve(default=slow(3))

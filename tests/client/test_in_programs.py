@@ -147,6 +147,7 @@ else:
 """
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("how", ["many", "split", "one"])
 def test_ctrl_c_ends_the_process_within_a_second(serve, how):
     server = serve(default=slow(12))

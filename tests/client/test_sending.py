@@ -410,6 +410,7 @@ def test_retry_after_is_honoured(client, serve, form):
     assert (1.0 if form == "seconds" else 0.9) <= waited < 6
 
 
+@pytest.mark.timing
 def test_retry_after_beyond_the_deadline_fails_at_once(client, serve):
     for headers, more in (
         ({"Retry-After": "3600"}, {}),  # also longer than timeout_s
