@@ -162,7 +162,7 @@ def free_port() -> int:
             return port
 
 
-def until(what, timeout_s: float = 30):
+def until(what, timeout_s: float = 90):
     """Wait until what() is true, and give that value back."""
     end = time.monotonic() + timeout_s
     while not (value := what()):

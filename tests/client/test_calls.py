@@ -20,7 +20,7 @@ from rerank_kit.client import one_call
 from rerank_kit.client.calls import RerankItem, arerank, ascore, rerank, rerank_many, score
 from rerank_kit.client.errors import RerankHTTPError, RerankResponseError, RerankTimeout
 
-pytestmark = [pytest.mark.timeout(30), pytest.mark.filterwarnings("error")]
+pytestmark = [pytest.mark.timeout(90), pytest.mark.filterwarnings("error")]
 
 QUERY = "What is the capital of China?"
 DOCS = [

@@ -14,7 +14,7 @@ from fault_server import config, reply, serve, status
 import main
 from rerank_kit import settings
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(90)
 
 KIT = Path(main.__file__).parent
 
@@ -23,7 +23,7 @@ def run(**env: str) -> subprocess.CompletedProcess:
     clean = {k: v for k, v in os.environ.items() if k not in settings.FIELDS}
     env = clean | {"KIT_ENV_FILE": "/no/such/.env", "RETRIES": "0"} | env
     command = [sys.executable, "-W", "error", str(KIT / "main.py")]
-    return subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=25)
+    return subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=60)
 
 
 SCORES = [0.0611, 0.8655, 0.5991]

@@ -57,7 +57,7 @@ from rerank_kit.client.errors import (
 )
 from rerank_kit.client.sessions import SharedResources, base_urls
 
-pytestmark = [pytest.mark.timeout(30), pytest.mark.filterwarnings("error")]
+pytestmark = [pytest.mark.timeout(90), pytest.mark.filterwarnings("error")]
 
 
 KIT = Path(resources.__file__).parent

@@ -9,7 +9,7 @@ from fault_server import FaultServer, client, config, reply, score_of, serve, sl
 
 from rerank_kit.client import FirstStage, RerankHTTPError, RerankTimeout, rerank_many
 
-pytestmark = [pytest.mark.timeout(30), pytest.mark.filterwarnings("error")]
+pytestmark = [pytest.mark.timeout(90), pytest.mark.filterwarnings("error")]
 
 QUERY = "q"
 DOCS = [f"document {i}" for i in range(20)]

@@ -7,7 +7,7 @@ from fault_server import client, config, reply, serve
 
 from rerank_kit.client import one_call
 
-pytestmark = [pytest.mark.timeout(30), pytest.mark.filterwarnings("error")]
+pytestmark = [pytest.mark.timeout(90), pytest.mark.filterwarnings("error")]
 
 
 def listwise(request):

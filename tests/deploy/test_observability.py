@@ -183,7 +183,7 @@ class Prometheus:
         assert status == 200, (expr, answer)
         return answer["data"]["result"]
 
-    def wait_for(self, expr: str, timeout_s: float = 30) -> list[dict]:
+    def wait_for(self, expr: str, timeout_s: float = 90) -> list[dict]:
         end = time.monotonic() + timeout_s
         while True:
             try:

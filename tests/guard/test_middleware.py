@@ -491,7 +491,7 @@ def test_metrics_add_up_over_api_processes(tmp_path):
         assert value("rerank_guard_call_pairs_bucket", {"le": "5.0"}) == 2
     finally:
         for child in children:
-            child.communicate("\n", timeout=20)
+            child.communicate("\n", timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -596,7 +596,7 @@ def served(monkeypatch):
 
 def test_socket_refused_body_leaves_the_connection_usable(served):
     _, port = served(Inner(), MAX_BODY_BYTES=1000)
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     for _ in range(3):
         connection.request("POST", RERANK, b"x" * 5_000_000)
         answer = connection.getresponse()
@@ -610,7 +610,7 @@ def test_socket_refused_body_leaves_the_connection_usable(served):
 def test_socket_chunked_body(served):
     inner = Inner()
     _, port = served(inner, MAX_BODY_BYTES=1000, MAX_TOKENS_PER_DOC=5)
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     body = json.dumps(documents()).encode()
     connection.request("POST", RERANK, iter([body[:10], body[10:]]))
     answer = connection.getresponse()

@@ -48,7 +48,7 @@ def port():
 
 def answers(port, parts, n):
     """The first n answers on one connection to which the parts are sent one by one."""
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for part in parts:
             connection.sendall(part)
@@ -91,7 +91,7 @@ def test_request_without_body(port):
 def test_many_at_once(port):
     """Each takes a new parser."""
     nothing = b"POST /a HTTP/1.1\r\nhost: x\r\n" + OFFER + b"content-length: 0\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(nothing * 1500)
         data = b""
         while data.count(b"HTTP/1.1 200 OK") < 1500 and (more := connection.recv(65536)):
@@ -100,7 +100,7 @@ def test_many_at_once(port):
 
 
 def test_body_without_an_end_is_400(port, caplog):
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(b"POST /a HTTP/1.1\r\nhost: x\r\n" + OFFER + b"transfer-encoding: gzip\r\n\r\nhello")
         assert connection.recv(65536).startswith(b"HTTP/1.1 400 ")
     assert "Traceback" not in caplog.text

@@ -257,7 +257,7 @@ def test_two_processes_do_not_write_one_output(tmp_path):
     for attempt in (lambda: score_file(LengthReranker(), source, output, 0, 3), lambda: lines_done(output)):
         with pytest.raises((ConfigError, OSError), match="another process is writing it"):
             attempt()
-    other.communicate("\n", timeout=20)
+    other.communicate("\n", timeout=60)
     before = files.find_shard(source, output)
     assert score_file(LengthReranker(), source, output, 0, 3) == (3, 0)
     _, _, broken = files.score_shards(LengthReranker(), [before])  # planned before the other one wrote

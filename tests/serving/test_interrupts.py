@@ -158,7 +158,7 @@ def test_the_script_reads_the_terminal_of_its_caller(tmp_path):
     script += 'ask() { read -r word; say "got $word"; }\nact ask\n'
     for shell in SHELLS:
         command = [*shell.split(), "-c", script, str(KIT / "start_rerank.sh")]
-        done = subprocess.run(command, input="secret\n", capture_output=True, text=True, timeout=20)
+        done = subprocess.run(command, input="secret\n", capture_output=True, text=True, timeout=60)
         assert done.stdout == "got secret\n", done.stderr
 
 

@@ -27,7 +27,7 @@ class Collector(TraceServiceServicer):
                 self.spans += scope.spans
         return ExportTraceServiceResponse()
 
-    def wait_for(self, n: int, trace_id: int, timeout_s: float = 30) -> list:
+    def wait_for(self, n: int, trace_id: int, timeout_s: float = 90) -> list:
         """The spans of one trace, once there are n."""
         end = time.monotonic() + timeout_s
         while len(found := [s for s in self.spans if int.from_bytes(s.trace_id) == trace_id]) < n:
