@@ -70,7 +70,7 @@ def test_both_readmes_have_the_same_sections_tables_and_links():
 
 @pytest.mark.parametrize("name", READMES)
 def test_readme_is_short(name):
-    assert len(read(name).splitlines()) <= 160
+    assert len(read(name).splitlines()) <= 150
 
 
 @pytest.mark.parametrize("page", ["docs/commands.md", "docs/quickstart.zh-CN.md"])
