@@ -142,7 +142,7 @@ def compare_page(lines: list[str], rows: list[dict[str, Any]], gains: dict[str, 
         if row["value"] is not None:
             costs = [f"{row['pairs/s']:,.0f} pairs/s" if row["pairs/s"] else None]
             if row["cost_per_million"] is not None:
-                costs.append(f"{row['cost_per_million']:.2f} per million pairs")
+                costs.append(f"{row['cost_per_million']:.3g} per million pairs")
             more = "; ".join(filter(None, costs))
             parts.append(card(number(row["value"]), f"{row['metric']}: {row['run']}", more))
     parts += ["</div>", '<div class="charts">']
