@@ -29,7 +29,7 @@ from measurements.results import write as write_table
 from rerank_kit.models.library import FOLDER as LIBRARY
 
 # cranqrel: 1 = a complete answer ... 4 = of minimum interest, -1 = of no interest. Here more is better.
-EVALUATED = 20  # queries for its evaluator, which computes every document of every list anew
+EVALUATED = 10  # queries for its evaluator, which computes every document of every list anew
 GAIN = {1: 4, 2: 3, 3: 2, 4: 1, -1: 0}
 
 
