@@ -1,12 +1,14 @@
 """Two stages on judgements: a small model scores all candidates, a large one ranks the best of them.
 
-    python measurements/two_stages.py cost FOLDER SMALL_URL LARGE_URL COST.json [QUERIES]
-    python measurements/two_stages.py quality FOLDER SMALL.json LARGE.json OUT.csv [COST.json]
+    python measurements/two_stages.py time FOLDER SMALL.json SMALL_URL SMALL_MS.json [QUERIES]
+    python measurements/two_stages.py time FOLDER SMALL.json LARGE_URL LARGE_MS.json [QUERIES]
+    python measurements/two_stages.py quality FOLDER SMALL.json LARGE.json OUT.csv [SMALL_MS.json LARGE_MS.json]
 
-FOLDER has the judgements (BEIR). `cost` sends the same queries to two running services in turns: to each alone, and
-to both by `rerank(..., first=(SMALL_URL, keep))`. `quality` computes what each way ranks from the scores of two runs of
-`bench_rerank.py --quality FOLDER --json`, over the queries that both have; it is what `first=` returns, because a score
-does not depend on the other documents of a call. Behind what the large model ranked comes the order of the first stage.
+FOLDER has the judgements (BEIR), SMALL.json and LARGE.json are runs of `bench_rerank.py --quality FOLDER --json`.
+`quality` computes what each way ranks from their scores, over the queries that both have; it is what `rerank(...,
+first=(SMALL_URL, keep))` returns, because a score does not depend on the other documents of a call. Behind what the
+large model ranked comes the order of the first stage. `time` calls a running service one call at a time: with all
+candidates of a query, and with those that the small model keeps.
 Both need the packages of requirements-dev.txt.
 """
 
@@ -15,7 +17,6 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 KIT = Path(__file__).resolve().parents[1]
@@ -24,13 +25,13 @@ sys.path.insert(0, str(KIT))
 from measurements.results import write
 from rerank_kit.benchmark.quality.judgements import Judged, read
 from rerank_kit.benchmark.quality.metrics import interval, p_value, per_query, ranking
-from rerank_kit.benchmark.server_view import hardware, without_secrets
+from rerank_kit.benchmark.server_view import without_secrets
 from rerank_kit.client import rerank
 
 KEEP = (10, 20, 50)  # documents that the first stage keeps
 TIMED = (10, 20)
 METRICS = ("nDCG@10", "MRR@10", "MAP")
-N_TIMED = 8
+N_TIMED = 8  # queries
 
 
 def staged(first: list[int], scores: list[float], keep: int) -> list[int]:
@@ -51,7 +52,7 @@ def ways(n_documents: int, small: list[float], large: list[float]) -> dict[tuple
 
 
 def quality(queries: list[Judged], small: dict, large: dict) -> list[dict]:
-    """Each way's metrics with their intervals, and the difference to the large model alone, query by query."""
+    """Each way's metrics with their intervals, and the differences to each model alone, query by query."""
     known = [{one["id"]: one for one in run["scored"]} for run in (small, large)]
     chosen = [q for q in queries if all(q.id in side for side in known)]
     for q in chosen:
@@ -71,11 +72,12 @@ def quality(queries: list[Judged], small: dict, large: dict) -> list[dict]:
             row |= {"low": low, "high": high}
             row["small_pairs"] = n if "small" in way else 0
             row["large_pairs"] = n if way == "large" else keep or 0
-            if way != "large":
-                gains = [a - b[metric] for a, b in zip(own, values["large", None], strict=True)]
-                edges = interval(gains, 0) or (None, None)
-                row |= {"to_large": _mean(gains), "to_large_low": edges[0], "to_large_high": edges[1]}
-                row["p"] = p_value(gains, 0)
+            for name in ("small", "large"):
+                if way != name:
+                    gains = [a - b[metric] for a, b in zip(own, values[name, None], strict=True)]
+                    edges = interval(gains, 0) or (None, None)
+                    row |= {f"to_{name}": _mean(gains), f"to_{name}_low": edges[0], f"to_{name}_high": edges[1]}
+                    row[f"p_{name}"] = p_value(gains, 0)
             rows.append(row)
     return rows
 
@@ -84,70 +86,51 @@ def _mean(values: list[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def cost(queries: list[Judged], small: str, large: str) -> dict:
-    """Milliseconds of each way for the same queries, in turns, and whether two stages rank as their parts do."""
-    calls: dict[str, Callable] = {
-        "small": lambda q: rerank(q.query, q.documents, base_url=small),
-        "large": lambda q: rerank(q.query, q.documents, base_url=large),
-    }
-    for keep in TIMED:
-        calls[f"small, large {keep}"] = lambda q, keep=keep: rerank(
-            q.query, q.documents, base_url=large, first=(small, keep)
-        )
-    names = list(calls)
-    took: dict[str, list[float]] = {name: [] for name in names}
-    same = dict.fromkeys(TIMED, 0)
-    for call in calls.values():  # the first call of a service compiles
-        call(queries[0])
+def timed(queries: list[Judged], small: dict, url: str) -> dict[str, list[float]]:
+    """Milliseconds of a call of one service for each query: all candidates, and the best that the small model keeps."""
+    known = {one["id"]: ranking(one["scores"]) for one in small["scored"]}
+    took: dict[str, list[float]] = {"all": [], **{str(keep): [] for keep in TIMED}}
+    rerank(queries[0].query, queries[0].documents, base_url=url)  # the first call compiles
     for turn, q in enumerate(queries):
-        found = {}
+        names = list(took)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            kept = range(len(q.ids)) if name == "all" else known[q.id][: int(name)]
             began = time.perf_counter()
-            found[name] = calls[name](q)
+            rerank(q.query, [q.documents[i] for i in sorted(kept)], base_url=url)
             took[name].append(1000 * (time.perf_counter() - began))
             print(f"query {q.id}: {name}: {took[name][-1]:.0f} ms", file=sys.stderr)
-        for keep in TIMED:
-            alone = [[float(score) for score in found[way][1]] for way in ("small", "large")]
-            whole = staged(ranking(alone[0]), alone[1], keep)[:3]
-            same[keep] += whole == [item.index for item in found[f"small, large {keep}"][0]][:3]
-    return {
-        "queries": len(queries),
-        "documents": statistics.mean(len(q.documents) for q in queries),
-        "ms": took,
-        "same_first_three": {str(keep): n for keep, n in same.items()},
-        "hardware": hardware(),
-    }
+    return took
 
 
-def cost_rows(found: dict) -> list[dict]:
+def cost_rows(small: dict[str, list[float]], large: dict[str, list[float]]) -> list[dict]:
+    """Milliseconds a query of each way. `first=` makes the two calls one after the other, so theirs are added."""
+    ways: dict[tuple[str, int | None], list[float]] = {("small", None): small["all"], ("large", None): large["all"]}
+    for keep in TIMED:
+        ways["small, large", keep] = [a + b for a, b in zip(small["all"], large[str(keep)], strict=True)]
     rows = []
-    for name, values in found["ms"].items():
-        way, keep = (name.rpartition(" ")[0], int(name.split()[-1])) if name[-1].isdigit() else (name, None)
-        row = {"way": way, "keep": keep, "metric": "ms a query", "queries": found["queries"]}
-        ratios = [a / b for a, b in zip(values, found["ms"]["large"], strict=True)]
+    for (way, keep), values in ways.items():
+        row = {"way": way, "keep": keep, "metric": "ms a query", "queries": len(values)}
         row |= {"value": statistics.median(values), "low": min(values), "high": max(values)}
-        rows.append(row | {"of_large": statistics.median(ratios)})
-        if keep:
-            rows[-1]["same_first_three"] = found["same_first_three"][str(keep)]
+        rows.append(row | {"of_large": statistics.median(values) / statistics.median(large["all"])})
     return rows
 
 
 def main(argv: list[str]) -> int:
     action, *rest = argv or [""]
-    if action == "cost" and len(rest) in (4, 5):
+    if action == "time" and len(rest) in (4, 5):
         n = int(rest[4]) if len(rest) == 5 else N_TIMED
-        found = cost(read(Path(rest[0])).queries[:n], rest[1], rest[2])
+        small = json.loads(Path(rest[1]).read_text("utf-8"))
+        found = timed(read(Path(rest[0])).queries[:n], small, rest[2])
         Path(rest[3]).write_text(json.dumps(found, indent=1), "utf-8")
-        print(json.dumps(cost_rows(found), indent=1))
-    elif action == "quality" and len(rest) in (4, 5):
+    elif action == "quality" and len(rest) in (4, 6):
         small, large = (json.loads(Path(name).read_text("utf-8")) for name in rest[1:3])
         rows = quality(read(Path(rest[0])).queries, small, large)
         head = {"date": large["date"], "command": without_secrets(["python", "measurements/two_stages.py", *argv])}
         head |= {"vllm": large.get("vllm") or small.get("vllm"), "hardware": large["hardware"]}
         head |= {"small": Path(small["model_root"]).name, "large": Path(large["model_root"]).name}
-        head |= {"small pairs/s": small["pairs/s"], "large pairs/s": large["pairs/s"]}
-        if len(rest) == 5:
-            rows += cost_rows(json.loads(Path(rest[4]).read_text("utf-8")))
+        head |= {"small command": small["command"], "large command": large["command"]}
+        if len(rest) == 6:
+            rows += cost_rows(*(json.loads(Path(name).read_text("utf-8")) for name in rest[4:]))
         write(Path(rest[3]), head, rows)
         print(Path(rest[3]).read_text("utf-8"))
     else:

@@ -54,32 +54,23 @@ def test_runs_of_other_candidates_are_refused():
         two_stages.quality(queries, {"scored": []}, large)
 
 
-def test_cost_takes_turns_and_checks_that_two_stages_rank_as_their_parts(monkeypatch):
-    queries, small, large = runs()
-    known = {"S": small["scored"], "L": large["scored"]}
+def test_each_call_is_timed_with_what_the_small_model_keeps(monkeypatch):
+    queries, small, _ = runs()
     calls = []
+    monkeypatch.setattr(two_stages, "rerank", lambda query, documents, base_url: calls.append((base_url, documents)))
+    took = two_stages.timed(queries[:3], small, "URL")
+    assert {name: len(values) for name, values in took.items()} == {"all": 3, "10": 3, "20": 3}
+    assert calls[0] == calls[1] == ("URL", queries[0].documents), "one call before, then all of the first query"
+    near = sorted(range(60), key=lambda i: (abs(i - 5), i))[:10]
+    assert calls[2][1] == [queries[0].documents[i] for i in sorted(near)], "in input order, as first= sends them"
+    assert [len(documents) for _, documents in calls[4:7]] == [10, 20, 60], "another one begins each turn"
 
-    def rerank(query, documents, *, base_url, first=None):
-        calls.append((base_url, first))
-        scores = known[base_url][0]["scores"]
-        order = sorted(range(60), key=lambda i: -scores[i])
-        if first:
-            one = known[first[0]][0]["scores"]
-            kept = sorted(range(60), key=lambda i: -one[i])[: first[1]]
-            order = [i for i in order if i in kept]
-        return [SimpleNamespace(index=i) for i in order], scores, {}
 
-    monkeypatch.setattr(two_stages, "rerank", rerank)
-    found = two_stages.cost(queries[:1] * 3, "S", "L")
-    assert found["same_first_three"] == {"10": 3, "20": 3} and calls[4:8] != calls[8:12], "another one begins each turn"
-    rows = two_stages.cost_rows(found)
-    assert [(r["way"], r["keep"]) for r in rows] == [
-        ("small", None),
-        ("large", None),
-        ("small, large", 10),
-        ("small, large", 20),
-    ]
-    assert rows[1]["of_large"] == 1 and rows[2]["same_first_three"] == 3
+def test_the_calls_of_two_stages_are_added():
+    small, large = {"all": [1.0, 2.0, 3.0]}, {"all": [10.0, 20.0, 30.0], "10": [4.0, 5.0, 9.0], "20": [7.0, 7.0, 7.0]}
+    rows = {(row["way"], row["keep"]): row for row in two_stages.cost_rows(small, large)}
+    assert rows["small, large", 10]["value"] == 7 and rows["small, large", 20]["value"] == 9
+    assert (rows["small", None]["of_large"], rows["large", None]["of_large"]) == (0.1, 1)
 
 
 def test_weights_are_found_by_name_and_by_the_path_of_their_node(monkeypatch):
