@@ -31,8 +31,8 @@ def test_the_output_in_the_page_has_the_figures_of_the_file():
     """docs/quality.md; its table is compared by tests/docs/test_results.py."""
     page = (KIT / "docs" / "quality.md").read_text("utf-8")
     for metric in metrics.names_of(10):
-        row = f"{of('service', metric):.4f}  {of('service', metric, 'low'):.4f} to {of('service', metric, 'high'):.4f}"
-        gain = f"{of('service', metric, 'gain'):+.4f}"
+        row = f"{of('kit', metric):.4f}  {of('kit', metric, 'low'):.4f} to {of('kit', metric, 'high'):.4f}"
+        gain = f"{of('kit', metric, 'gain'):+.4f}"
         assert re.search(rf"^{metric} +{row} +{of('bm25', metric):.4f} +\{gain} ", page, re.M)
 
 
