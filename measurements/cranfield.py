@@ -187,7 +187,7 @@ def reference(run: Path, target: Path, model: str, table: Path) -> None:
     found += evaluator(network, listed[:EVALUATED], ours[:EVALUATED])
     head = {key: out[key] for key in ("date", "command", "vllm", "hardware", "pairs", "seed")}
     head["command"] = re.sub(r"(?<= )/\S*/", "", head["command"])
-    head["hardware"] += ", shared with other programs: no speed is taken from this run"
+    head["hardware"] += "; no speed is taken from this run"
     head |= {"dtype": "float32", "sentence-transformers": sentence_transformers.__version__}
     head["largest difference of a score"] = apart
     write_table(table, head, found)
