@@ -1,5 +1,6 @@
 """Cranfield as judgements for `bench_rerank.py --quality`, and sentence-transformers on the same lists.
 
+    python measurements/cranfield.py all CRANFIELD OUT.csv              makes results/quality-cranfield.csv
     python measurements/cranfield.py write CRANFIELD FOLDER             a BEIR folder
     python measurements/cranfield.py look CRANFIELD [RUN.json]          what the numbers and grades of cranqrel mean
     python measurements/cranfield.py reference RUN.json FOLDER MODEL OUT.csv    scores and evaluator of
@@ -7,23 +8,28 @@
     python measurements/cranfield.py halves RUN.json [RUN.json ...]     threshold of odd queries, tried on even ones
 
 CRANFIELD holds cran.all.1400, cran.qry and cranqrel (Cleverdon 1967, as distributed with SMART). The kit does not have
-them. `reference` needs sentence-transformers 6.2.0; everything needs the packages of requirements-dev.txt.
+them. `all` writes the folder, scores it with all-MiniLM-L6-v2 in float32 (`bench_rerank.py --quality --offline`) and
+compares. `all` and `reference` need sentence-transformers 6.2.0 (requirements-reference.txt says how to install it);
+everything needs the packages of requirements-dev.txt.
 """
 
 import json
 import math
 import os
 import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 KIT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(KIT))
 
 from measurements.results import write as write_table
+from rerank_kit.models.library import FOLDER as LIBRARY
 
 # cranqrel: 1 = a complete answer ... 4 = of minimum interest, -1 = of no interest. Here more is better.
-EVALUATED = 40  # queries for its evaluator, which computes every document of every list anew
+EVALUATED = 10  # queries for its evaluator, which computes every document of every list anew
 GAIN = {1: 4, 2: 3, 3: 2, 4: 1, -1: 0}
 
 
@@ -138,6 +144,7 @@ def readings(source: Path, out: dict) -> None:
 
 def reference(run: Path, target: Path, model: str, table: Path) -> None:
     """Compare a run of --quality with sentence-transformers: scores, nDCG of the same lists, its own evaluator."""
+    sys.path.append(str(LIBRARY))  # where requirements-reference.txt puts it
     import sentence_transformers
     import torch
     from sentence_transformers import SentenceTransformer
@@ -171,7 +178,7 @@ def reference(run: Path, target: Path, model: str, table: Path) -> None:
     for row in out["metrics"]:
         spans = {key: row[key] for key in ("value", "low", "high", "p")}
         found.append({"way": "bm25", "metric": row["metric"], "queries": len(listed), "value": row["first_stage"]})
-        found.append({"way": "service", "metric": row["metric"], "queries": len(listed), **spans})
+        found.append({"way": "kit", "metric": row["metric"], "queries": len(listed), **spans})
         found[-1] |= {"gain": row["gain"], "gain_low": row["gain_low"], "gain_high": row["gain_high"]}
         values = per_query(listed, theirs, 10, out["relevant_grade"])
         mean = math.fsum(v[row["metric"]] for v in values) / len(listed)
@@ -180,11 +187,25 @@ def reference(run: Path, target: Path, model: str, table: Path) -> None:
     found += evaluator(network, listed[:EVALUATED], ours[:EVALUATED])
     head = {key: out[key] for key in ("date", "command", "vllm", "hardware", "pairs", "seed")}
     head["command"] = re.sub(r"(?<= )/\S*/", "", head["command"])
-    head["hardware"] += ", shared with other programs: no speed is taken from this run"
+    head["hardware"] += "; no speed is taken from this run"
     head |= {"dtype": "float32", "sentence-transformers": sentence_transformers.__version__}
     head["largest difference of a score"] = apart
     write_table(table, head, found)
     print(table.read_text("utf-8"))
+
+
+def whole(source: Path, table: Path) -> None:
+    """Every figure of results/quality-cranfield.csv, from the collection's files alone."""
+    from rerank_kit.models.download import minilm
+
+    model = minilm()
+    with tempfile.TemporaryDirectory() as scratch:
+        target, run = Path(scratch) / "cranfield", Path(scratch) / "run.json"
+        write(source, target)
+        command = [sys.executable, str(KIT / "bench_rerank.py"), "--quality", str(target), "--offline"]
+        settings = {"MODEL_PATH": str(model), "DTYPE": "float32", "KIT_ENV_FILE": os.devnull}
+        subprocess.run([*command, "--json", str(run)], env=os.environ | settings, check=True)
+        reference(run, target, str(model), table)
 
 
 def evaluator(network, listed, ours) -> list[dict]:
@@ -210,7 +231,7 @@ def evaluator(network, listed, ours) -> list[dict]:
     for name, key in (("nDCG@10", "ndcg@10"), ("MRR@10", "mrr@10"), ("MAP", "map")):
         mean = math.fsum(v[name] for v in values) / len(values)
         same = {"metric": f"binary {name}", "queries": len(values)}
-        rows += [{"way": "service", **same, "value": mean}, {"way": "RerankingEvaluator", **same, "value": found[key]}]
+        rows += [{"way": "kit", **same, "value": mean}, {"way": "RerankingEvaluator", **same, "value": found[key]}]
     return rows
 
 
@@ -230,7 +251,9 @@ def halves(names: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     action, *rest = argv or [""]
-    if action == "write" and len(rest) == 2:
+    if action == "all" and len(rest) == 2:
+        whole(Path(rest[0]), Path(rest[1]))
+    elif action == "write" and len(rest) == 2:
         write(Path(rest[0]), Path(rest[1]))
     elif action == "look" and len(rest) in (1, 2):
         look(*map(Path, rest))

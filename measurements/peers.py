@@ -84,7 +84,7 @@ def transformers_way(args):
     import torch
     from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    from rerank_kit.models.reference import INSTRUCTION, PREFIX, SUFFIX
+    from rerank_kit.models.card_prompts import INSTRUCTION, PREFIX, SUFFIX
 
     kind = plan_for(args, args.dtype).profile.reference
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -16,8 +16,9 @@ from pathlib import Path
 KIT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(KIT), str(KIT / "tests"), str(KIT / "tests" / "stand_ins")]
 
+from rerank_kit.models.card_prompts import INSTRUCTION, PREFIX, SUFFIX
 from rerank_kit.models.pair import Pair
-from rerank_kit.models.reference import INSTRUCTION, PREFIX, SUFFIX, reference_scores
+from rerank_kit.models.reference import reference_scores
 
 QUERY = "What is the capital of China?"
 HEAD = ("prompt and precision", "max difference", "mean difference", "documents on another rank")

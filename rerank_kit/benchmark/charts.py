@@ -40,6 +40,8 @@ svg{width:100%;height:auto;background:var(--card);border-radius:10px}
 td,th{padding:3px 8px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 td:first-child,th:first-child,.text td{text-align:left}
 .text td{white-space:normal;overflow-wrap:anywhere;vertical-align:top}
+.text td:first-child{overflow-wrap:normal;white-space:nowrap}
+.last td:last-child,.last th:last-child{text-align:left;white-space:normal;min-width:16em}
 .gpu{background:var(--good)}.refuse,.none{background:var(--bad)}.cpu,.engine,.client,.other{background:var(--fair)}
 details{border-bottom:1px solid var(--line);padding:.3em 0}summary{cursor:pointer}pre{margin:0;white-space:pre-wrap}
 @media print{@page{size:A4 landscape;margin:8mm}body{font-size:8.5px;padding:0;max-width:none}

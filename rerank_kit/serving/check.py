@@ -21,6 +21,7 @@ from typing import Any
 from rerank_kit.engine.machine import GIB, free_memory, vllm_version
 from rerank_kit.engine.nodes import is_headless
 from rerank_kit.engine.scale import score_difference
+from rerank_kit.models.card_prompts import INSTRUCTION, jina_v3_prompt
 from rerank_kit.models.chat_template import render, special_tokens
 from rerank_kit.models.checkpoint import Checkpoint, MissingPackage, load_tokenizer, read_checkpoint
 from rerank_kit.models.given import for_reference, with_settings
@@ -31,7 +32,7 @@ from rerank_kit.models.pair import Pair
 from rerank_kit.models.profiles import find_profile
 from rerank_kit.models.published import DOCUMENTS, QUERY, Published, difference, distance, logit, published
 from rerank_kit.models.published import TOLERANCE as TOLERANCE_LOGIT
-from rerank_kit.models.reference import INSTRUCTION, jina_v3_prompt, reference_scores
+from rerank_kit.models.reference import reference_scores
 from rerank_kit.models.settled import Settled, settle
 from rerank_kit.serving.exact import check_exact
 from rerank_kit.serving.health import progress, request

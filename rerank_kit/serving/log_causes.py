@@ -39,7 +39,8 @@ CAUSES = (
     (r"unrecognized arguments?: .*", "vLLM does not know an argument: check EXTRA_ARGS"),
     (r"vllm( serve)?: error: .*", "vLLM refused its arguments"),
     (
-        r"(?i)driver version is insufficient|no cuda-capable device|CUDA driver init.* failed|NVML.*(fail|error)",
+        r"(?i)driver version is insufficient|driver on your system is too old|no cuda-capable device|"
+        r"CUDA driver init.* failed|NVML.*(fail|error)",
         "the NVIDIA driver does not work or is too old for this vLLM: see nvidia-smi",
     ),
     (r"CUDA error: .*", "a CUDA error: see the log and dmesg (Xid)"),

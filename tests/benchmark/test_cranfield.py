@@ -23,7 +23,7 @@ def of(way, metric, column="value"):
 
 def test_the_service_ranks_as_sentence_transformers_on_the_same_lists():
     for metric in ("nDCG@10", "MAP"):
-        assert of("service", metric) == pytest.approx(of("sentence-transformers", metric), abs=1e-3)
+        assert of("kit", metric) == pytest.approx(of("sentence-transformers", metric), abs=1e-3)
     assert float(results.read("quality-cranfield")[0]["largest difference of a score"]) < 1e-4
 
 
@@ -31,8 +31,8 @@ def test_the_output_in_the_page_has_the_figures_of_the_file():
     """docs/quality.md; its table is compared by tests/docs/test_results.py."""
     page = (KIT / "docs" / "quality.md").read_text("utf-8")
     for metric in metrics.names_of(10):
-        row = f"{of('service', metric):.4f}  {of('service', metric, 'low'):.4f} to {of('service', metric, 'high'):.4f}"
-        gain = f"{of('service', metric, 'gain'):+.4f}"
+        row = f"{of('kit', metric):.4f}  {of('kit', metric, 'low'):.4f} to {of('kit', metric, 'high'):.4f}"
+        gain = f"{of('kit', metric, 'gain'):+.4f}"
         assert re.search(rf"^{metric} +{row} +{of('bm25', metric):.4f} +\{gain} ", page, re.M)
 
 
@@ -74,5 +74,5 @@ def test_the_demo_service_ranks_as_sentence_transformers_now(tmp_path):
     subprocess.run([*program, str(run), str(tmp_path / "beir"), str(settings["MODEL_PATH"]), str(table)], check=True)
     rows = [line.split(",") for line in table.read_text().splitlines() if not line.startswith("#")]
     value = {(row[0], row[1]): float(row[3]) for row in rows[1:]}
-    assert value["service", "nDCG@10"] == pytest.approx(value["sentence-transformers", "nDCG@10"], abs=1e-3)
+    assert value["kit", "nDCG@10"] == pytest.approx(value["sentence-transformers", "nDCG@10"], abs=1e-3)
     assert json.loads(run.read_text())["profile"] == "embedding"

@@ -5,15 +5,15 @@ import threading
 import pytest
 
 from measurements import scale
-from measurements.scale import (
+from measurements.scale import Cards, parse_args
+from measurements.scale_rows import (
+    COLUMNS,
     N_DOCS,
     N_QUERIES,
     Arrangement,
-    Cards,
     efficiency,
     markdown,
     parity,
-    parse_args,
     parse_arrangement,
     table,
 )
@@ -61,7 +61,7 @@ def test_a_failed_arrangement_has_a_row_with_its_reason():
     failed.error = "RuntimeError: start ended with 1: out of | memory"
     line = markdown(table([made("DP=1", [(16, 100.0)]), failed])).splitlines()[-1]
     assert "| TP=2 | 2 | - |" in line and "failed: RuntimeError: start ended with 1" in line
-    assert line.replace("\\|", "").count("|") == len(scale.COLUMNS) + 1
+    assert line.replace("\\|", "").count("|") == len(COLUMNS) + 1
 
 
 def test_cards_are_disjoint_unless_shared():

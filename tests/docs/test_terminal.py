@@ -47,3 +47,5 @@ def test_the_kept_recording_says_what_the_script_says():
         "record it again: CONTRIBUTING.md"
     )
     assert shown[0] == "$ sh start_rerank.sh demo" and any("idx=1 | doc=The capital of China" in line for line in shown)
+    (told,) = {text[text.index("(") : text.index(")")] for text in shown if "importing vLLM (usually" in text}
+    assert told.strip("(") in (KIT / "rerank_kit" / "serving" / "health.py").read_text("utf-8"), "record it again"

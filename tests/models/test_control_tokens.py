@@ -11,9 +11,9 @@ import tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rerank_kit.models.card_prompts import PROMPT_IDS, qwen3_prompt_ids
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.profiles import all_profiles
-from rerank_kit.models.reference import PROMPT_IDS, qwen3_prompt_ids
 
 # Every family that has a template: how its tokenizer is made, its profile.
 FAMILIES = {

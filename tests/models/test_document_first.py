@@ -7,9 +7,9 @@ from conftest import Later
 from rerank_kit.engine.machine import Machine
 from rerank_kit.engine.plan import plan_engine
 from rerank_kit.guard.long_bodies import fit_payload
+from rerank_kit.models.card_prompts import ctxl_prompt_ids
 from rerank_kit.models.fitting import MARK, Fitter
 from rerank_kit.models.pair import Pair
-from rerank_kit.models.reference import ctxl_prompt_ids
 from rerank_kit.offline.prompts import PairEncoder
 from rerank_kit.settings import ConfigError, get_config
 

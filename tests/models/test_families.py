@@ -21,12 +21,13 @@ from conftest import KIT, free_port, http, kit_environment, run_kit
 
 from rerank_kit.engine.machine import Machine
 from rerank_kit.engine.plan import plan_engine
+from rerank_kit.models.card_prompts import BGE_TASK, PROMPT_IDS
 from rerank_kit.models.checkpoint import Checkpoint, read_checkpoint
 from rerank_kit.models.given import for_reference
 from rerank_kit.models.library import FOLDER as LIBRARY
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.profiles import PROFILE_DIR, all_profiles, find_profile, load_profiles
-from rerank_kit.models.reference import BGE_TASK, PROMPT_IDS, _chat_ids, reference_scores
+from rerank_kit.models.reference import _chat_ids, reference_scores
 from rerank_kit.models.settled import settle
 from rerank_kit.offline.prompts import PairEncoder
 from rerank_kit.serving import check

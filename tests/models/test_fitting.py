@@ -10,9 +10,10 @@ import pytest
 from rerank_kit import settings
 from rerank_kit.engine.plan import plan_service
 from rerank_kit.guard.long_bodies import cut_by_limits, fit_payload, merge_windows, payload_fits_surely, split_payload
+from rerank_kit.models.card_prompts import qwen3_prompt_ids
 from rerank_kit.models.fitting import EmptyTextCounts, Fitter, TooManyWindows
 from rerank_kit.models.pair import Pair
-from rerank_kit.models.reference import qwen3_prompt_ids, reference_scores
+from rerank_kit.models.reference import reference_scores
 from rerank_kit.settings import get_config
 
 LENGTH = 128

@@ -10,12 +10,13 @@ from conftest import Later
 
 from rerank_kit.engine.machine import Machine
 from rerank_kit.engine.plan import plan_service
+from rerank_kit.models.card_prompts import qwen3_vl_prompt_ids
 from rerank_kit.models.checkpoint import read_checkpoint
 from rerank_kit.models.given import for_reference
 from rerank_kit.models.opened import opened
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.profiles import all_profiles, find_profile
-from rerank_kit.models.reference import qwen3_vl_prompt_ids, reference_scores
+from rerank_kit.models.reference import reference_scores
 from rerank_kit.serving.command import server_commands
 from rerank_kit.settings import ConfigError, get_config
 

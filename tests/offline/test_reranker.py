@@ -19,10 +19,10 @@ import vllm_usage
 import vllm_usage_tiny
 from rerank_kit.engine.plan import plan_service
 from rerank_kit.models import library, reference
+from rerank_kit.models.card_prompts import qwen3_prompt_ids
 from rerank_kit.models.checkpoint import Checkpoint
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.profiles import load_profiles
-from rerank_kit.models.reference import qwen3_prompt_ids
 from rerank_kit.offline import files
 from rerank_kit.offline import program as offline_program
 from rerank_kit.offline import prompts as offline_prompts

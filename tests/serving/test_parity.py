@@ -7,9 +7,10 @@ import pytest
 from conftest import KIT, http, kit_environment
 
 from rerank_kit import settings
+from rerank_kit.models.card_prompts import qwen3_prompt_ids
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.profiles import PROFILE_DIR, load_profiles
-from rerank_kit.models.reference import qwen3_prompt_ids, reference_scores
+from rerank_kit.models.reference import reference_scores
 
 pytestmark = pytest.mark.server
 

@@ -101,7 +101,12 @@ CAUSES = [
     ("OSError: [Errno 98] Address already in use", "the port is in use"),
     ("OSError: [Errno 28] No space left on device", "no space left"),
     ("vllm: error: unrecognized arguments: --nope", "unrecognized arguments: --nope"),
-    ("RuntimeError: The NVIDIA driver on your system is too old", "driver"),
+    (
+        "RuntimeError: The NVIDIA driver on your system is too old (found version 12020)",
+        "the NVIDIA driver does not work or is too old for this vLLM",
+    ),
+    ("ValueError: No available memory for the cache blocks.", "no memory left for the KV cache"),
+    ("ValueError: Available memory on node 0 (1/2 GiB) is less than desired", "not enough memory for the model"),
     ("ValueError: Cannot find any model weights with `/m`", "check MODEL_PATH"),
     ("WARNING 11-22 10:00:00 [a.py:1] this may raise OSError: too many files\nKeyError: 'lm'", "KeyError: 'lm'"),
     ("nothing of use", "names no error"),

@@ -157,6 +157,7 @@ def offline(queries: list[Judged], args: argparse.Namespace, cfg: EnvConfig) -> 
     Raises:
         ConfigError: the model or the settings cannot be used.
     """
+    from rerank_kit.engine.machine import vllm_version
     from rerank_kit.engine.plan import plan_engine
     from rerank_kit.offline.reranker import OfflineReranker
 
@@ -170,6 +171,7 @@ def offline(queries: list[Judged], args: argparse.Namespace, cfg: EnvConfig) -> 
     about = {"server": "none: vllm.LLM in this process", "model": plan.checkpoint.path.name}
     about |= {"model_root": str(plan.checkpoint.path), "profile": plan.profile.name, "score_scale": plan.profile.score}
     about |= {"server_flags": " ".join(f"--{k} {v}" for k, v in sorted(plan.engine.items())), "hardware": hardware()}
+    about["vllm"] = vllm_version()
     out, counter = Scored.nothing(len(queries)), Counter(len(queries))
     # An instruction for a model that takes none is an error of each pair, never ignored.
     pairs = [
