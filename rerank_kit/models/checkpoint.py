@@ -73,6 +73,8 @@ class Checkpoint:
     base_model: Said | None = None
     # How sentence-transformers compares two embeddings of this model, where its files say so.
     similarity: Said | None = None
+    # PyLate's settings of a late interaction model (config_sentence_transformers.json): see colbert.py.
+    pylate: dict | None = None
     # Settings of the user that replace what the files say: TEMPLATE, SCORE_TOKENS (given.py).
     given: tuple[str, ...] = ()
 
@@ -180,7 +182,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         kinds,
         _logit_tokens(path, modules),
         _pooling_modes(path, modules),
-        limit=_limit(path, transformer),
+        # PyLate saves the length of what it encoded last there.
+        limit=None if more.get("model_type") == "ColBERT" else _limit(path, transformer),
         activation=_activation(path, config, more),
         default_prompt=_default_prompt(path, more),
         chat_template=template,
@@ -188,6 +191,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         has_modules=bool(modules),
         base_model=_base_model(path, config),
         similarity=_similarity(path, more),
+        pylate=more if more.get("model_type") == "ColBERT" else None,
     )
 
 

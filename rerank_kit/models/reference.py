@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rerank_kit.models.checkpoint import read_checkpoint
+from rerank_kit.models.late_reference import late_score
 from rerank_kit.models.pair import Pair
 from rerank_kit.settings import ConfigError
 
@@ -201,8 +202,8 @@ def reference_scores(
         kind: Profile.reference: a key of CAUSAL (causal_yes_no is the model card of Qwen3-Reranker),
             chat_template (a prompt and score tokens or a head of the checkpoint's own), sequence_classification (the
             converted Qwen3-Reranker and cross-encoders with a head), llama_bidirectional (llama-nemotron-rerank),
-            listwise (jina-reranker-v3, each pair as a list of one), jina_reranker_v2, gte_multilingual_reranker or
-            embedding (cosine, pooled as the checkpoint's Pooling module says).
+            listwise (jina-reranker-v3, each pair as a list of one), jina_reranker_v2, gte_multilingual_reranker,
+            late_interaction (MaxSim) or embedding (cosine, pooled as the checkpoint's Pooling module says).
         pairs: N pairs.
         instruction: default instruction; None = the checkpoint's saved default prompt, else the model card's.
         max_length: tokens of the longest prompt.
@@ -262,6 +263,8 @@ def reference_scores(
                     scores.append(_activation(model)(network(**batch).logits[0, 0]).item())
             elif kind == "listwise":  # a list of one document
                 scores += _list_scores(network, tokenizer, torch, pair.query, [pair.document])
+            elif kind == "late_interaction":
+                scores.append(late_score(model, tokenizer, network, _dense_layers(model), pair, max_length))
             elif kind == "embedding":
                 modes, dense = read_checkpoint(model).pooling, _dense_layers(model)
                 first, second = (
@@ -299,7 +302,7 @@ def _network(model: Path, kind: str):
         config = transformers.Qwen3Config(**{k: v for k, v in own.items() if k not in ("auto_map", "model_type")})
     elif kind in CAUSAL or (kind == "chat_template" and not _classifies(model)):
         loader = transformers.AutoModelForCausalLM
-    elif kind in ("embedding", "modernbert_modules"):
+    elif kind in ("embedding", "modernbert_modules", "late_interaction"):
         loader = transformers.AutoModel
     # Of transformers' kernels only this one caps Gemma 2's attention (attn_logit_softcapping).
     more: dict[str, Any] = {}

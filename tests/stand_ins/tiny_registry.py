@@ -241,3 +241,54 @@ def ettin_reranker(folder: Path, *, bias: bool = False) -> Path:
         modules.append(place | {"type": f"sentence_transformers.base.modules.{kind.lower()}.{kind}"})
     (folder / "modules.json").write_text(json.dumps(modules))
     return folder
+
+
+def colbert(folder: Path, kind: str = "Bert", **said) -> Path:
+    """A late interaction model as PyLate 1.6.0 saves it: an encoder, a Dense layer, two markers in the tokenizer.
+
+    said: keys of config_sentence_transformers.json; without any a query is filled with [MASK], which nothing sees.
+    """
+    import string
+
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    {"Bert": bert_cross_encoder, "ModernBert": modernbert_cross_encoder}[kind](folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["[Q] ", "[D] "])
+    tokenizer.pad_token = tokenizer.mask_token
+    tokenizer.save_pretrained(folder)
+    config = getattr(transformers, f"{kind}Config").from_pretrained(folder)
+    config.vocab_size = len(tokenizer)
+    model = getattr(transformers, f"{kind}Model")(config)
+    _spread(model)
+    model.save_pretrained(folder)
+    set_config(folder, id2label=None, label2id=None)
+    torch.manual_seed(5)
+    (folder / "1_Dense").mkdir(exist_ok=True)
+    dense = {"in_features": 64, "out_features": 32, "bias": False, "activation_function": IDENTITY}
+    (folder / "1_Dense" / "config.json").write_text(json.dumps(dense | {"use_residual": False}))
+    save_file({"linear.weight": torch.randn(32, 64) * 0.2}, folder / "1_Dense" / "model.safetensors")
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Dense", "type": "pylate.models.Dense.Dense"},
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    # The length of what was encoded last.
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 23, "do_lower_case": False}))
+    own = {
+        "model_type": "ColBERT",
+        "prompts": {"query": "", "document": ""},
+        "default_prompt_name": None,
+        "similarity_fn_name": "MaxSim",
+        "query_prefix": "[Q] ",
+        "document_prefix": "[D] ",
+        "query_length": 24,
+        "document_length": 60,
+        "attend_to_expansion_tokens": False,
+        "skiplist_words": list(string.punctuation),
+        "do_query_expansion": True,
+    }
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(own | said))
+    return folder
