@@ -48,10 +48,8 @@ class LateTexts(LongDocuments):
 
     async def fit(self, scope, call, body: bytes, receive) -> bytes | None:
         await self.prepare(scope)
-        if call.mode == "chunk":
-            body = await super().fit(scope, call, body, receive)
-            if body is None:
-                return None
+        if call.mode == "chunk" and await super().fit(scope, call, body, receive) is None:
+            return None
         found = await self._in_worker(call, receive, read_texts, self.fitter, self.late, call)
         if call.aborted:
             return None

@@ -42,8 +42,8 @@ def late_of(checkpoint: Checkpoint, max_model_len: int | None = None) -> Late:
         raise ConfigError(
             f"{file} has attend_to_expansion_tokens=false, so the [MASK] tokens that fill a query up to {query_length} "
             "tokens see the query and nothing sees them. vLLM's attention has no such mask: with every token seen, a "
-            "pair of the tests has 5.59 in place of PyLate's 0.96. Use a model without expansion (do_query_expansion=false: "
-            "LateOn, ColBERT-Zero), PyLate itself, or a cross-encoder"
+            "pair of the tests has 5.59 in place of PyLate's 0.96. Use a model without expansion "
+            "(do_query_expansion=false: LateOn, ColBERT-Zero), PyLate itself, or a cross-encoder"
         )
     if max_model_len is not None:
         if max_model_len > checkpoint.positions:
