@@ -31,7 +31,14 @@ KEYS: dict[str, tuple[type, int | None]] = {
     "pad_token_id": (int, None),
 } | dict.fromkeys(
     (
-        *("num_labels", "max_position_embeddings", "hidden_size", "embedding_size", "num_hidden_layers"),
+        *(
+            "num_labels",
+            "max_position_embeddings",
+            "max_trained_positions",
+            "hidden_size",
+            "embedding_size",
+            "num_hidden_layers",
+        ),
         "num_attention_heads",
         *("num_key_value_heads", "head_dim", "intermediate_size", "vocab_size"),
     ),
@@ -97,6 +104,8 @@ class Checkpoint:
     def positions(self) -> int:
         """Tokens of the longest prompt that the weights take, by config.json."""
         own = self.config.get("max_position_embeddings") or 4096
+        if "NomicBertModel" in self.architectures:  # behind them its rotary positions are stretched
+            own = self.config.get("max_trained_positions") or min(own, 2048)
         # RoBERTa (CamemBERT too) numbers its positions from padding_idx + 1.
         if re.search("oberta|Camembert", "".join(self.architectures)):
             padding = self.config.get("pad_token_id")

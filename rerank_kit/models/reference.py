@@ -304,6 +304,8 @@ def _network(model: Path, kind: str):
         loader = transformers.AutoModelForCausalLM
     elif kind in ("embedding", "modernbert_modules", "late_interaction"):
         loader = transformers.AutoModel
+        if "NomicBertModel" in (read_checkpoint(model).architectures or ()):
+            loader, config = _nomic(model)
     # Of transformers' kernels only this one caps Gemma 2's attention (attn_logit_softcapping).
     more: dict[str, Any] = {}
     if "Gemma2" in (model / "config.json").read_text("utf-8"):
@@ -394,6 +396,30 @@ def _gte(model: Path):
         rope = {"rope_type": "linear", "factor": stretch, "rope_theta": theta * scaling["factor"]}
     kept = {k: v for k, v in config.items() if k not in ("auto_map", "architectures", "model_type")}
     return GteForSequenceClassification, GteConfig(**kept, rope_parameters=rope)
+
+
+def _nomic(model: Path):
+    """(class, config) of nomic-embed-text in transformers, by the names of config.json in its hub's code.
+
+    Source: NomicBertConfig in configuration_hf_nomic_bert.py of nomic-ai/nomic-bert-2048, and its docstring.
+    """
+    from transformers import NomicBertConfig, NomicBertModel
+
+    own = json.loads((model / "config.json").read_text("utf-8"))
+    if "n_embd" not in own:  # saved by transformers itself
+        return NomicBertModel, NomicBertConfig.from_pretrained(model)
+    config = NomicBertConfig(
+        vocab_size=own["vocab_size"],
+        hidden_size=own["n_embd"],
+        num_hidden_layers=own["n_layer"],
+        num_attention_heads=own["n_head"],
+        intermediate_size=own["n_inner"],
+        layer_norm_eps=own["layer_norm_epsilon"],
+        type_vocab_size=own["type_vocab_size"],
+        max_position_embeddings=own["max_trained_positions"],
+        rope_parameters={"rope_type": "default", "rope_theta": float(own["rotary_emb_base"])},
+    )
+    return NomicBertModel, config
 
 
 def _own_file(model: Path, name: str) -> dict:

@@ -18,6 +18,7 @@ from rerank_kit.models.chat_template import (
 from rerank_kit.models.checkpoint import Checkpoint
 from rerank_kit.models.colbert import FILE, late_of
 from rerank_kit.models.joined_head import head_config
+from rerank_kit.models.nomic import nomic_config
 from rerank_kit.models.profiles import Profile
 from rerank_kit.settings import ConfigError, EnvConfig
 
@@ -79,6 +80,10 @@ def settle(checkpoint: Checkpoint, profile: Profile, cfg: EnvConfig) -> Settled:
     if profile.joined_head:
         changes |= head_config(checkpoint)
         why["head"] = "the modules behind Pooling, in one file with the encoder under the names of ModernBERT's head"
+    if "NomicBertModel" in checkpoint.architectures:
+        changes |= nomic_config(checkpoint)
+        overrides["rotary_emb_scale_base"] = None  # vLLM asks for it, and null in config.json is no key there
+        why["config.json"] = "sizes under the names of transformers and vLLM; the file has those of code from the hub"
     changed = replace(profile, hf_overrides=overrides, pooler_config=pooler, config_changes=changes)
     return Settled(changed, template, why)
 

@@ -207,6 +207,57 @@ def embedding_gemma(folder: Path) -> Path:
     return folder
 
 
+def nomic_embed(folder: Path, *, hub: bool = True) -> Path:
+    """nomic-embed-text-v1.5: BERT with rotary positions and a gated MLP, the mean of its states.
+
+    hub: config.json as the published one, which names code of its own; else as transformers 5 saves it.
+    """
+    from transformers import NomicBertConfig, NomicBertModel
+
+    bert_cross_encoder(folder)
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    rope = {"rope_type": "default", "rope_theta": 700.0}
+    config = NomicBertConfig(
+        **SMALL, vocab_size=size, max_position_embeddings=256, layer_norm_eps=1e-5, rope_parameters=rope
+    )
+    model = NomicBertModel(config)
+    _spread(model)
+    model.save_pretrained(folder)
+    _sentence_transformer(folder, "mean", old_layout=True, max_length=8192)
+    modules = json.loads((folder / "modules.json").read_text())[:2]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    if hub:
+        code = "nomic-ai/nomic-bert-2048--configuration_hf_nomic_bert.NomicBertConfig"
+        own = {
+            "activation_function": "swiglu",
+            "architectures": ["NomicBertModel"],
+            "auto_map": {"AutoConfig": code},
+            "causal": False,
+            "layer_norm_epsilon": 1e-5,
+            "max_trained_positions": 256,
+            "mlp_fc1_bias": False,
+            "mlp_fc2_bias": False,
+            "model_type": "nomic_bert",
+            "n_embd": 64,
+            "n_head": 2,
+            "n_inner": 128,
+            "n_layer": 2,
+            "n_positions": 8192,
+            "prenorm": False,
+            "qkv_proj_bias": False,
+            "rotary_emb_base": 700,
+            "rotary_emb_fraction": 1.0,
+            "rotary_emb_interleaved": False,
+            "rotary_emb_scale_base": None,
+            "rotary_scaling_factor": 2,
+            "type_vocab_size": 2,
+            "use_rms_norm": False,
+            "vocab_size": size,
+        }
+        (folder / "config.json").write_text(json.dumps(own))
+    return folder
+
+
 def ettin_reranker(folder: Path, *, bias: bool = False) -> Path:
     """ettin-reranker: a bare ModernBERT, cls pooling, and the head as Dense, LayerNorm and Dense modules."""
     import torch
