@@ -175,6 +175,24 @@ def test_scores_are_those_of_the_models_library(family, online, fork_server, for
             assert lengths == [len(ids[i]) for i in some]
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (tiny_registry.distilbert_cross_encoder, "does not dispatch through the Transformers attention interface"),
+        (tiny_registry.eurobert_cross_encoder, "named 'dense'"),
+    ],
+)
+def test_heads_that_vllm_does_not_start_are_refused(make, words, fork_server, tmp_path):
+    """What profiles/unsupported.json says of them; a release of vLLM that starts them deserves a profile."""
+    folder = make(tmp_path / "my-ranker")
+    with pytest.raises(ConfigError, match="of a family that cannot be served"):
+        opened(folder, get_config())
+    family = Family(None, folder.name, "cross_encoder", 256, settings=(("MODEL_PROFILE", "cross_encoder"),))
+    with pytest.raises(AssertionError, match=words):
+        offline_scores(fork_server.command, folder, family, [Pair("q", "d")], tmp_path)
+
+
 @pytest.mark.parametrize("modes", [["max"], ["weightedmean"], ["cls", "mean"]])
 def test_embedding_gemma_with_another_pooling_is_refused(modes, tmp_path):
     folder = tiny_registry.embedding_gemma(tmp_path / "embeddinggemma-300m")
