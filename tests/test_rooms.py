@@ -19,6 +19,7 @@ MAY_USE = {
     "guard": (
         "models.fitting",
         "models.known_pairs",
+        "models.late",
         "processes",
     ),  # it lives inside vLLM and reads GUARD_*, never the settings
     "serving": ("settings", "processes", "models", "engine"),

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from rerank_kit.engine.choices import (
@@ -82,6 +82,11 @@ def plan_service(cfg: EnvConfig, model: str | Path | None = None, machine: Machi
     plan = _plan_model(cfg, model, machine)
     if plan.profile.listwise:
         _check_listwise(plan)
+    if plan.profile.late and not cfg.guard:
+        raise ConfigError(
+            f"GUARD=0, and profile {plan.profile.name} is late interaction: the guard gives vLLM the model's own "
+            "tokens (markers, lengths) and leaves out of MaxSim what the model does. Unset GUARD"
+        )
     plan.api_servers = cfg.api_server_count
     plan.engines, plan.why["engines_per_gpu"] = _engines(plan)
     if plan.copies > 1:
@@ -180,6 +185,9 @@ def _plan_model(cfg: EnvConfig, model: str | Path, machine: Machine) -> Plan:
         plan.env[MODE] = "1"
     engine["max_model_len"], why["max_model_len"] = _max_model_len(cfg, found.checkpoint, profile)
     engine |= profile.engine
+    if profile.late:
+        # vLLM takes PyLate's max_seq_length, the length of what was encoded last, for the model's limit.
+        plan.env["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
     engine["tensor_parallel_size"] = cfg.tp
     if profile.prefix_caching:
         engine["enable_prefix_caching"] = True
@@ -228,6 +236,8 @@ def _guard_env(plan: Plan) -> dict[str, str]:
     env["GUARD_MODEL"] = cfg.served_model_name
     if plan.profile.listwise:
         env["GUARD_LISTWISE"] = "1"
+    if plan.profile.late:
+        env["GUARD_LATE"] = json.dumps(asdict(plan.profile.late))
     env["GUARD_STOP_DELAY_S"] = str(plan.cfg.stop_delay_s)
     # By default vLLM runs one API process for each data parallel rank.
     return env | {"GUARD_API_SERVERS": str(plan.api_servers or plan.copies)}
@@ -299,6 +309,9 @@ def _engines(plan: Plan) -> tuple[int, str]:
 def _max_model_len(cfg: EnvConfig, checkpoint: Checkpoint, profile: Profile) -> tuple[int, str]:
     """Tokens of the longest prompt, and why."""
     own, said = checkpoint.max_length, checkpoint.limit
+    if profile.late:
+        longest = max(profile.late.query_length, profile.late.document_length)
+        return longest, "MAX_MODEL_LEN" if cfg.max_model_len else "the longer of query_length and document_length"
     usual = LIST_TOKENS if profile.listwise else 4096
     source = said.source if said and said.value < checkpoint.positions else "config.json: max_position_embeddings"
     if cfg.max_model_len is None:

@@ -28,6 +28,7 @@ from rerank_kit.guard.call import ID, Call
 from rerank_kit.guard.counts import Counts
 from rerank_kit.guard.deadline import deadline_s, late
 from rerank_kit.guard.health import Health
+from rerank_kit.guard.late import LateTexts, rules
 from rerank_kit.guard.listwise import Lists
 from rerank_kit.guard.long_bodies import LIMITS, as_int
 from rerank_kit.guard.long_documents import LongDocuments, served_length
@@ -80,7 +81,8 @@ class Guard:
         logging.getLogger(SCORE_LOGGER).addFilter(_once(SCORE_WARNING))
         upgrades.read_bodies()
         self.listwise = _setting("LISTWISE") == 1
-        kind = Lists if self.listwise else LongDocuments
+        late = rules()
+        kind = Lists if self.listwise else functools.partial(LateTexts, late) if late else LongDocuments
         self.long = kind(self.limits.max_docs, self.encode, self._take_windows)
         self.health = Health(counts, _setting("HEALTH_TIMEOUT_S", float), self.long.prepare)
         mib = _setting("RESULT_CACHE_MIB", float)

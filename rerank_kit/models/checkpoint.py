@@ -31,7 +31,14 @@ KEYS: dict[str, tuple[type, int | None]] = {
     "pad_token_id": (int, None),
 } | dict.fromkeys(
     (
-        *("num_labels", "max_position_embeddings", "hidden_size", "embedding_size", "num_hidden_layers"),
+        *(
+            "num_labels",
+            "max_position_embeddings",
+            "max_trained_positions",
+            "hidden_size",
+            "embedding_size",
+            "num_hidden_layers",
+        ),
         "num_attention_heads",
         *("num_key_value_heads", "head_dim", "intermediate_size", "vocab_size"),
     ),
@@ -73,6 +80,8 @@ class Checkpoint:
     base_model: Said | None = None
     # How sentence-transformers compares two embeddings of this model, where its files say so.
     similarity: Said | None = None
+    # PyLate's settings of a late interaction model (config_sentence_transformers.json): see colbert.py.
+    pylate: dict | None = None
     # Settings of the user that replace what the files say: TEMPLATE, SCORE_TOKENS (given.py).
     given: tuple[str, ...] = ()
 
@@ -95,6 +104,8 @@ class Checkpoint:
     def positions(self) -> int:
         """Tokens of the longest prompt that the weights take, by config.json."""
         own = self.config.get("max_position_embeddings") or 4096
+        if "NomicBertModel" in self.architectures:  # behind them its rotary positions are stretched
+            own = self.config.get("max_trained_positions") or min(own, 2048)
         # RoBERTa (CamemBERT too) numbers its positions from padding_idx + 1.
         if re.search("oberta|Camembert", "".join(self.architectures)):
             padding = self.config.get("pad_token_id")
@@ -180,7 +191,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         kinds,
         _logit_tokens(path, modules),
         _pooling_modes(path, modules),
-        limit=_limit(path, transformer),
+        # PyLate saves the length of what it encoded last there.
+        limit=None if more.get("model_type") == "ColBERT" else _limit(path, transformer),
         activation=_activation(path, config, more),
         default_prompt=_default_prompt(path, more),
         chat_template=template,
@@ -188,6 +200,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         has_modules=bool(modules),
         base_model=_base_model(path, config),
         similarity=_similarity(path, more),
+        pylate=more if more.get("model_type") == "ColBERT" else None,
     )
 
 

@@ -8,6 +8,8 @@ import math
 import unicodedata
 from bisect import bisect_right
 
+from rerank_kit.models.late import Late
+
 # A pair that is too long for the model is cut, refused, or scored in overlapping windows.
 MODES = ("truncate", "error", "chunk")
 
@@ -74,13 +76,23 @@ class Fitter:
         template: Jinja score template with messages of role query and document; None = the tokenizer's own format.
         max_length: tokens of the longest prompt.
         separate: query and document are two prompts (embedding models).
+        query_length: with separate, tokens of the longest query; None = max_length.
 
     Source: for templates the model card of Qwen3-Reranker (it cuts the document's end, then the query's, and keeps the
     suffix); for pairs transformers' truncation="longest_first", which sentence-transformers' CrossEncoder uses.
     """
 
-    def __init__(self, tokenizer, template: str | None, max_length: int, *, separate: bool = False):
+    def __init__(
+        self,
+        tokenizer,
+        template: str | None,
+        max_length: int,
+        *,
+        separate: bool = False,
+        query_length: int | None = None,
+    ):
         self.tokenizer, self.template, self.max_length, self.separate = tokenizer, template, max_length, separate
+        self.query_length = query_length or max_length
         # vLLM passes an empty second text to the tokenizer as "", and the tokenizer then leaves out the separator. A
         # space replaces it if that gives the wanted ids; if not (byte-level BPE), vLLM's tokenizer has to be wrapped.
         self.blank, self.needs_cover = "", False
@@ -103,6 +115,8 @@ class Fitter:
     def fits_surely(self, query: str, document: str, instruction: str | None = None) -> bool:
         """True if a cheap bound shows that the pair fits; False means that fit() must count the tokens."""
         texts = (query, document, instruction or "")
+        if self.query_length < self.max_length and self.frame_tokens + self._most_tokens(query) >= self.query_length:
+            return False
         return self.frame_tokens + sum(map(self._most_tokens, texts)) < self.max_length
 
     def _most_tokens(self, text: str) -> float:
@@ -149,7 +163,7 @@ class Fitter:
         if limit:
             document = self.head(document, limit)
         if self.separate:
-            fitted = self._fit_alone(query), self._fit_alone(document)
+            fitted = self._fit_alone(query, self.query_length), self._fit_alone(document, self.max_length)
         elif self.template is None:
             fitted = self._fit_pair(query, document)
         else:
@@ -229,7 +243,7 @@ class Fitter:
     def _shorten(self, query: str, document: str, instruction: str | None) -> str:
         """The beginning of the document that fits beside the whole query."""
         if self.separate:
-            return self._fit_alone(document)
+            return self._fit_alone(document, self.max_length)
         while document and (over := len(self._ids(query, document, instruction)) - self.max_length) > 0:
             n = len(self._offsets(document))
             document = self.head(document, n - over if over < n else n // 2)
@@ -267,10 +281,10 @@ class Fitter:
                 return fitted
             length -= 1  # cutting inside a word may add a token
 
-    def _fit_alone(self, text: str) -> str:
+    def _fit_alone(self, text: str, length: int) -> str:
         fixed = len(self.tokenizer("")["input_ids"])
-        room = self.max_length - fixed
-        while len(self.tokenizer(text)["input_ids"]) > self.max_length and room > 0:
+        room = length - fixed
+        while len(self.tokenizer(text)["input_ids"]) > length and room > 0:
             text = self.head(text, room)
             room -= 1
         return text
@@ -279,8 +293,9 @@ class Fitter:
 
     def _enough(self, text: str) -> str:
         """A prefix of the text with more tokens than any prompt holds, or the whole text."""
-        n_chars = 8 * self.max_length
-        while n_chars < len(text) and len(self._offsets(text[:n_chars])) <= self.max_length:
+        most = max(self.max_length, self.query_length)
+        n_chars = 8 * most
+        while n_chars < len(text) and len(self._offsets(text[:n_chars])) <= most:
             n_chars *= 4
         return text[:n_chars]
 
@@ -319,3 +334,12 @@ class Fitter:
     def head(self, text: str, n_tokens: int) -> str:
         """The text of the first n tokens."""
         return text[: self._end(text, n_tokens, special=False)]
+
+
+def late_fitter(tokenizer, late: Late) -> Fitter:
+    """A Fitter for the two texts of a late interaction model, which have lengths of their own."""
+    frame = len(tokenizer("")["input_ids"])
+    rooms = []
+    for is_query, prompt in ((False, late.document_prompt), (True, late.query_prompt)):
+        rooms.append(late.text_room(is_query, len(tokenizer(prompt)["input_ids"]) - frame))
+    return Fitter(tokenizer, None, rooms[0], separate=True, query_length=rooms[1])

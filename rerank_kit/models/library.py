@@ -54,6 +54,7 @@ def library_scores(checkpoint: Checkpoint, profile: Profile, pairs: list[Pair], 
     asked = {
         "model": str(checkpoint.path),
         "embeds": profile.convert == "embed",
+        "late": profile.reference == "late_interaction",
         # A family with a prompt has the profile's function of the logit, the others what their files say.
         "activation": profile.activation if profile.template or profile.own_template else None,
         "divisor": profile.pooler_config.get("logit_sigma", 1),
@@ -113,7 +114,12 @@ def main() -> None:
 
     asked = json.load(sys.stdin)
     more = {"device": "cpu", "model_kwargs": {"dtype": torch.float32}, "local_files_only": True}
-    if asked["embeds"]:
+    if asked["late"]:
+        model = sentence_transformers.MultiVectorEncoder(asked["model"], **more)
+        queries, documents = zip(*asked["pairs"], strict=True)
+        vectors = model.encode_query(list(queries)), model.encode_document(list(documents))
+        scores = model.similarity_pairwise(*vectors)
+    elif asked["embeds"]:
         model = sentence_transformers.SentenceTransformer(asked["model"], **more)
         sides = [model.encode(list(side), convert_to_tensor=True) for side in zip(*asked["pairs"], strict=True)]
         scores = torch.cosine_similarity(*sides, dim=1)

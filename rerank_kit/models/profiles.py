@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from rerank_kit.models.chat_template import agrees, pair_template, template_fault
 from rerank_kit.models.checkpoint import Checkpoint, load_tokenizer
+from rerank_kit.models.late import Late
 from rerank_kit.settings import KIT_DIR, ConfigError
 
 PROFILE_DIR = KIT_DIR / "profiles"
@@ -54,6 +55,8 @@ class Profile:
     own_prompt: bool = False
     # A score depends on the other documents of the call: lists are never split, and pairs alone are not scored offline.
     listwise: bool = False
+    # Set by settle(): how a late interaction model reads its two texts.
+    late: Late | None = None
     # Of a family with a prompt: the function from the head's logit to the score, Sigmoid or Identity.
     activation: str = "Sigmoid"
 
@@ -180,6 +183,7 @@ def _fits(checkpoint: Checkpoint, rule: dict) -> bool:
         "module": lambda v: v in checkpoint.modules,
         "modules": lambda v: checkpoint.modules == tuple(v),
         "without": lambda v: v not in checkpoint.modules,
+        "pylate": lambda v: (checkpoint.pylate is not None) == v,
         "has_modules": lambda v: bool(checkpoint.modules) == v,
         "module_besides": lambda v: not set(checkpoint.modules) <= set(v),
         "pooling_besides": lambda v: checkpoint.pooling is not None and checkpoint.pooling not in [(p,) for p in v],

@@ -100,6 +100,11 @@ def logit_difference(score: float, wanted: float) -> float:
     return max(relative, abs(probability(score) - probability(wanted)))  # max() keeps a NaN that comes first
 
 
+def sum_difference(score: float, wanted: float) -> float:
+    """The difference of two sums over a query's tokens, as a share of the wanted one."""
+    return abs(score - wanted) / max(1.0, abs(wanted))
+
+
 def distance(known: Published, scores: list[float]) -> float:
     """Largest difference of the two logits from the closest published run."""
     got = [logit(score) for score in scores]

@@ -6,6 +6,7 @@ from typing import Any
 
 from rerank_kit.models.card_prompts import CAUSAL, PROMPT_IDS, jina_v3_prompt, qwen3_prompt_ids
 from rerank_kit.models.checkpoint import read_checkpoint
+from rerank_kit.models.late_reference import late_score
 from rerank_kit.models.pair import Pair
 from rerank_kit.settings import ConfigError
 
@@ -28,8 +29,8 @@ def reference_scores(
         kind: Profile.reference: a key of CAUSAL (causal_yes_no is the model card of Qwen3-Reranker),
             chat_template (a prompt and score tokens or a head of the checkpoint's own), sequence_classification (the
             converted Qwen3-Reranker and cross-encoders with a head), llama_bidirectional (llama-nemotron-rerank),
-            listwise (jina-reranker-v3, each pair as a list of one), jina_reranker_v2, gte_multilingual_reranker or
-            embedding (cosine, pooled as the checkpoint's Pooling module says).
+            listwise (jina-reranker-v3, each pair as a list of one), jina_reranker_v2, gte_multilingual_reranker,
+            late_interaction (MaxSim) or embedding (cosine, pooled as the checkpoint's Pooling module says).
         pairs: N pairs.
         instruction: default instruction; None = the checkpoint's saved default prompt, else the model card's.
         max_length: tokens of the longest prompt.
@@ -89,6 +90,8 @@ def reference_scores(
                     scores.append(_activation(model)(network(**batch).logits[0, 0]).item())
             elif kind == "listwise":  # a list of one document
                 scores += _list_scores(network, tokenizer, torch, pair.query, [pair.document])
+            elif kind == "late_interaction":
+                scores.append(late_score(model, tokenizer, network, _dense_layers(model), pair, max_length))
             elif kind == "embedding":
                 modes, dense = read_checkpoint(model).pooling, _dense_layers(model)
                 first, second = (
@@ -148,8 +151,10 @@ def _network(model: Path, kind: str):
         config = transformers.Qwen3Config(**{k: v for k, v in own.items() if k not in ("auto_map", "model_type")})
     elif kind in CAUSAL or (kind == "chat_template" and not _classifies(model)):
         loader = transformers.AutoModelForCausalLM
-    elif kind in ("embedding", "modernbert_modules"):
+    elif kind in ("embedding", "modernbert_modules", "late_interaction"):
         loader = transformers.AutoModel
+        if "NomicBertModel" in (read_checkpoint(model).architectures or ()):
+            loader, config = _nomic(model)
     # Of transformers' kernels only this one caps Gemma 2's attention (attn_logit_softcapping).
     more: dict[str, Any] = {}
     if "Gemma2" in (model / "config.json").read_text("utf-8"):
@@ -240,6 +245,30 @@ def _gte(model: Path):
         rope = {"rope_type": "linear", "factor": stretch, "rope_theta": theta * scaling["factor"]}
     kept = {k: v for k, v in config.items() if k not in ("auto_map", "architectures", "model_type")}
     return GteForSequenceClassification, GteConfig(**kept, rope_parameters=rope)
+
+
+def _nomic(model: Path):
+    """(class, config) of nomic-embed-text in transformers, by the names of config.json in its hub's code.
+
+    Source: NomicBertConfig in configuration_hf_nomic_bert.py of nomic-ai/nomic-bert-2048, and its docstring.
+    """
+    from transformers import NomicBertConfig, NomicBertModel
+
+    own = json.loads((model / "config.json").read_text("utf-8"))
+    if "n_embd" not in own:  # saved by transformers itself
+        return NomicBertModel, NomicBertConfig.from_pretrained(model)
+    config = NomicBertConfig(
+        vocab_size=own["vocab_size"],
+        hidden_size=own["n_embd"],
+        num_hidden_layers=own["n_layer"],
+        num_attention_heads=own["n_head"],
+        intermediate_size=own["n_inner"],
+        layer_norm_eps=own["layer_norm_epsilon"],
+        type_vocab_size=own["type_vocab_size"],
+        max_position_embeddings=own["max_trained_positions"],
+        rope_parameters={"rope_type": "default", "rope_theta": float(own["rotary_emb_base"])},
+    )
+    return NomicBertModel, config
 
 
 def _own_file(model: Path, name: str) -> dict:

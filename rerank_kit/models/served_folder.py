@@ -66,12 +66,15 @@ def _older_copies(checkpoint: Checkpoint, profile: Profile, folder: Path) -> lis
 
 
 def _linked(checkpoint: Checkpoint, profile: Profile) -> list[Path]:
-    """Files of a checkpoint that an adapted folder links to: weights and tokenizer, no code."""
+    """What an adapted folder links to: weights, tokenizer and the modules' folders, without which vLLM pools by its own
+    default. No code."""
     kinds = (".json", ".safetensors", ".bin", ".model", ".txt")
     if profile.joined_head:
         files = [f for f in checkpoint.path.iterdir() if f.suffix in (".json", ".txt", ".model")]
         return sorted(f for f in files if f.name not in ("config.json", "modules.json", f"{NAME}.index.json"))
-    return sorted(f for f in checkpoint.path.iterdir() if f.suffix in kinds and f.name != "config.json")
+    files = [f for f in checkpoint.path.iterdir() if f.suffix in kinds and f.name != "config.json"]
+    inside = {Path(m.get("path", "")).parts[:1] for m in read_json(checkpoint.path / "modules.json") or []}
+    return sorted([*files, *(checkpoint.path.joinpath(*parts) for parts in inside if parts)])
 
 
 def _adapted_files(checkpoint: Checkpoint, profile: Profile) -> dict[str, str]:

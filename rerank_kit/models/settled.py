@@ -16,7 +16,9 @@ from rerank_kit.models.chat_template import (
     template_fault,
 )
 from rerank_kit.models.checkpoint import Checkpoint
+from rerank_kit.models.colbert import FILE, late_of
 from rerank_kit.models.joined_head import head_config
+from rerank_kit.models.nomic import nomic_config
 from rerank_kit.models.profiles import Profile
 from rerank_kit.settings import ConfigError, EnvConfig
 
@@ -56,7 +58,10 @@ def settle(checkpoint: Checkpoint, profile: Profile, cfg: EnvConfig) -> Settled:
     if profile.convert is None and not profile.listwise:
         _activation(checkpoint, profile, overrides, why)
     said = checkpoint.similarity
-    if profile.convert == "embed" and said and said.value not in ("cosine", "dot" if _normalizes(checkpoint) else ""):
+    if profile.reference == "late_interaction":
+        profile = replace(profile, late=late_of(checkpoint, cfg.max_model_len))
+        _say_late(profile, why)
+    elif profile.convert == "embed" and said and said.value not in ("cosine", "dot" if _normalizes(checkpoint) else ""):
         why["similarity"] = (
             f"cosine, as for every embedding model; {said.source} is {said.value}, which ranks otherwise"
         )
@@ -75,8 +80,25 @@ def settle(checkpoint: Checkpoint, profile: Profile, cfg: EnvConfig) -> Settled:
     if profile.joined_head:
         changes |= head_config(checkpoint)
         why["head"] = "the modules behind Pooling, in one file with the encoder under the names of ModernBERT's head"
+    if "NomicBertModel" in checkpoint.architectures:
+        changes |= nomic_config(checkpoint)
+        overrides["rotary_emb_scale_base"] = None  # vLLM asks for it, and null in config.json is no key there
+        why["config.json"] = "sizes under the names of transformers and vLLM; the file has those of code from the hub"
     changed = replace(profile, hf_overrides=overrides, pooler_config=pooler, config_changes=changes)
     return Settled(changed, template, why)
+
+
+def _say_late(profile: Profile, why: dict[str, str]) -> None:
+    late = profile.late
+    assert late is not None
+    fills = ", filled with [MASK]" if late.expansion is not None else ""
+    why["texts"] = (
+        f"queries of {late.query_length} tokens at most{fills}, documents of {late.document_length}; "
+        f"{len(late.skip)} tokens of a document are no match ({FILE}: skiplist_words)"
+    )
+    prompts = [text for text in (late.query_prompt, late.document_prompt) if text]
+    if prompts:
+        why["prompts"] = f"before query and document: {', '.join(map(repr, prompts))} ({FILE}: prompts)"
 
 
 def _temperature(checkpoint: Checkpoint, pooler: dict, why: dict[str, str]) -> None:

@@ -45,6 +45,7 @@ class PairEncoder:
         trusted = plan.engine.get("trust_remote_code", False)
         self.tokenizer = AutoTokenizer.from_pretrained(plan.engine["model"], trust_remote_code=trusted)
         self.template, self.max_length = plan.template, plan.engine["max_model_len"]
+        self.late = plan.profile.late
         self._backend = _rust_tokenizer(self.tokenizer)
         self._ids_of = _fast_ids(plan, self.tokenizer) if self.template is not None else None
         self._plain: Callable[[str], str] | None = None
@@ -83,6 +84,12 @@ class PairEncoder:
             for i, ids in zip(long, cut, strict=True):
                 out[i] = Prompt(ids, True)
         return out
+
+    def encode_sides(self, texts: list[tuple[str, bool]]) -> list[Prompt]:
+        """Token ids of N texts for late interaction; each with whether it is a query."""
+        assert self.late is not None
+        all_ids = self._ids([self.late.text(*text) for text in texts])
+        return [Prompt(*self.late.prompt(ids, is_query)) for ids, (_, is_query) in zip(all_ids, texts, strict=True)]
 
     def first_tokens(self, texts: list[str], n_tokens: int) -> list[str]:
         """Each text, cut to its first n tokens.

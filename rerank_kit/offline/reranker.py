@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rerank_kit.engine.plan import Plan
-from rerank_kit.models.fitting import Fitter
+from rerank_kit.models.fitting import Fitter, late_fitter
+from rerank_kit.models.late import maxsim
 from rerank_kit.models.pair import Pair
 from rerank_kit.offline.feeding import Batch, Feeder, ahead
 from rerank_kit.offline.files import CHUNK, Result
@@ -40,15 +41,19 @@ class OfflineReranker:
         engine = {k: v for k, v in plan.engine.items() if k != "data_parallel_size"}
         self.plan = plan
         self.embeds = plan.profile.reference == "embedding"
-        # Each distinct text of a chunk is embedded once, so larger chunks embed fewer texts twice.
-        self.chunk = 4096 if self.embeds else CHUNK
+        self.late = plan.profile.late
+        # Each distinct text of a chunk is embedded once, so larger chunks embed fewer texts twice. A late interaction
+        # model has a vector for each token.
+        self.chunk = 4096 if self.embeds else CHUNK // 2 if self.late else CHUNK
         self.encoder = PairEncoder(plan)
         self.fitter = None
         if plan.cfg.long_documents == "chunk":
             length = plan.engine["max_model_len"]
             self.fitter = Fitter(self.encoder.tokenizer, plan.template, length, separate=self.embeds)
+            if self.late:
+                self.fitter = late_fitter(self.encoder.tokenizer, self.late)
         self.llm = LLM(**engine)
-        self.feeder = Feeder(self.llm, "embed" if self.embeds else "classify")
+        self.feeder = Feeder(self.llm, "token_embed" if self.late else "embed" if self.embeds else "classify")
 
     def score(self, pairs: list[Pair]) -> list[Result]:
         """Score N pairs; N results in the same order."""
@@ -70,6 +75,11 @@ class OfflineReranker:
                 cut |= {index} if is_cut else set()
             owners += [index] * len(parts)
             scored += parts
+        if self.late:
+            sides = list(dict.fromkeys(side for p in scored for side in ((p.query, True), (p.document, False))))
+            at = {side: i for i, side in enumerate(sides)}
+            both = [(at[pair.query, True], at[pair.document, False]) for pair in scored]
+            return Prepared(len(pairs), owners, both, self.encoder.encode_sides(sides) if sides else [], cut)
         if not self.embeds:
             return Prepared(len(pairs), owners, [(i,) for i in range(len(scored))], self.encoder.encode(scored), cut)
         texts = list(dict.fromkeys(text for pair in scored for text in (pair.query, pair.document)))
@@ -128,7 +138,7 @@ class OfflineReranker:
         refused = Result(None, error=f"profile {self.plan.profile.name} takes no instruction")
         out = [refused] * prepared.n_pairs
         windows = Counter(prepared.owners)
-        scores = self._scores(prepared.needs, outputs)
+        scores = self._scores(prepared, outputs)
         for owner, needs, score in zip(prepared.owners, prepared.needs, scores, strict=True):
             cut = any(prepared.prompts[i].cut for i in needs)
             if cut and self.plan.cfg.long_documents == "error":
@@ -140,14 +150,18 @@ class OfflineReranker:
                 out[owner] = Result(score, cut or owner in prepared.cut, windows=windows[owner])
         return out
 
-    def _scores(self, needs: Sequence[tuple[int, ...]], outputs: list) -> list[float]:
-        """One score for each of `needs`: the head's output, or the cosine of two embeddings."""
+    def _scores(self, prepared: Prepared, outputs: list) -> list[float]:
+        """One score for each of prepared.needs: the head's output, the cosine of two embeddings, or MaxSim."""
         import torch
 
+        needs = prepared.needs
         if not needs:
             return []
         if any(output is None for output in outputs):
             raise RuntimeError("the engine gave no output for a pair; its log says why (VLLM_LOGGING_LEVEL=INFO)")
+        if self.late:
+            skip = self.late.skip
+            return [maxsim(outputs[q], outputs[d], prepared.prompts[d].ids, skip).item() for q, d in needs]
         values = torch.stack(outputs).float()
         if not self.embeds:
             return values[:, 0].tolist()

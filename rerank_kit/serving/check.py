@@ -106,6 +106,9 @@ def prompt_tokens(checkpoint: Checkpoint, settled: Settled, query: str, document
         return len(tokenizer.encode(render(settled.template, chat, special_tokens(checkpoint))).ids)
     if settled.profile.listwise:
         return len(tokenizer.encode(jina_v3_prompt(query, [document])).ids)
+    if late := settled.profile.late:
+        both = ((late.text(query, True), True), (late.text(document, False), False))
+        return sum(len(late.prompt(tokenizer.encode(text).ids, is_query)[0]) for text, is_query in both)
     if settled.profile.reference == "embedding":
         return len(tokenizer.encode(query).ids) + len(tokenizer.encode(document).ids)
     return len(tokenizer.encode(query, document).ids)
@@ -190,7 +193,7 @@ def run_checks(cfg: EnvConfig, reference: bool = False) -> Iterator[tuple[str, s
     yield "model", None, f"{checkpoint.path}, profile {profile.name}"
 
     expected = expectation(checkpoint, settled)
-    if profile.reference != "embedding" and expected["tokens"]:  # those above the checkpoint's own limit are cut
+    if profile.convert != "embed" and expected["tokens"]:  # those above the checkpoint's own limit are cut
         expected["tokens"] = [n if n <= checkpoint.max_length else None for n in expected["tokens"]]
     answers = [score(cfg, *pair) for pair in PAIRS]
     scores = [answer[0] for answer in answers]
@@ -243,7 +246,8 @@ def check_references(
         sizes = f"transformers in float32 needs {needed / GIB:.1f} GiB of memory, {free / GIB:.1f} GiB are free"
         raise NotMade(f"reference  not compared: {sizes}")
     pairs = [Pair(*pair) for pair in PAIRS]
-    length = min(checkpoint.max_length, 8192)
+    late = profile.late
+    length = max(late.query_length, late.document_length) if late else min(checkpoint.max_length, 8192)
     asked = checkpoint.path, profile.reference, pairs, cfg.instruction, length
     try:
         expected = reference_scores(*asked, **for_reference(checkpoint, profile))

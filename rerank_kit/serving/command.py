@@ -169,7 +169,7 @@ def _fits(plan: Plan, n_tokens: int) -> bool:
         ConfigError: they do not fit, and a setting is the reason.
     """
     most, cfg = plan.engine["max_model_len"], plan.cfg
-    if n_tokens <= most or plan.profile.reference == "embedding":
+    if n_tokens <= most or plan.profile.convert == "embed":
         return True
     if cfg.max_model_len is None and not cfg.instruction:
         return False

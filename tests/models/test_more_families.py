@@ -28,6 +28,7 @@ from test_families import (
     serving,
     zerank1,
 )
+from tiny_models import set_config
 
 from rerank_kit.models.given import for_reference
 from rerank_kit.models.opened import opened
@@ -100,13 +101,17 @@ FAMILIES = {
     "gemma_lm": language_model("Gemma", GEMMA_CONTROL, "Yes,No"),
     "gemma3_lm": language_model("Gemma3", GEMMA_CONTROL, "Yes,No"),
     "e5_mistral": Family(tiny_registry.e5_mistral, "e5-mistral", "embedding", 512, (*TEXTS, LONG_QUERY)),
+    "nomic_embed": Family(tiny_registry.nomic_embed, "nomic-embed-text-v1.5", "nomic_embed", 256, ENCODER_TEXTS),
+    "nomic_transformers": Family(
+        partial(tiny_registry.nomic_embed, hub=False), "my-nomic", "nomic_embed", 256, ENCODER_TEXTS
+    ),
     "embedding_gemma": Family(
         tiny_registry.embedding_gemma, "embeddinggemma-300m", "embedding_gemma", 512, (*TEXTS, LONG_QUERY)
     ),
 }
 # Every run takes these, on a server or without one; `python -m pytest -m soak tests/models/test_more_families.py` takes
 # all the others, each on a server and without one.
-ONLINE, OFFLINE = ("electra", "followir"), ("camembert", "ettin")
+ONLINE, OFFLINE = ("electra", "followir"), ("camembert", "ettin", "nomic_embed")
 
 
 @pytest.fixture
@@ -170,12 +175,48 @@ def test_scores_are_those_of_the_models_library(family, online, fork_server, for
             assert lengths == [len(ids[i]) for i in some]
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (tiny_registry.distilbert_cross_encoder, "does not dispatch through the Transformers attention interface"),
+        (tiny_registry.eurobert_cross_encoder, "named 'dense'"),
+    ],
+)
+def test_heads_that_vllm_does_not_start_are_refused(make, words, fork_server, tmp_path):
+    """What profiles/unsupported.json says of them; a release of vLLM that starts them deserves a profile."""
+    folder = make(tmp_path / "my-ranker")
+    with pytest.raises(ConfigError, match="of a family that cannot be served"):
+        opened(folder, get_config())
+    family = Family(None, folder.name, "cross_encoder", 256, settings=(("MODEL_PROFILE", "cross_encoder"),))
+    with pytest.raises(AssertionError, match=words):
+        offline_scores(fork_server.command, folder, family, [Pair("q", "d")], tmp_path)
+
+
 @pytest.mark.parametrize("modes", [["max"], ["weightedmean"], ["cls", "mean"]])
 def test_embedding_gemma_with_another_pooling_is_refused(modes, tmp_path):
     folder = tiny_registry.embedding_gemma(tmp_path / "embeddinggemma-300m")
     assert opened(folder, get_config()).profile.name == "embedding_gemma"
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": modes}))
     with pytest.raises(ConfigError, match="with other pooling than mean, cls or last token"):
+        opened(folder, get_config())
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"activation_function": "gelu"}, 'config.json has activation_function="gelu", and nomic-embed-text v1'),
+        ({"moe_every_n_layers": 2}, "config.json has moe_every_n_layers=2"),
+        ({"qkv_proj_bias": True}, "config.json has qkv_proj_bias=true"),
+        ({"n_embd": "64"}, 'config.json has n_embd="64", and .* is expected'),
+    ],
+)
+def test_another_nomic_bert_is_refused(values, words, tmp_path):
+    folder = tiny_registry.nomic_embed(tmp_path / "nomic-embed-text-v1.5")
+    found = opened(folder, get_config())
+    assert found.profile.name == "nomic_embed" and found.checkpoint.max_length == 256
+    set_config(folder, **values)
+    with pytest.raises(ConfigError, match=words):
         opened(folder, get_config())
 
 

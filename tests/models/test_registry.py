@@ -56,8 +56,10 @@ def decided(architecture: str, name: str = "model", **more) -> str:
     modules = more.pop("modules", ())
     pooling = more.pop("pooling", None)
     more |= more.pop("config", {})
+    pylate = more.pop("pylate", None)
     labels = {"id2label": {str(i): "" for i in range(more.pop("labels", 1))}}
-    found = Checkpoint(Path("/m") / name, {"architectures": [architecture], **labels, **more}, modules, None, pooling)
+    config = {"architectures": [architecture], **labels, **more}
+    found = Checkpoint(Path("/m") / name, config, modules, None, pooling, pylate=pylate)
     try:
         return find_profile(found).name
     except ConfigError as exc:
@@ -163,6 +165,8 @@ def test_a_public_reranker_is_served_or_refused_as_its_page_says(row):
         if kind == "modules":
             more["modules"] = tuple(value.split("+"))
             more["pooling"] = ("cls",) if "Pooling" in value else None
+        elif kind == "pylate":
+            more["pylate"] = {}
         elif kind == "pooled":
             more["config"] = {"pooling": value}
         elif value.isdigit():

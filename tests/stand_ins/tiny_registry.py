@@ -207,6 +207,57 @@ def embedding_gemma(folder: Path) -> Path:
     return folder
 
 
+def nomic_embed(folder: Path, *, hub: bool = True) -> Path:
+    """nomic-embed-text-v1.5: BERT with rotary positions and a gated MLP, the mean of its states.
+
+    hub: config.json as the published one, which names code of its own; else as transformers 5 saves it.
+    """
+    from transformers import NomicBertConfig, NomicBertModel
+
+    bert_cross_encoder(folder)
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    rope = {"rope_type": "default", "rope_theta": 700.0}
+    config = NomicBertConfig(
+        **SMALL, vocab_size=size, max_position_embeddings=256, layer_norm_eps=1e-5, rope_parameters=rope
+    )
+    model = NomicBertModel(config)
+    _spread(model)
+    model.save_pretrained(folder)
+    _sentence_transformer(folder, "mean", old_layout=True, max_length=8192)
+    modules = json.loads((folder / "modules.json").read_text())[:2]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    if hub:
+        code = "nomic-ai/nomic-bert-2048--configuration_hf_nomic_bert.NomicBertConfig"
+        own = {
+            "activation_function": "swiglu",
+            "architectures": ["NomicBertModel"],
+            "auto_map": {"AutoConfig": code},
+            "causal": False,
+            "layer_norm_epsilon": 1e-5,
+            "max_trained_positions": 256,
+            "mlp_fc1_bias": False,
+            "mlp_fc2_bias": False,
+            "model_type": "nomic_bert",
+            "n_embd": 64,
+            "n_head": 2,
+            "n_inner": 128,
+            "n_layer": 2,
+            "n_positions": 8192,
+            "prenorm": False,
+            "qkv_proj_bias": False,
+            "rotary_emb_base": 700,
+            "rotary_emb_fraction": 1.0,
+            "rotary_emb_interleaved": False,
+            "rotary_emb_scale_base": None,
+            "rotary_scaling_factor": 2,
+            "type_vocab_size": 2,
+            "use_rms_norm": False,
+            "vocab_size": size,
+        }
+        (folder / "config.json").write_text(json.dumps(own))
+    return folder
+
+
 def ettin_reranker(folder: Path, *, bias: bool = False) -> Path:
     """ettin-reranker: a bare ModernBERT, cls pooling, and the head as Dense, LayerNorm and Dense modules."""
     import torch
@@ -240,4 +291,55 @@ def ettin_reranker(folder: Path, *, bias: bool = False) -> Path:
         place = {"idx": number, "name": str(number), "path": path.name}
         modules.append(place | {"type": f"sentence_transformers.base.modules.{kind.lower()}.{kind}"})
     (folder / "modules.json").write_text(json.dumps(modules))
+    return folder
+
+
+def colbert(folder: Path, kind: str = "Bert", **said) -> Path:
+    """A late interaction model as PyLate 1.6.0 saves it: an encoder, a Dense layer, two markers in the tokenizer.
+
+    said: keys of config_sentence_transformers.json; without any a query is filled with [MASK], which nothing sees.
+    """
+    import string
+
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    {"Bert": bert_cross_encoder, "ModernBert": modernbert_cross_encoder}[kind](folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["[Q] ", "[D] "])
+    tokenizer.pad_token = tokenizer.mask_token
+    tokenizer.save_pretrained(folder)
+    config = getattr(transformers, f"{kind}Config").from_pretrained(folder)
+    config.vocab_size = len(tokenizer)
+    model = getattr(transformers, f"{kind}Model")(config)
+    _spread(model)
+    model.save_pretrained(folder)
+    set_config(folder, id2label=None, label2id=None)
+    torch.manual_seed(5)
+    (folder / "1_Dense").mkdir(exist_ok=True)
+    dense = {"in_features": 64, "out_features": 32, "bias": False, "activation_function": IDENTITY}
+    (folder / "1_Dense" / "config.json").write_text(json.dumps(dense | {"use_residual": False}))
+    save_file({"linear.weight": torch.randn(32, 64) * 0.2}, folder / "1_Dense" / "model.safetensors")
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Dense", "type": "pylate.models.Dense.Dense"},
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    # The length of what was encoded last.
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 23, "do_lower_case": False}))
+    own = {
+        "model_type": "ColBERT",
+        "prompts": {"query": "", "document": ""},
+        "default_prompt_name": None,
+        "similarity_fn_name": "MaxSim",
+        "query_prefix": "[Q] ",
+        "document_prefix": "[D] ",
+        "query_length": 24,
+        "document_length": 60,
+        "attend_to_expansion_tokens": False,
+        "skiplist_words": list(string.punctuation),
+        "do_query_expansion": True,
+    }
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(own | said))
     return folder
