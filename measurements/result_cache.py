@@ -103,11 +103,13 @@ def measure(ports: dict[str, int], args: argparse.Namespace) -> tuple[dict, dict
 
 def report(rates: dict, alone: dict, args: argparse.Namespace) -> int:
     where = "Redis alone" if args.redis else "the process"
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     load = " ".join(f"{x:.1f}" for x in os.getloadavg())
     print(f"{os.cpu_count()} cores, {cpu}, Python {platform.python_version()}; load at the end {load}")
     print(
-        f"{N_DOCS} documents of {N_WORDS} words, {args.clients} clients, {args.turns} turns of {args.seconds:g} s, {where}"
+        f"{N_DOCS} documents of {N_WORDS} words, {args.clients} clients, {args.turns} turns of {args.seconds:g} s, "
+        f"kept in {where}"
     )
     print("| call | calls/s without | with the cache | ratio | ratio of each turn |\n|---|---|---|---|---|")
     ratios = {}
