@@ -18,6 +18,7 @@ import http.client
 import json
 import math
 import random
+import re
 import socket
 import sys
 import tempfile
@@ -255,6 +256,34 @@ def horrors() -> list[tuple[str, str, bytes]]:
     )
 
 
+# A trace that each kind leaves in the bytes of its body.
+TRACES = {
+    **{
+        name: re.compile(b'"%s": ?' % name.encode())
+        for name in ("texts", "passages", "top_k", "queries", *OTHER_FIELDS)
+    },
+    "NaN": re.compile(rb": ?NaN|\[NaN|, ?NaN"),
+    "-Infinity": re.compile(b"-Infinity"),
+    "1e999": re.compile(b"1e999"),
+    "half a surrogate pair": re.compile(rb"\\ud800|\xed\xa0\x80"),
+    "6000 digits": re.compile(b"9{6000}"),
+    "invalid UTF-8": re.compile(b"\xff"),
+    "a key twice": re.compile(rb'^\{"query":1,'),
+    "broken off": re.compile(rb"[^}]\Z"),
+    "long texts": re.compile(rb"(?s).{40000}"),
+}
+
+
+def kinds_of(path: str, kind: str, data: bytes) -> set[str]:
+    """Route, content type, API and faults of a generated body."""
+    return {path, kind or "no content type", *(name for name, trace in TRACES.items() if trace.search(data))}
+
+
+def all_kinds() -> set[str]:
+    types = {JSON_TYPE, "application/json; charset=utf-8", "text/plain", "no content type", "multipart/form-data"}
+    return {*ROUTES, "/v1/ranking", *types, *TRACES}
+
+
 # --- the service --------------------------------------------------------------------------------------------------
 
 
@@ -286,6 +315,7 @@ class Sender:
         self.address = urlsplit(url)
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.seen: Counter = Counter()
+        self.kinds: Counter = Counter()  # of the generated bodies
         self.slowest = 0.0, b""
         self.connection = None
 
@@ -416,6 +446,7 @@ def fuzz(url: str, n_bodies: int, number: int, key: str = "", say=lambda text: N
         )
         @given(request=bodies(sender.openapi()))
         def each(request):
+            sender.kinds.update(kinds_of(*request))
             sender.judge(*request)
             if not sum(sender.seen.values()) % 1000:
                 say(f"{sum(sender.seen.values())} bodies: {dict(sorted(sender.seen.items()))}")

@@ -119,6 +119,7 @@ class EnvConfig:
     allow_paths: str = _key("", "further paths to serve, e.g. /tokenize,/docs; they need the key too", "guard")
     slow_call_ms: float = _key(30000.0, "milliseconds above which a scoring call is logged; 0 = never", "guard", low=0)
     result_cache_mib: float = _key(0.0, "MiB of each API process for the scores of pairs that were asked before; 0 = no cache", "guard", low=0)
+    result_cache_url: str | None = _key(None, "Redis in which replicas share the scores of pairs that were asked before: redis://USER:PASSWORD@HOST:PORT/DATABASE, or rediss:// for TLS. Default: none", "guard", secret=True)
     # fmt: on
 
     @property
@@ -365,7 +366,9 @@ def warnings_of(env_file: Path | str | None = None) -> list[str]:
 
 def permission_warnings(cfg: "EnvConfig", env_file: Path | str | None = None) -> list[str]:
     """A warning for each file that others can read although it holds a secret, or that others can write."""
-    secret = any(re.search("KEY|TOKEN|PASSWORD|SECRET", key) for key in load_env(env_file) if key != "API_KEY_FILE")
+    secrets = [key for key, field in FIELDS.items() if field.metadata["secret"]]
+    named = re.compile("|".join(["KEY", "TOKEN", "PASSWORD", "SECRET", *secrets]))
+    secret = any(named.search(key) for key in load_env(env_file) if key != "API_KEY_FILE")
     files = [(".env", env_path(env_file), secret)]
     for key in ("API_KEY_FILE", "SSL_KEYFILE"):
         if name := getattr(cfg, key.lower()):

@@ -49,10 +49,10 @@ if command -v npm >/dev/null 2>&1 && ! cmp -s tests/sdk-js/package-lock.json "$S
   (cd "$SDK/js" && mv new-lock.json package-lock.json && npm ci --silent --ignore-scripts --no-fund --no-audit) ||
     { rm -f "$SDK/js/package-lock.json"; printf '[WARN] %s\n' "npm ci failed: the tests of JavaScript clients cannot run" >&2; }
 fi
-# Linter, second shell, logrotate, systemd-analyze, nginx and Prometheus come from the system; the tests name what is
+# Linter, second shell, logrotate, systemd-analyze, nginx, Prometheus and Redis come from the system; the tests name what is
 # missing.
 if command -v apt-get >/dev/null 2>&1 && [ "$(id -u)" = 0 ]; then
-  for tool in shellcheck busybox logrotate systemd-analyze curl nginx promtool; do
+  for tool in shellcheck busybox logrotate systemd-analyze curl nginx promtool redis-server; do
     command -v "$tool" >/dev/null 2>&1 || [ -x "/usr/sbin/$tool" ] && continue
     case $tool in systemd-analyze) package=systemd ;; nginx) package=nginx-light ;; promtool) package=prometheus ;; *) package=$tool ;; esac
     { apt-get update -qq && apt-get install -y -qq --no-install-recommends "$package"; } >/dev/null

@@ -13,14 +13,16 @@ PACKAGE = KIT / "rerank_kit"
 MAY_USE = {
     "settings": (),
     "processes": (),
+    "redis_url": (),
     "client": ("settings",),
     "models": ("settings",),
-    "engine": ("settings", "models"),
+    "engine": ("settings", "redis_url", "models"),
     "guard": (
         "models.fitting",
         "models.known_pairs",
         "models.late",
         "processes",
+        "redis_url",
     ),  # it lives inside vLLM and reads GUARD_*, never the settings
     "serving": ("settings", "processes", "models", "engine"),
     "offline": ("settings", "models", "engine"),

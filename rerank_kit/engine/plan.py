@@ -22,6 +22,7 @@ from rerank_kit.engine.machine import GIB, Machine, compute_capabilities, cpu_ha
 from rerank_kit.engine.nodes import check_nodes, describe_node, has_other_nodes, is_headless, node_env
 from rerank_kit.engine.precision import MODE, check_exact, quantization
 from rerank_kit.engine.scale import score_scale
+from rerank_kit.engine.shared_cache import check_shared_cache
 from rerank_kit.models.checkpoint import Checkpoint
 from rerank_kit.models.identity import content_id
 from rerank_kit.models.opened import opened
@@ -102,6 +103,7 @@ def plan_service(cfg: EnvConfig, model: str | Path | None = None, machine: Machi
         plan.env |= node_env(cfg)
         plan.why["node"] = describe_node(cfg)
     if cfg.guard and not is_headless(cfg):
+        check_shared_cache(cfg)
         plan.env |= _guard_env(plan)
     return _finished(plan)
 
@@ -207,8 +209,9 @@ def _check_listwise(plan: Plan) -> None:
             f"LONG_DOCUMENTS=chunk splits documents into windows, and profile {plan.profile.name} is listwise: a score "
             "depends on the other documents of its call. Set LONG_DOCUMENTS to truncate or error"
         )
-    if cfg.result_cache_mib:
-        plan.why["result_cache_mib"] = "off: a score depends on the other documents of its call (listwise)"
+    for name in ("result_cache_mib", "result_cache_url"):
+        if getattr(cfg, name):
+            plan.why[name] = "off: a score depends on the other documents of its call (listwise)"
 
 
 def _finished(plan: Plan) -> Plan:
@@ -223,7 +226,9 @@ def _finished(plan: Plan) -> Plan:
 def _guard_env(plan: Plan) -> dict[str, str]:
     """Settings of the guard, which reads the environment only."""
     cfg = plan.cfg
-    values = {k: getattr(cfg, f.name) for k, f in FIELDS.items() if f.metadata["group"] == "guard" and k != "GUARD"}
+    # A secret joins the environment at the start of the server alone: the plan is shown.
+    of_guard = {k: f for k, f in FIELDS.items() if f.metadata["group"] == "guard" and not f.metadata["secret"]}
+    values = {k: getattr(cfg, f.name) for k, f in of_guard.items() if k != "GUARD"}
     env = {f"GUARD_{k}": str(v) for k, v in values.items() if v not in (None, "")}
     # Limit on pairs before the speed is measured: some seconds of work. On an H100 with 8 API processes, 1024 (128 for
     # each process) refused 16 concurrent calls of 32 documents.

@@ -1,4 +1,6 @@
-"""Scores of pairs that were asked before, kept in this API process (RESULT_CACHE_MIB; off by default).
+"""Scores of pairs that were asked before: in this API process (RESULT_CACHE_MIB) and in Redis (RESULT_CACHE_URL).
+
+Both are off by default. This file holds the keys and the process's own scores; shared_cache.py talks to Redis.
 
 A key is a hash of everything that the score depends on: the service's version id, every field of the body but those
 that only shape the answer, the query and the document. So a score comes back only for exactly the same pair.
@@ -48,7 +50,7 @@ class ResultCache:
             self._known.popitem(last=False)
 
     def look_up(self, payload: dict, inner_path: str, length_rules: tuple) -> "Lookup | None":
-        """What is known of a body's pairs; the body keeps the others, in place. None = no pairs of plain texts.
+        """What is known of a body's pairs. None = no pairs of plain texts.
 
         Args:
             length_rules: what becomes of long texts, where the body does not say it.
@@ -82,13 +84,8 @@ class ResultCache:
             one.update(_bytes(document))
             keys.append(one.digest())
         found = {i: known for i, key in enumerate(keys) if (known := self.get(key)) is not None}
-        lookup = Lookup(self, keys, documents, found, [i for i in range(len(keys)) if i not in found], top_n, is_score)
-        payload.pop("top_n", None)  # all scores are wanted, to be kept
-        if found:
-            payload["documents"] = [documents[i] for i in lookup.missing]
-            if is_score:
-                payload["queries"] = [many[i] for i in lookup.missing]
-        return lookup
+        missing = [i for i in range(len(keys)) if i not in found]
+        return Lookup(self, keys, many, documents, found, missing, top_n, is_score)
 
 
 def _bytes(text: str) -> bytes:
@@ -101,6 +98,7 @@ class Lookup:
 
     cache: ResultCache
     keys: list[bytes]
+    queries: list[str]
     documents: list[str]
     found: dict[int, Known]
     missing: list[int]
@@ -109,6 +107,25 @@ class Lookup:
     keeps: bool = True  # False: another document of the call had a say in the prompts, by shortening the query
     cut: list[int] = field(default_factory=list)  # of all pairs, once the answer is complete
     windows: dict[int, int] = field(default_factory=dict)
+    shared: int | None = None  # pairs that Redis knew; None = it is not used
+    new: dict[bytes, Known] = field(default_factory=dict)  # what vLLM scored, once the answer is complete
+
+    def add(self, found: dict[bytes, Known]) -> None:
+        """What Redis knows of the missing pairs."""
+        for key, known in found.items():
+            self.cache.put(key, known)
+        here = {i: found[self.keys[i]] for i in self.missing if self.keys[i] in found}
+        self.shared = len(here)
+        self.found |= here
+        self.missing = [i for i in self.missing if i not in here]
+
+    def leave_missing(self, payload: dict) -> None:
+        """Take the pairs that are known out of the body, in place."""
+        payload.pop("top_n", None)  # all scores are wanted, to be kept
+        if self.found:
+            payload["documents"] = [self.documents[i] for i in self.missing]
+            if self.is_score:
+                payload["queries"] = [self.queries[i] for i in self.missing]
 
     def empty(self, request_id: str, model: str) -> dict:
         """The answer of vLLM to a call of which every pair is known."""
@@ -129,6 +146,7 @@ class Lookup:
             known[i] = Known(row[score_name], at in was_cut, windows.get(at, 1))
             if self.keeps:
                 self.cache.put(self.keys[i], known[i])
+                self.new[self.keys[i]] = known[i]
         self.cut = sorted(i for i, one in known.items() if one.cut)
         self.windows = {i: one.windows for i, one in known.items() if one.windows > 1}
         rows: list[dict]
@@ -141,4 +159,5 @@ class Lookup:
             ]
             rows.sort(key=lambda row: row["relevance_score"], reverse=True)  # stable, as vLLM's own
             rows = rows[: self.top_n or None]
-        return {**answer, rows_name: rows, "cached": len(self.found)}
+        counts = {"cached": len(self.found)} | ({} if self.shared is None else {"cached_shared": self.shared})
+        return {**answer, rows_name: rows, "meta": counts}

@@ -46,7 +46,7 @@ def edit(
         answer = merge_windows(split, answer)
     if complete:
         answer = complete(answer)
-        meta = {**meta, "cached": answer.pop("cached")}
+        meta |= answer.pop("meta")
     if is_rerank and ("data" if asked.groups else "results") in answer:
         answer = _shaped(asked, _with_meta(answer, meta))
     return encode(answer)

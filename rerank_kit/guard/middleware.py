@@ -36,6 +36,7 @@ from rerank_kit.guard.metrics import _metrics
 from rerank_kit.guard.openapi import with_dialects
 from rerank_kit.guard.paths import NO_KEY_PATHS, PATHS, SCORING, closed
 from rerank_kit.guard.reading import Reading
+from rerank_kit.guard.shared_cache import SharedCache, code_id
 
 PROBES = ("/live", "/ready")
 
@@ -85,8 +86,7 @@ class Guard:
         kind = Lists if self.listwise else functools.partial(LateTexts, late) if late else LongDocuments
         self.long = kind(self.limits.max_docs, self.encode, self._take_windows)
         self.health = Health(counts, _setting("HEALTH_TIMEOUT_S", float), self.long.prepare)
-        mib = _setting("RESULT_CACHE_MIB", float)
-        self.cache = ResultCache(mib, self.version) if mib and not self.listwise else None
+        self._make_cache()
         self.scale = json.loads(os.environ.get("GUARD_SCORE_SCALE") or "null")
         self.model = os.environ.get("GUARD_MODEL", "")
         self.takes_instruction = os.environ.get("GUARD_TAKES_INSTRUCTION", "1") != "0"
@@ -106,7 +106,13 @@ class Guard:
             return await send({"type": "websocket.close", "code": 1008})
         if scope["type"] != "http":
             self._watch_stop(scope)
-            return await self.app(scope, receive, send)
+            if self.shared is not None:
+                self.shared.begin()
+            try:
+                return await self.app(scope, receive, send)
+            finally:  # of vLLM's app: the service ends
+                if self.shared is not None:
+                    await self.shared.close()
         call, task = Call(scope, self.paths), asyncio.current_task()
         self.tasks.add(task)
         if call.path != call.sent_path:
@@ -203,6 +209,15 @@ class Guard:
             self._release(call)
             self._record(call)
 
+    def _make_cache(self) -> None:
+        mib, url = _setting("RESULT_CACHE_MIB", float), os.environ.get("GUARD_RESULT_CACHE_URL", "")
+        wanted = (mib or url) and not self.listwise
+        if wanted and url and not self.version:
+            raise ValueError("GUARD_RESULT_CACHE_URL needs GUARD_VERSION, by which the scores of two models differ")
+        self.shared = SharedCache(url, self.metrics) if wanted and url else None
+        version = self.version + (code_id() if self.shared is not None else b"")
+        self.cache = ResultCache(mib, version) if wanted else None
+
     def _check_access(self, call: Call) -> None:
         """Check the key first, so that callers without it do not learn which paths exist."""
         # A browser cannot send a key with an address; the page asks for it, and holds nothing secret.
@@ -239,10 +254,15 @@ class Guard:
         if self.cache is not None:
             rules = call.mode, call.asked.max_windows, call.asked.overlap
             call.lookup = self.cache.look_up(payload, call.asked.inner_path, rules)
-            changed |= call.lookup is not None
-            if call.lookup and not call.lookup.missing:
-                call.payload = payload
-                return b""
+            if call.lookup:
+                if self.shared is not None:
+                    keys = dict.fromkeys(call.lookup.keys[i] for i in call.lookup.missing)
+                    call.lookup.add(await self.shared.get([*keys]) if keys else {})
+                call.lookup.leave_missing(payload)
+                changed = True
+                if not call.lookup.missing:
+                    call.payload = payload
+                    return b""
         if changed or b"\\u" in body:
             try:
                 encoded = self.encode(payload)
@@ -309,7 +329,11 @@ class Guard:
         windows = call.split.counts if call.split else {}
         answer = lookup.complete(answer, call.cut, windows)
         call.cut = lookup.cut
-        self.metrics.cached.inc(len(lookup.found))
+        n_shared = lookup.shared or 0
+        self.metrics.cached.labels("process").inc(len(lookup.found) - n_shared)
+        if self.shared is not None:
+            self.metrics.cached.labels("redis").inc(n_shared)
+            self.shared.put(lookup.new)
         return answer
 
     async def _answer_known(self, call: Call, lookup: Lookup, answer) -> None:

@@ -26,6 +26,9 @@ from rerank_kit.serving.check import expectation
 from rerank_kit.serving.network import check_network, check_port, hold_port, tls_files
 from rerank_kit.settings import FIELDS, KIT_DIR, ConfigError, EnvConfig, get_config, passed_on_env
 
+# Under which name the server finds a secret.
+SECRET_VARIABLES = {"API_KEY": "VLLM_API_KEY", "RESULT_CACHE_URL": "GUARD_RESULT_CACHE_URL"}
+
 
 def serve_args(plan: Plan, group: int = 0, rpc_port: int | str = "FREE_PORT") -> list[str]:
     """Arguments of `vllm serve`, without secrets.
@@ -81,8 +84,9 @@ def shown_args(plan: Plan, group: int = 0) -> list[str]:
 
 
 def shown_env(env: dict[str, str]) -> dict[str, str]:
-    """The variables that change what `vllm serve` does, without the API key."""
-    return {k: v for k, v in env.items() if re.match(r"(VLLM|NCCL|OMP|GUARD)_|CUDA_VISIBLE", k) and k != "VLLM_API_KEY"}
+    """The variables that change what `vllm serve` does, without secrets."""
+    shown = re.compile(r"(VLLM|NCCL|OMP|GUARD)_|CUDA_VISIBLE")
+    return {k: v for k, v in env.items() if shown.match(k) and k not in SECRET_VARIABLES.values()}
 
 
 def _hidden(text: str) -> str:
@@ -122,7 +126,8 @@ def explain(plan: Plan) -> str:
     for key, reason in plan.why.items():
         lines.append(f"{key}: {plan.engine[key]} ({reason})" if key in plan.engine else f"{key}: {reason}")
     lines.append("# command")
-    env = [f"{k}={shlex.quote(v)}" for k, v in plan.env.items()] + (["VLLM_API_KEY=***"] if cfg.api_key else [])
+    env = [f"{k}={shlex.quote(v)}" for k, v in plan.env.items()]
+    env += [f"{name}=***" for key, name in SECRET_VARIABLES.items() if getattr(cfg, key.lower())]
     try:
         program = shlex.quote(vllm_command())
     except NoVllm:
@@ -135,7 +140,7 @@ def explain(plan: Plan) -> str:
 def server_commands(plan: Plan) -> tuple[list[list[str]], dict[str, str]]:
     """(argv of each `vllm serve`, their environment). The first is the service, the others are engines beside it.
 
-    The API key is in the environment, because everybody can read the process list.
+    Secrets are in the environment, because everybody can read the process list.
     """
     make_files(plan)
     rpc_port = _free_port() if plan.engines > 1 else 0
@@ -148,10 +153,11 @@ def server_env(plan: Plan) -> dict[str, str]:
     env = {**os.environ, **passed_on_env(), **plan.env}
     if plan.cfg.cuda_visible_devices is not None:
         env["CUDA_VISIBLE_DEVICES"] = plan.cfg.cuda_visible_devices
-    for key in ("API_KEY", "API_KEY_FILE"):
+    for key in (*SECRET_VARIABLES, "API_KEY_FILE"):
         env.pop(key, None)
-    if plan.cfg.api_key:
-        env["VLLM_API_KEY"] = plan.cfg.api_key
+    for key, name in SECRET_VARIABLES.items():
+        if value := getattr(plan.cfg, key.lower()):
+            env[name] = value
     if plan.cfg.guard and plan.cfg.startup_check and not is_headless(plan.cfg):
         expected = expectation(plan.checkpoint, Settled(plan.profile, plan.template))
         if _fits(plan, max(expected["tokens"] or [0])):

@@ -37,7 +37,7 @@ def supervised_settings(cfg: EnvConfig) -> dict[str, str]:
 
 
 def key_mark(key: str | None, salt: str = "") -> str:
-    """SALT:HASH of a key, by which a later one can be told to be the same; empty without a key."""
+    """SALT:HASH of a secret, by which a later one can be told to be the same; empty without one."""
     salt = salt or os.urandom(8).hex()
     return f"{salt}:{hashlib.pbkdf2_hmac('sha256', key.encode(), salt.encode(), 100_000).hex()}" if key else ""
 
@@ -95,9 +95,12 @@ def differences(plan: Plan, known: dict) -> list[str]:
     lines = [
         f"{key}: it runs {old.get(key, 'without')!r}, the settings say {new.get(key, 'without')!r}" for key in changed
     ]
-    mark = known.get("key")
-    if mark is not None and mark != key_mark(plan.cfg.api_key, mark.partition(":")[0]):
-        lines.append("API_KEY: it runs with another one" if mark and plan.cfg.api_key else f"API_KEY: {_one_key(mark)}")
+    for key, mark, secret in (
+        ("API_KEY", known.get("key"), plan.cfg.api_key),
+        ("RESULT_CACHE_URL", known.get("cache_url"), plan.cfg.result_cache_url),
+    ):
+        if mark is not None and mark != key_mark(secret, mark.partition(":")[0]):
+            lines.append(f"{key}: {'it runs with another one' if mark and secret else _one_key(mark)}")
     if not lines and old.get("GUARD_VERSION") != new.get("GUARD_VERSION"):
         return [f"the files of {wanted}, its template or INSTRUCTION have changed since it was started"]
     more = len(lines) - MOST_LINES

@@ -69,7 +69,8 @@ def request(
 def probe(cfg: EnvConfig, timeout_s: float = 60.0, n_docs: int = 1) -> str | None:
     """Score n_docs pairs. Returns None if the score is finite, BUSY after a 429, else the fault."""
     body = {"model": cfg.served_model_name, "query": "ping", "documents": ["pong"] * n_docs}
-    if cfg.guard and cfg.result_cache_mib:  # its key: a score of the cache would say nothing of the engine
+    if cfg.guard and (cfg.result_cache_mib or cfg.result_cache_url):
+        # A part of the cache's key: a score that it keeps would say nothing of the engine.
         body["cache_salt"] = secrets.token_hex(8)
     try:
         status, data = request(cfg, "GET", "/health", timeout_s=min(5.0, timeout_s))

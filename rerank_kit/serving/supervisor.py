@@ -78,6 +78,7 @@ class State:
     source: str = ""  # MODEL_PATH as it was set
     settings: dict[str, str] = field(default_factory=dict)  # those that the supervisor itself follows
     key: str = ""  # key_mark() of API_KEY
+    cache_url: str = ""  # key_mark() of RESULT_CACHE_URL
 
 
 class Supervisor:
@@ -94,6 +95,7 @@ class Supervisor:
         self.state.command, self.state.env = shown_args(plan), shown_env(server_env(plan))
         self.state.source, self.state.settings = plan.cfg.model_path or "", supervised_settings(plan.cfg)
         self.state.key = key_mark(plan.cfg.api_key)
+        self.state.cache_url = key_mark(plan.cfg.result_cache_url)
         self.header = f"vLLM {version}: {shlex.join(['vllm', *shown_args(plan)])}"
         self.header += f" and {plan.engines - 1} more for its engines" if plan.engines > 1 else ""
         self.header += "".join(f" {k}={shlex.quote(v)}" for k, v in sorted(plan.env.items()))

@@ -81,7 +81,10 @@ LANGUAGES = {
     "Go": ("go", "rank.go", "go run"),
     "PHP": ("php", "rank.php", "php"),
     "Ruby": ("ruby", "rank.rb", "ruby"),
+    "Rust": ("rust", "src/main.rs", "cargo run --quiet --offline"),
 }
+# Crates as files, as Debian's packages librust-*-dev have them: the tests ask no registry of crates.
+CRATES = Path(os.environ.get("RUST_CRATES", "/usr/share/cargo/registry"))
 QUERY = "What is the capital of China?"
 DOCUMENTS = ["Gravity attracts bodies.", "The capital of China is Beijing.", "首都是北京。", "a "]
 LONG = [*DOCUMENTS, "word " * 8000]  # 40,000 characters, far more than MAX_MODEL_LEN
@@ -188,8 +191,18 @@ def test_client_of_another_language_ranks_as_the_kits_own(title, service, tmp_pa
     _, name, command = LANGUAGES[title]
     if not shutil.which(title if name == "rank.sh" else command.split()[0]):
         pytest.skip(f"{title} is not installed")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(program(title)[1].replace("http://127.0.0.1:11438", service.url))
-    done = subprocess.run([*command.split(), name], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    command = [*command.split(), name]
+    if title == "Rust":
+        if not any(CRATES.glob("ureq-2.*")):
+            pytest.skip("the crate ureq is not installed: apt install librust-ureq-dev")
+        command.remove(name)
+        (tmp_path / "Cargo.toml").write_text(program(title)[0].partition("```toml\n")[2].partition("```")[0])
+        (tmp_path / ".cargo").mkdir()
+        source = f'[source.crates-io]\nreplace-with = "files"\n[source.files]\ndirectory = "{CRATES}"\n'
+        (tmp_path / ".cargo" / "config.toml").write_text(source)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     if done.stdout.startswith("{"):
         results = json.loads(done.stdout)["results"]

@@ -45,13 +45,13 @@ def test_off_by_default():
 
 def test_a_call_seen_before_is_answered_without_vllm(cached):
     inner, guard = cached()
-    before = metric("cached_pairs_total")
+    before = metric("cached_pairs_total", cache="process")
     first, second = said(guard, BODY), said(guard, BODY)
     assert len(inner.calls) == 1 and guard.load.in_flight == 0
     assert first["results"] == second["results"] and second["model"] == "m"
     assert (first["meta"]["cached"], second["meta"]["cached"]) == (0, 3)
     assert second["usage"] == {"completion_tokens": 0, "prompt_tokens": 0, "total_tokens": 0}
-    assert metric("cached_pairs_total") == before + 3
+    assert metric("cached_pairs_total", cache="process") == before + 3
 
 
 def test_only_what_is_missing_is_scored(cached):

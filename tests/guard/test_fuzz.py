@@ -4,18 +4,25 @@ import json
 
 import pytest
 
-from measurements.fuzz import Sender, Wrong, fuzz, horrors
+from measurements.fuzz import Sender, Wrong, all_kinds, fuzz, horrors
 from rerank_kit.client.calls import rerank
 
 
 @pytest.mark.server
-@pytest.mark.timeout(300)
-def test_no_body_costs_a_5xx_a_hang_or_a_score(service):
+@pytest.mark.parametrize(
+    "n_bodies",
+    [
+        pytest.param(400, marks=pytest.mark.timeout(300)),
+        pytest.param(20_000, marks=[pytest.mark.soak, pytest.mark.timeout(3600)]),
+    ],
+)
+def test_no_body_costs_a_5xx_a_hang_or_a_score(service, n_bodies):
     before = rerank("capital", ["Beijing.", "Gravity."], base_url=service.url + "/v1")[1]
-    sender = fuzz(service.url, 1400, number=5)
-    assert sum(sender.seen.values()) >= 1400 + len(horrors())
-    assert sender.seen[200] > 200, f"too few bodies were right: {sender.seen}"
-    assert sender.seen[400] > 200 and sender.seen[422] > 10 and sender.seen[413] >= 1
+    sender = fuzz(service.url, n_bodies, number=5)
+    assert sum(sender.seen.values()) >= n_bodies + len(horrors())
+    assert sender.seen[200] > n_bodies / 7, f"too few bodies were right: {sender.seen}"
+    assert sender.seen[400] > n_bodies / 7 and sender.seen[422] > 10 and sender.seen[413] >= 1
+    assert all_kinds() - sender.kinds.keys() == set(), sender.kinds
     assert sender.slowest[0] < 30, sender.slowest
     assert rerank("capital", ["Beijing.", "Gravity."], base_url=service.url + "/v1")[1] == before
 

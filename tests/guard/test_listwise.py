@@ -45,6 +45,7 @@ def served(monkeypatch, fitter):
     monkeypatch.setenv("GUARD_LISTWISE", "1")
     monkeypatch.setenv("GUARD_LONG_DOCUMENTS", "truncate")
     monkeypatch.setenv("GUARD_RESULT_CACHE_MIB", "16")
+    monkeypatch.setenv("GUARD_RESULT_CACHE_URL", "redis://127.0.0.1:1")
     inner = Echo()
     guard = Guard(inner)
     guard.long.fitter = fitter

@@ -37,11 +37,12 @@ def folder(tmp_path_factory):
 
 
 def test_the_plan_of_a_listwise_model(folder, tmp_path):
-    cfg = get_config(log_dir=str(tmp_path), result_cache_mib=8)
+    cfg = get_config(log_dir=str(tmp_path), result_cache_mib=8, result_cache_url="redis://h")
     plan = plan_service(cfg, folder, CPU)
     assert plan.profile.name == "jina_reranker_v3" and plan.env["GUARD_LISTWISE"] == "1"
     assert plan.engine["max_model_len"] == 4096 and "for a whole list" in plan.why["max_model_len"]
-    assert "enable_prefix_caching" not in plan.engine and "listwise" in plan.why["result_cache_mib"]
+    assert "enable_prefix_caching" not in plan.engine
+    assert all("listwise" in plan.why[name] for name in ("result_cache_mib", "result_cache_url"))
     assert '"listwise": true' in plan.env["GUARD_SCORE_SCALE"]
     for of, tokens in ((plan, 4096), (replace(plan, profile=replace(plan.profile, listwise=False)), None)):
         assert Supervisor._list_tokens(SimpleNamespace(plan=of)) == tokens  # of its warm-up

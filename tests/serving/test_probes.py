@@ -8,8 +8,8 @@ from rerank_kit.serving import health
 from rerank_kit.settings import get_config
 
 
-@pytest.mark.parametrize("mib", [0, 64])
-def test_no_probe_is_answered_from_the_result_cache(monkeypatch, mib):
+@pytest.mark.parametrize("cache", [{}, {"result_cache_mib": 64}, {"result_cache_url": "redis://h"}], ids=str)
+def test_no_probe_is_answered_from_the_result_cache(monkeypatch, cache):
     """A score that the cache keeps would say that a hung engine lives."""
     bodies = []
 
@@ -19,9 +19,9 @@ def test_no_probe_is_answered_from_the_result_cache(monkeypatch, mib):
         return 200, json.dumps({"results": [{"relevance_score": 0.5}]}).encode()
 
     monkeypatch.setattr(health, "request", request)
-    cfg = get_config(result_cache_mib=mib)
+    cfg = get_config(**cache)
     assert [health.probe(cfg) for _ in range(3)] == [None] * 3
-    assert len(set(bodies)) == (3 if mib else 1)
+    assert len(set(bodies)) == (3 if cache else 1)
 
 
 @pytest.mark.parametrize("list_tokens", [600, 4096, 8192, 16384, None])

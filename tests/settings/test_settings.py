@@ -155,7 +155,7 @@ def test_files_that_others_can_read_or_write_are_named(tmp_path, monkeypatch):
         ".env: everybody on this host can write my.env: chmod o-rwx my.env",
         "API_KEY_FILE: everybody on this host can write key: chmod o-rwx key",
     ]
-    for line, n in (("API_KEY=x", 1), ("HF_TOKEN=x", 1), ("API_KEY_FILE=key", 0)):
+    for line, n in (("API_KEY=x", 1), ("HF_TOKEN=x", 1), ("RESULT_CACHE_URL=x", 1), ("API_KEY_FILE=key", 0)):
         write(env_file, f"{line}\n")
         assert len(said(0o644, 0o600, 0o600)) == n, line
     monkeypatch.setenv("KIT_ENV_FILE", str(write(env_file, "API_KEY=x\n")))
