@@ -11,9 +11,8 @@ from urllib.parse import urlsplit
 
 import pytest
 import tiny_registry
-from conftest import http
+from conftest import Later, http
 from test_families import Family, offline_scores, rerank_scores, server_scores, serving
-from transformers import AutoTokenizer
 
 from rerank_kit.client import rerank
 from rerank_kit.client.errors import RerankHTTPError
@@ -29,6 +28,7 @@ from rerank_kit.models.reference import reference_scores
 from rerank_kit.serving import check
 from rerank_kit.settings import ConfigError, get_config
 
+transformers = Later("transformers")
 PLAIN, ATTEND = {"do_query_expansion": False}, {"attend_to_expansion_tokens": True}
 SETTINGS = {"plain": PLAIN, "attend": ATTEND, "classic": {}}
 TEXTS = [
@@ -129,13 +129,13 @@ def test_scores_are_those_of_pylate(kind, name, online, made, fork_server, forke
         with pytest.raises(RerankHTTPError, match=r"documents\[4\] has more than the 60 tokens"):
             rerank(query, documents, base_url=url, long_documents="error")
         # In windows: the best window's score, each window a document of the model's length.
-        found = late_fitter(AutoTokenizer.from_pretrained(folder), late).windows(query, documents[4])
+        found = late_fitter(transformers.AutoTokenizer.from_pretrained(folder), late).windows(query, documents[4])
         best = max(reference_scores(folder, "late_interaction", [Pair(query, w) for w in found[1]], None, LENGTH))
         assert len(found[1]) > 2
         _, windows, _ = rerank(query, [documents[4], documents[0]], base_url=url, long_documents="chunk")
         assert windows == pytest.approx([best, of_one[0]], abs=1e-4)
         _, short, raw = rerank(query, documents[:2], base_url=url, max_tokens_per_doc=3)
-        first = late_fitter(AutoTokenizer.from_pretrained(folder), late)
+        first = late_fitter(transformers.AutoTokenizer.from_pretrained(folder), late)
         heads = [Pair(query, first.head(d, 3)) for d in documents[:2]]
         assert short == pytest.approx(reference_scores(folder, "late_interaction", heads, None, LENGTH), abs=1e-4)
         assert raw["_cut"] == [0, 1]
