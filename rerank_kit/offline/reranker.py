@@ -9,7 +9,7 @@ from typing import Any
 
 from rerank_kit.engine.plan import Plan
 from rerank_kit.models.fitting import Fitter, late_fitter
-from rerank_kit.models.late import maxsim
+from rerank_kit.models.late import Late, maxsim
 from rerank_kit.models.pair import Pair
 from rerank_kit.offline.feeding import Batch, Feeder, ahead
 from rerank_kit.offline.files import CHUNK, Result
@@ -29,6 +29,8 @@ class Prepared:
 
 class OfflineReranker:
     """vllm.LLM with a plan's arguments. Loads the model when it is made."""
+
+    late: Late | None = None
 
     def __init__(self, plan: Plan):
         os.environ.update(plan.env)  # before vllm is imported: it reads its settings then

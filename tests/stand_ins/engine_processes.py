@@ -80,8 +80,8 @@ class Reranker(OfflineReranker):
         time.sleep(0.002)
         return [Prompt([len(pair.document)], False) for pair in pairs]
 
-    def _scores(self, needs, outputs):
-        return [outputs[i] for (i,) in needs]  # without torch, whose import takes seconds in each process
+    def _scores(self, prepared, outputs):
+        return [outputs[i] for (i,) in prepared.needs]  # without torch, whose import takes seconds in each process
 
     def __exit__(self, *_):
         if self.plan.marks:
