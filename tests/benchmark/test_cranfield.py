@@ -22,8 +22,10 @@ def of(way, metric, column="value"):
 
 
 def test_the_service_ranks_as_sentence_transformers_on_the_same_lists():
-    for metric in ("nDCG@10", "MAP"):
+    for metric in metrics.names_of(10):
         assert of("kit", metric) == pytest.approx(of("sentence-transformers", metric), abs=1e-3)
+    for metric in ("binary nDCG@10", "binary MRR@10", "binary MAP"):
+        assert of("kit", metric) == pytest.approx(of("RerankingEvaluator", metric), abs=1e-6)
     assert float(results.read("quality-cranfield")[0]["largest difference of a score"]) < 1e-4
 
 
