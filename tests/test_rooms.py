@@ -18,6 +18,8 @@ MAY_USE = {
     "engine": ("settings", "models"),
     "guard": (
         "models.fitting",
+        "models.image_hosts",
+        "models.images",
         "models.known_pairs",
         "processes",
     ),  # it lives inside vLLM and reads GUARD_*, never the settings
