@@ -4,14 +4,17 @@ import math
 import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rerank_kit.engine.plan import Plan
 from rerank_kit.models.fitting import Fitter
+from rerank_kit.models.images import BadImage
 from rerank_kit.models.pair import Pair
+from rerank_kit.offline import images
 from rerank_kit.offline.feeding import Batch, Feeder, ahead
 from rerank_kit.offline.files import CHUNK, Result
+from rerank_kit.offline.images import PairImages
 from rerank_kit.offline.prompts import PairEncoder, Prompt
 
 
@@ -24,10 +27,13 @@ class Prepared:
     needs: Sequence[tuple[int, ...]]  # needs[i] = indices of the prompts that its score comes from
     prompts: list[Prompt]
     cut: set[int]  # indices of pairs that were cut before the prompts were made
+    errors: dict[int, str] = field(default_factory=dict)  # by the index of a pair that is not scored
 
 
 class OfflineReranker:
     """vllm.LLM with a plan's arguments. Loads the model when it is made."""
+
+    _images: PairImages | None = None
 
     def __init__(self, plan: Plan):
         os.environ.update(plan.env)  # before vllm is imported: it reads its settings then
@@ -43,6 +49,8 @@ class OfflineReranker:
         # Each distinct text of a chunk is embedded once, so larger chunks embed fewer texts twice.
         self.chunk = 4096 if self.embeds else CHUNK
         self.encoder = PairEncoder(plan)
+        if plan.images:
+            self.chunk = images.CHUNK
         self.fitter = None
         if plan.cfg.long_documents == "chunk":
             length = plan.engine["max_model_len"]
@@ -61,7 +69,7 @@ class OfflineReranker:
         owners, scored = [], []
         shorter, cut = self._within_limits(pairs)
         for index, pair in enumerate(shorter):
-            if not self._takes(pair):
+            if not self._takes(pair) or any(pair.images):
                 continue
             parts = [pair]
             if self.fitter:
@@ -71,11 +79,27 @@ class OfflineReranker:
             owners += [index] * len(parts)
             scored += parts
         if not self.embeds:
-            return Prepared(len(pairs), owners, [(i,) for i in range(len(scored))], self.encoder.encode(scored), cut)
+            prompts, errors = self.encoder.encode(scored), {}
+            shown = [i for i, pair in enumerate(shorter) if any(pair.images) and self._takes(pair)]
+            for index, prompt in zip(shown, self._encode_images([shorter[i] for i in shown]), strict=True):
+                if isinstance(prompt, BadImage):
+                    errors[index] = str(prompt)
+                else:
+                    owners.append(index)
+                    prompts.append(prompt)
+            return Prepared(len(pairs), owners, [(i,) for i in range(len(prompts))], prompts, cut, errors)
+        shown = [i for i, pair in enumerate(shorter) if any(pair.images) and self._takes(pair)]
+        errors = dict(zip(shown, map(str, self._encode_images([shorter[i] for i in shown])), strict=True))
         texts = list(dict.fromkeys(text for pair in scored for text in (pair.query, pair.document)))
         where = {text: i for i, text in enumerate(texts)}
         needs = [(where[pair.query], where[pair.document]) for pair in scored]
-        return Prepared(len(pairs), owners, needs, self.encoder.encode_texts(texts) if texts else [], cut)
+        return Prepared(len(pairs), owners, needs, self.encoder.encode_texts(texts) if texts else [], cut, errors)
+
+    def _encode_images(self, pairs: list[Pair]) -> list[Prompt | BadImage]:
+        """Prompts of pairs with images; for one that is not scored, the reason."""
+        if pairs and self._images is None:
+            self._images = PairImages(self.plan, self.encoder)
+        return self._images.encode(pairs) if self._images and pairs else []
 
     def _within_limits(self, pairs: list[Pair]) -> tuple[list[Pair], set[int]]:
         """The pairs within MAX_TOKENS_PER_QUERY and MAX_TOKENS_PER_DOC, and the indices of those that were cut."""
@@ -127,11 +151,15 @@ class OfflineReranker:
         """Results of the pairs of one prepare(), in their order."""
         refused = Result(None, error=f"profile {self.plan.profile.name} takes no instruction")
         out = [refused] * prepared.n_pairs
+        for index, error in prepared.errors.items():
+            out[index] = Result(None, error=error)
         windows = Counter(prepared.owners)
         scores = self._scores(prepared.needs, outputs)
         for owner, needs, score in zip(prepared.owners, prepared.needs, scores, strict=True):
             cut = any(prepared.prompts[i].cut for i in needs)
-            if cut and self.plan.cfg.long_documents == "error":
+            if isinstance(score, BadImage):
+                out[owner] = Result(None, error=str(score))
+            elif cut and self.plan.cfg.long_documents == "error":
                 limit = self.encoder.max_length
                 out[owner] = Result(None, error=f"longer than MAX_MODEL_LEN={limit} (LONG_DOCUMENTS=error)")
             elif not math.isfinite(score):
@@ -140,17 +168,19 @@ class OfflineReranker:
                 out[owner] = Result(score, cut or owner in prepared.cut, windows=windows[owner])
         return out
 
-    def _scores(self, needs: Sequence[tuple[int, ...]], outputs: list) -> list[float]:
-        """One score for each of `needs`: the head's output, or the cosine of two embeddings."""
+    def _scores(self, needs: Sequence[tuple[int, ...]], outputs: list) -> list[Any]:
+        """One score for each of `needs`: the head's output, or the cosine of two embeddings; or a BadImage."""
         import torch
 
         if not needs:
             return []
         if any(output is None for output in outputs):
             raise RuntimeError("the engine gave no output for a pair; its log says why (VLLM_LOGGING_LEVEL=INFO)")
-        values = torch.stack(outputs).float()
         if not self.embeds:
-            return values[:, 0].tolist()
+            good = [output for output in outputs if not isinstance(output, BadImage)]
+            scores = iter(torch.stack(good).float()[:, 0].tolist() if good else ())
+            return [output if isinstance(output, BadImage) else next(scores) for output in outputs]
+        values = torch.stack(outputs).float()
         first, second = (values[torch.tensor(side)] for side in zip(*needs, strict=True))
         return torch.cosine_similarity(first, second, dim=1).tolist()
 
