@@ -19,6 +19,8 @@ MAY_USE = {
     "engine": ("settings", "redis_url", "models"),
     "guard": (
         "models.fitting",
+        "models.image_hosts",
+        "models.images",
         "models.known_pairs",
         "models.late",
         "processes",

@@ -3,7 +3,7 @@
 Imports are relative and reach no further than settings.py: the folder can be copied into another package.
 """
 
-from .calls import RerankItem, arerank, ascore, rerank, rerank_many, score
+from .calls import RerankItem, arerank, ascore, image_document, rerank, rerank_many, score
 from .errors import RerankConnectionError, RerankError, RerankHTTPError, RerankResponseError, RerankTimeout
 from .sessions import SharedResources
 from .two_stages import FirstStage
@@ -19,6 +19,7 @@ __all__ = [
     "SharedResources",
     "arerank",
     "ascore",
+    "image_document",
     "rerank",
     "rerank_many",
     "score",

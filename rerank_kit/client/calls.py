@@ -9,17 +9,28 @@ from typing import Any, Literal, overload
 
 from .. import settings
 from .errors import RerankError
+from .images import Document, image_document
 from .one_call import First, Items, Ranked, RerankItem, _as_list, _at_least, _Call
 from .running import _arun, _arun_stages, _counter, _in_threads, _run, _run_stages
 
-__all__ = ["Items", "LongDocuments", "RerankItem", "arerank", "ascore", "rerank", "rerank_many", "score"]
+__all__ = [
+    "Items",
+    "LongDocuments",
+    "RerankItem",
+    "arerank",
+    "ascore",
+    "image_document",
+    "rerank",
+    "rerank_many",
+    "score",
+]
 
 LongDocuments = Literal["truncate", "error", "chunk"]
 
 
 def rerank(
-    query: str,
-    documents: Iterable[str],
+    query: Document,
+    documents: Iterable[Document],
     top_n: int | None = None,
     model: str | None = None,
     base_url: str | None = None,
@@ -35,8 +46,9 @@ def rerank(
     """Rank documents by relevance to the query with POST /v1/rerank.
 
     Args:
-        query: the text to search for.
-        documents: N texts. N = 0 returns empty results without a request.
+        query: the text to search for. Where the model takes images also {"image": address}, with or without "text"; an
+            address is https://... or a data URL, and image_document(path) makes such an object of a file.
+        documents: N texts, or objects like those. N = 0 returns empty results without a request.
         top_n: number of best documents to return; None or more than N = all. 0 returns empty items without a request,
             because a server takes 0 for "all".
         model: the served name, or another name of the same model; None = SERVED_MODEL_NAME.
@@ -77,8 +89,8 @@ def rerank(
 
 
 def score(
-    query: str,
-    documents: Iterable[str],
+    query: Document,
+    documents: Iterable[Document],
     model: str | None = None,
     base_url: str | None = None,
     timeout_s: float | None = None,
@@ -106,8 +118,8 @@ def score(
 
 
 async def arerank(
-    query: str,
-    documents: Iterable[str],
+    query: Document,
+    documents: Iterable[Document],
     top_n: int | None = None,
     model: str | None = None,
     base_url: str | None = None,
@@ -127,8 +139,8 @@ async def arerank(
 
 
 async def ascore(
-    query: str,
-    documents: Iterable[str],
+    query: Document,
+    documents: Iterable[Document],
     model: str | None = None,
     base_url: str | None = None,
     timeout_s: float | None = None,
@@ -146,8 +158,8 @@ async def ascore(
 
 @overload
 def rerank_many(
-    queries: Sequence[str],
-    documents_lists: Sequence[Iterable[str]],
+    queries: Sequence[Document],
+    documents_lists: Sequence[Iterable[Document]],
     top_n: int | None = None,
     model: str | None = None,
     base_url: str | None = None,
@@ -165,8 +177,8 @@ def rerank_many(
 ) -> list[Ranked]: ...
 @overload
 def rerank_many(
-    queries: Sequence[str],
-    documents_lists: Sequence[Iterable[str]],
+    queries: Sequence[Document],
+    documents_lists: Sequence[Iterable[Document]],
     top_n: int | None = None,
     model: str | None = None,
     base_url: str | None = None,
@@ -183,8 +195,8 @@ def rerank_many(
     first: First | None = None,
 ) -> list[Ranked | RerankError]: ...
 def rerank_many(
-    queries: Sequence[str],
-    documents_lists: Sequence[Iterable[str]],
+    queries: Sequence[Document],
+    documents_lists: Sequence[Iterable[Document]],
     top_n: int | None = None,
     model: str | None = None,
     base_url: str | None = None,

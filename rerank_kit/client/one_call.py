@@ -6,12 +6,13 @@ import operator
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .. import settings
 from .errors import RerankResponseError
+from .images import Document, checked, parts, text_of
 from .sending import MAX_SECONDS, Reply
 from .sessions import base_urls
 from .two_stages import FirstStage, first_stage, told
@@ -21,7 +22,7 @@ MIXED_TRIES = 3  # tries of a split call whose parts were scored by different mo
 
 @dataclass(frozen=True, slots=True)
 class RerankItem:
-    """One scored document; index is its position in the input."""
+    """One scored document; index is its position in the input. doc is its text: "" for an image alone."""
 
     index: int
     score: float
@@ -49,8 +50,8 @@ class _Call:
     def __init__(
         self,
         path: str,
-        query: str,
-        documents: Iterable[str],
+        query: Document,
+        documents: Iterable[Document],
         top_n: int | None,
         model: str | None,
         base_url: str | None,
@@ -63,11 +64,11 @@ class _Call:
     ):
         cfg = settings.CLIENT
         base_urls(base_url)
-        self.path, self.query, self.base_url = path, _text("query", query), base_url
-        self.documents = _as_list("documents", documents)
+        self.path, self.query, self.base_url = path, _document("query", query), base_url
+        self.documents: list[Any] = _as_list("documents", documents)
         for i, doc in enumerate(self.documents):
             if not (isinstance(doc, str) and doc.isascii()):
-                _text(f"documents[{i}]", doc)
+                self.documents[i] = _document(f"documents[{i}]", doc)
         self.top_n = _at_least("top_n", 0, top_n, len(self.documents))
         self.model = _text("model", cfg.served_model_name if model is None else model)
         self.timeout_s, self.deadline_s = _seconds("timeout_s", timeout_s), _seconds("deadline_s", deadline_s)
@@ -94,7 +95,7 @@ class _Call:
         said_s = _listwise.get((self.base_url, self.model), -math.inf)
         if n_docs and time.monotonic() - said_s < LISTWISE_S:
             return [range(n_docs)]
-        return [range(i, min(i + self.size, n_docs)) for i in range(0, n_docs, self.size)]
+        return parts(self.documents[:n_docs], self.size, self.query)
 
     def stage(self, first: First) -> tuple["_Call | None", int]:
         """The call of the first stage and how many documents go on; no call if all of them do.
@@ -179,7 +180,7 @@ class _Call:
             echo = echo.get("text") if isinstance(echo, dict) else echo
             # Some servers echo the beginning of the document or nothing. Any other text belongs to another request.
             # For an empty document of a cross-encoder the guard sends a space.
-            if isinstance(echo, str) and not (self.documents[part.start + index] or " ").startswith(echo):
+            if isinstance(echo, str) and not (text_of(self.documents[part.start + index]) or " ").startswith(echo):
                 raise reply.error(f"another document at index {index}")
         # The guard's headers list the documents that were cut or split.
         cut = {part.start + index for index in _listed(reply.cut, len(part))}
@@ -253,7 +254,9 @@ class _Call:
             usages = [answer["usage"] for answer in answers if isinstance(answer.get("usage"), dict)]
             if usages:
                 raw["usage"] = {key: _sum([usage.get(key) for usage in usages]) for key in usages[0]}
-        items = [RerankItem(r["index"], float(r[score_name]), self.documents[r["index"]]) for r in raw[rows_name]]
+        items = [
+            RerankItem(r["index"], float(r[score_name]), text_of(self.documents[r["index"]])) for r in raw[rows_name]
+        ]
         by_index = self.path == "/score"
         items.sort(key=lambda item: item.index if by_index else (-item.score, item.index))
         scores: list[float | None] = [None] * len(self.documents)
@@ -295,6 +298,14 @@ def _text(name: str, value: str) -> str:
         except UnicodeEncodeError as exc:
             raise ValueError(f"{name} has a lone surrogate at character {exc.start}: {_shown(value)}") from None
     return value
+
+
+def _document(name: str, value: Document) -> str | dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return _text(name, value)
+    found = checked(name, value)
+    _text(name, text_of(found))
+    return found
 
 
 def _at_least(name: str, low: int, value: int | None, default: int) -> int:

@@ -18,6 +18,7 @@ from rerank_kit.engine.choices import (
     whole_graphs,
 )
 from rerank_kit.engine.extra_args import check_extra_args, find_flag
+from rerank_kit.engine.images import images_env, plan_images
 from rerank_kit.engine.machine import GIB, Machine, compute_capabilities, cpu_has_bf16, probe_machine, untested
 from rerank_kit.engine.nodes import check_nodes, describe_node, has_other_nodes, is_headless, node_env
 from rerank_kit.engine.precision import MODE, check_exact, quantization
@@ -54,6 +55,7 @@ class Plan:
     api_servers: int | None = None  # None = vLLM's own default, one for each data parallel rank
     env: dict[str, str] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)  # engine key -> one line
+    images: bool = False  # queries and documents may hold images
 
     @property
     def copies(self) -> int:
@@ -81,6 +83,7 @@ def plan_service(cfg: EnvConfig, model: str | Path | None = None, machine: Machi
     check_nodes(cfg)
     _check_gpus(cfg, machine)
     plan = _plan_model(cfg, model, machine)
+    plan_images(plan, "off: GUARD=0, and the guard is what reads them" if not cfg.guard else "")
     if plan.profile.listwise:
         _check_listwise(plan)
     if plan.profile.late and not cfg.guard:
@@ -122,6 +125,7 @@ def plan_engine(
     model, machine = _checked(cfg, model), machine or probe_machine()
     _check_gpus(cfg, machine, may_be_more=True)
     plan = _plan_model(cfg, model, machine)
+    plan_images(plan)
     if plan.profile.listwise:
         raise ConfigError(
             f"{plan.checkpoint.path} is listwise (profile {plan.profile.name}): a score depends on the other documents "
@@ -243,6 +247,7 @@ def _guard_env(plan: Plan) -> dict[str, str]:
         env["GUARD_LISTWISE"] = "1"
     if plan.profile.late:
         env["GUARD_LATE"] = json.dumps(asdict(plan.profile.late))
+    env |= images_env(plan)
     env["GUARD_STOP_DELAY_S"] = str(plan.cfg.stop_delay_s)
     # By default vLLM runs one API process for each data parallel rank.
     return env | {"GUARD_API_SERVERS": str(plan.api_servers or plan.copies)}
@@ -258,6 +263,8 @@ def version_id(plan: Plan) -> str:
     decides = {name: plan.engine.get(name) for name in names}
     decides |= {name: getattr(cfg, name) for name in ("long_documents", "max_tokens_per_doc", "max_tokens_per_query")}
     decides |= {"template": plan.template, "extra_args": cfg.extra_args, "vllm": plan.machine.vllm_version}
+    if plan.images:
+        decides["images"] = plan.profile.images
     decides["checkpoint"] = content_id(plan.checkpoint.path)
     if cfg.exact:  # each kind of GPU has its own kernels, and so its own bits
         decides["exact"] = sorted({gpu.rpartition(",")[0] for gpu in plan.machine.gpus})

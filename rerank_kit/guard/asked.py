@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rerank_kit.guard.answers import Refusal
+from rerank_kit.guard.body import MEDIA_FIELDS
 from rerank_kit.guard.fields import FIELDS
+from rerank_kit.guard.images import CallImages, Images
 from rerank_kit.guard.long_bodies import top_n_of
+from rerank_kit.models.images import is_data_url
 
 RERANK_PATHS = ("/rerank", "/v1/rerank", "/v2/rerank")
 SCORE_PATHS = ("/score", "/v1/score")
@@ -34,19 +37,25 @@ class Asked:
     groups: list[int] = field(default_factory=list)  # documents of each of several queries
     top_n: int = 0  # where the guard itself keeps the best; 0 = all
     ignored: list[str] = field(default_factory=list)  # fields that neither the guard nor vLLM knows
+    images: CallImages = field(default_factory=CallImages)
+    as_rerank: bool = False  # vLLM's /score is asked, and the answer is that of /rerank: it repeats no image
 
     @property
     def plain(self) -> bool:
         """vLLM's answer is the right one but for what all answers get."""
-        return not (self.dialect or self.groups or self.originals) and self.texts and self.min_score is None
+        changed = self.dialect or self.groups or self.originals or self.as_rerank
+        return not changed and self.texts and self.min_score is None
 
 
-def understand(asked: Asked, path: str, payload: dict, max_docs: int = 0, max_bytes: int = 0) -> None:
+def understand(
+    asked: Asked, path: str, payload: dict, max_docs: int = 0, max_bytes: int = 0, images: Images | None = None
+) -> None:
     """Read a body's fields, and put it into vLLM's shape in place.
 
     Args:
         asked: filled in; its dialect first, since a refusal is told in that.
         max_docs, max_bytes: pairs that several queries may make, and bytes of their texts; 0 = any number.
+        images: what the service does with images; None = it scores texts only.
 
     Raises:
         Refusal: 400 for shapes that cannot be read, 413 for too many pairs, 422 for fields that would be ignored or
@@ -81,11 +90,11 @@ def understand(asked: Asked, path: str, payload: dict, max_docs: int = 0, max_by
         _many_queries(payload, asked, max_docs, max_bytes)
     for name in (*QUERY_NAMES, *DOCUMENT_NAMES):
         if name in payload:
-            _as_texts(payload, name, asked)
+            _as_texts(payload, name, asked, images or Images(0, 0, 0))
     if "rank_fields" in payload:
         raise _refused("rank_fields", "it needs documents that are objects")
-    if "mm_processor_kwargs" in payload and not _has_media(payload):
-        raise _refused("mm_processor_kwargs", "no query or document has an image or video, so it would be ignored")
+    if asked.images and route == "rerank":
+        _by_score(payload, asked)
 
 
 def _dialect(path: str, payload: dict) -> str:
@@ -201,8 +210,8 @@ def _lengths(payload: dict, asked: Asked) -> None:
         _put(payload, "long_documents", mode, "max_chunks_per_doc")
 
 
-def _as_texts(payload: dict, name: str, asked: Asked) -> None:
-    """{"text": ...} objects as their texts, and objects by rank_fields; those with "content" are vLLM's to read."""
+def _as_texts(payload: dict, name: str, asked: Asked, images: Images) -> None:
+    """Objects as their texts: {"text": ...}, those by rank_fields, and those with an image, which is kept apart."""
     value = payload[name]
     items = value if isinstance(value, list) else [value]
     kinds = set(map(type, items))
@@ -211,17 +220,27 @@ def _as_texts(payload: dict, name: str, asked: Asked) -> None:
     keys = payload.get("rank_fields") if name in DOCUMENT_NAMES else None
     if keys and kinds != {dict}:
         raise _refused("rank_fields", "it needs documents that are all objects")
-    texts = [_text_of(item, name, i, keys) if type(item) is dict else item for i, item in enumerate(items)]
+    texts = []
+    for i, item in enumerate(items):
+        text = item
+        if type(item) is dict:
+            text = None if keys else images.read(asked.images, item, name, i if isinstance(value, list) else None)
+            text = _text_of(item, name, i, keys) if text is None else text
+        texts.append(text)
+    if asked.images.at.get(name) and len(items) == 1:
+        asked.images.single.add(name)
     if keys:
         payload.pop("rank_fields")
         asked.originals = items
+    elif asked.images.at.get(name) and name in DOCUMENT_NAMES:
+        asked.originals = [_echo(item, text) for item, text in zip(items, texts, strict=True)]
     payload[name] = texts if isinstance(value, list) else texts[0]
 
 
 def _text_of(item: dict, name: str, index: int, keys: list[str] | None) -> Any:
-    if "content" in item and not keys:
-        return item
     for key in keys or ("text",):
+        if key.encode("utf-8", "replace") in MEDIA_FIELDS:
+            raise _refused("rank_fields", f"{key} is a key of images, and holds no text")
         if not isinstance(item.get(key), str):
             text = f"{name}[{index}] has no text under {ascii(key)[:40]}"
             raise Refusal(400, "field", f"{text}: send texts, or objects that are all like {_like(keys)}", param=name)
@@ -237,10 +256,32 @@ def _like(keys: list[str] | None) -> str:
     return "{" + ", ".join(f"{ascii(key)[:40]}: '...'" for key in (keys or ["text"])[:4]) + "}"
 
 
-def _has_media(payload: dict) -> bool:
-    values = [payload[name] for name in (*QUERY_NAMES, *DOCUMENT_NAMES) if name in payload]
-    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
-    return any(isinstance(item, dict) for item in items)
+def _echo(item: Any, text: str) -> dict:
+    """A document as the answer repeats it; of a data URL, only its kind."""
+    found = item.get("image") if isinstance(item, dict) else None
+    for part in item.get("content", ()) if isinstance(item, dict) else ():
+        found = part.get("image_url", found)
+    found = found.get("url") if isinstance(found, dict) else found
+    if not isinstance(found, str):
+        return {"text": text, "multi_modal": None}
+    return {"text": text or None, "image": found.partition(",")[0] if is_data_url(found) else found}
+
+
+def _by_score(payload: dict, asked: Asked) -> None:
+    """A rerank call with images asks vLLM's /score: the answer of /rerank would repeat every image."""
+    if not asked.groups:
+        for name in ("query", "documents"):
+            if name not in payload:
+                raise _refused(name, f"it is missing: {_shape('/rerank')}", 400)
+        top_n = top_n_of(payload)
+        if top_n is None:
+            raise Refusal(400, "field", "top_n must be a whole number of 0 or more", param="top_n")
+        payload.pop("top_n", None)
+        asked.top_n, asked.as_rerank, asked.inner_path = asked.top_n or top_n, True, "/score"
+        payload["queries"] = payload.pop("query")
+        asked.images.rename("query", "queries")
+        documents = payload["documents"] if isinstance(payload["documents"], list) else [payload["documents"]]
+        asked.originals = asked.originals or [{"text": text, "multi_modal": None} for text in documents]
 
 
 def _many_queries(payload: dict, asked: Asked, max_docs: int, max_bytes: int) -> None:

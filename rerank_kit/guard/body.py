@@ -12,7 +12,7 @@ import zlib
 from rerank_kit.guard.answers import Refusal
 
 MAX_DEPTH = 32  # lists and objects inside the body's own; a rerank body needs 4
-MEDIA_FIELDS = frozenset((b"image_url", b"image_embeds", b"video_url", b"audio_url"))  # base64, not text
+MEDIA_FIELDS = frozenset((b"image", b"image_url", b"image_embeds", b"video_url", b"audio_url"))  # base64, not text
 UNPACKED = 2**28  # bytes of an unpacked body where MAX_BODY_BYTES is off: 1 MB of gzip can hold 1 GB
 MEMBERS = 100  # of a gzip body: each costs a copy of the rest
 PARTS = 100  # values in a body for each document that is allowed

@@ -36,6 +36,7 @@ class Call:
         self.taken_s = 0.0  # until the answer began, since a client that reads slowly is not a slow call
         self.status = 0  # 0 = no answer yet
         self.pairs = self.n_bytes = 0
+        self.work = 0  # pairs that it counts as in admission: images count as several
         self.requests = 0  # that vLLM makes of the pairs; 0 = one for each
         self.in_flight = self.aborted = self.answered = False
         self.body_id = self.request_id  # the id in vLLM's answer: the body's own request_id comes before the header's

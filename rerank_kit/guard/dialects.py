@@ -27,7 +27,7 @@ def edit(
         scale: what a score of this model is, for `meta`.
         complete: adds what the result cache knows to an answer, after its windows are merged.
     """
-    is_rerank = asked.inner_path in RERANK_PATHS or bool(asked.groups)
+    is_rerank = asked.inner_path in RERANK_PATHS or bool(asked.groups) or asked.as_rerank
     meta = {"score_scale": scale} if scale else {}
     if status == 200 and not split and asked.plain and not complete:
         return with_additions(body, encode(meta)) if is_rerank else body
@@ -47,6 +47,8 @@ def edit(
     if complete:
         answer = complete(answer)
         meta |= answer.pop("meta")
+    if asked.as_rerank and "data" in answer:
+        answer = _reranked(answer)
     if is_rerank and ("data" if asked.groups else "results") in answer:
         answer = _shaped(asked, _with_meta(answer, meta))
     return encode(answer)
@@ -99,6 +101,14 @@ def _grouped(asked: Asked, data: list[dict]) -> list[list[dict]]:
         out.append(rows)
         at += n
     return out
+
+
+def _reranked(answer: dict) -> dict:
+    """An answer of /score as one of /rerank, best first; equal scores in input order, as in vLLM's."""
+    rows = [{"index": row["index"], "document": None, "relevance_score": row["score"]} for row in answer["data"]]
+    rows.sort(key=lambda row: -row["relevance_score"])
+    usage = {name: answer["usage"].get(name, 0) for name in ("prompt_tokens", "total_tokens")}
+    return {"id": answer.get("id"), "model": answer.get("model"), "usage": usage, "results": rows}
 
 
 def _text(row: dict) -> Any:

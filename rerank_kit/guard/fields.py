@@ -40,6 +40,7 @@ def _only(name: str, apis: str, harmless: tuple, about: str, bad: tuple, **more:
 
 
 RERANK, SCORE = ("rerank",), ("score",)
+ONE = 'a text, `{"text": ...}`, or what [Images](#images) says'
 BOTH = "one naming of each in a body, else 400"
 NO_PADDING = "only `do_not_pad`: vLLM would fill the prompt behind the place of the answer, and the score would change"
 CUTS_END = "it cuts the end of the prompt, where the model is asked for its answer: send `max_tokens_per_doc`"
@@ -49,8 +50,8 @@ LENGTH = (
 
 TABLE = (
     # --- texts ---
-    Field("query", "Cohere, Jina, TEI, Voyage, NVIDIA, SGLang, vLLM", "text", f'text or `{{"text": ...}}`; {BOTH}'),
-    Field("documents", "Cohere, Jina, Voyage, SGLang, vLLM", "text", f'texts or `{{"text": ...}}` objects; {BOTH}'),
+    Field("query", "Cohere, Jina, TEI, Voyage, NVIDIA, SGLang, vLLM", "text", f"{ONE}; {BOTH}"),
+    Field("documents", "Cohere, Jina, Voyage, SGLang, vLLM", "text", f"each {ONE}; {BOTH}"),
     Field(
         "queries",
         "vLLM /score; this kit on /rerank",
@@ -79,14 +80,7 @@ TABLE = (
     Field("truncate_prompt_tokens", "vLLM", "only", CUTS_END, (), (10, -1, 0, "10")),
     _only("truncation_side", "vLLM", ("right",), "only `right`: documents are cut at their end", ("left",)),
     Field("cache_salt", "vLLM", "vllm", "prefix cache of its own; no effect on the scores", ("salt",)),
-    Field(
-        "mm_processor_kwargs",
-        "vLLM",
-        "guard",
-        "only beside images or videos (vLLM hands it to the model's processor); without any it would be ignored",
-        (),
-        ({"a": 1},),
-    ),
+    _only("mm_processor_kwargs", "vLLM", (), "the profile decides how images are resized", ({"max_pixels": 9**9},)),
     # --- lengths ---
     Field(
         "max_tokens_per_doc",

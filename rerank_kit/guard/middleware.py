@@ -28,6 +28,7 @@ from rerank_kit.guard.call import ID, Call
 from rerank_kit.guard.counts import Counts
 from rerank_kit.guard.deadline import deadline_s, late
 from rerank_kit.guard.health import Health
+from rerank_kit.guard.images import Images
 from rerank_kit.guard.late import LateTexts, rules
 from rerank_kit.guard.listwise import Lists
 from rerank_kit.guard.long_bodies import LIMITS, as_int
@@ -89,6 +90,8 @@ class Guard:
         self._make_cache()
         self.scale = json.loads(os.environ.get("GUARD_SCORE_SCALE") or "null")
         self.model = os.environ.get("GUARD_MODEL", "")
+        most = (_setting(f"MAX_{name}") for name in ("IMAGES_PER_CALL", "IMAGE_BYTES", "IMAGE_PIXELS"))
+        self.images = Images(*most, self.long, self.limits.max_bytes)
         self.takes_instruction = os.environ.get("GUARD_TAKES_INSTRUCTION", "1") != "0"
         # With several API processes the parent ends those still working after --shutdown-timeout, so finish before it.
         self.early_s = 2.0 if n_processes > 1 else 0.0
@@ -174,7 +177,8 @@ class Guard:
                     return await self._answer_known(call, call.lookup, answer)
                 if body is not None:
                     query = call.payload.get("query")
-                    body = await self.long.fit(scope, call, body, watched_receive)
+                    fitting = self.images if call.asked.images else self.long
+                    body = await fitting.fit(scope, call, body, watched_receive)
                     if call.lookup:
                         call.lookup.keeps = call.payload.get("query") == query
                     self.metrics.cut.inc(len(call.cut))
@@ -246,12 +250,15 @@ class Guard:
         self.limits.check(body)
         payload = parse(body)
         before = dict(payload)
-        understand(call.asked, call.path, payload, self.limits.max_docs, self.limits.max_bytes)
+        understand(call.asked, call.path, payload, self.limits.max_docs, self.limits.max_bytes, self.images)
         changed = payload != before
         changed |= self._complete(call, payload, served_length(scope))
         if "request_id" in payload:
             call.body_id = str(payload["request_id"]).encode("utf-8", "replace")
-        if self.cache is not None:
+        if call.asked.images:
+            self.images.check_hosts(call.asked.images)
+            await self.images.measure(call.asked.images)
+        elif self.cache is not None:
             rules = call.mode, call.asked.max_windows, call.asked.overlap
             call.lookup = self.cache.look_up(payload, call.asked.inner_path, rules)
             if call.lookup:
@@ -274,9 +281,10 @@ class Guard:
         if self.draining:  # since the body began
             raise self._stopping()
         call.deadline_s = deadline_s(call.start_s, timeout, call.asked.timeout_ms)
-        self.load.check_deadline(pairs, call.deadline_s - time.perf_counter())
-        self.load.take(pairs)
-        call.pairs, call.in_flight, call.payload = pairs, True, payload
+        work = self.images.work(call.asked.images, payload, pairs) if call.asked.images else pairs
+        self.load.check_deadline(work, call.deadline_s - time.perf_counter())
+        self.load.take(work)
+        call.pairs, call.work, call.in_flight, call.payload = pairs, work, True, payload
         self._show_load()
         return body
 
@@ -284,8 +292,8 @@ class Guard:
         """Admit a call again, now by its windows instead of its documents."""
         assert call.split is not None  # LongDocuments calls this after a split
         n = len(call.split.owners)
-        self.load.reserve(n, instead_of=call.pairs)
-        call.pairs = n
+        self.load.reserve(n, instead_of=call.work)
+        call.pairs = call.work = n
         self._show_load()
 
     def _stopping(self) -> Refusal:
@@ -309,6 +317,8 @@ class Guard:
             text = "this model takes no instruction, and its score would not change: leave instruction out"
             raise Refusal(422, "instruction", text, param="instruction")
         asked = self.long.choose_mode(call, payload)
+        if call.asked.images:
+            self.images.choose_mode(call, asked)
         whole = call.mode == "chunk" or asked == "error"  # the default for documents would cut
         added = {name: value for name, value in self.defaults.items() if value and name not in payload}
         if whole:
@@ -376,7 +386,7 @@ class Guard:
         if call.in_flight:
             call.in_flight = False
             served = call.status == 200 and not call.aborted
-            self.load.release(call.pairs, served)
+            self.load.release(call.work, served)
             if served:
                 self.health.served()
             self._show_load()

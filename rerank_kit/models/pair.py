@@ -12,3 +12,4 @@ class Pair:
     instruction: str | None = None
     line: int = 0
     extra: tuple = ()
+    images: tuple[str | None, str | None] = (None, None)  # addresses of the query's and the document's image

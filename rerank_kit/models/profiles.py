@@ -33,6 +33,8 @@ class Profile:
     pooler_config: dict = field(default_factory=dict)
     # Further keyword arguments of vllm.LLM, which are flags of vllm serve too.
     engine: dict = field(default_factory=dict)
+    # How the family resizes images, for images.Sizes; empty = it scores texts only.
+    images: dict = field(default_factory=dict)
     # A Python package that vLLM imports for this family and that the CPU build leaves out.
     needs: str | None = None
     # Changes to config.json, by which vLLM chooses its configuration class (None removes a key), and the kit's file

@@ -8,11 +8,13 @@ result is the tensor that the engine sends.
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rerank_kit.engine.machine import release_of, vllm_version
+from rerank_kit.models.images import BadImage
 from rerank_kit.offline.prompts import Prompt
 
 STEPS_AHEAD = 6  # engine steps of work that the engine holds; a refill takes less time than one of them
@@ -20,7 +22,7 @@ STEPS_AHEAD = 6  # engine steps of work that the engine holds; a refill takes le
 
 @dataclass(eq=False)
 class Batch:
-    """N prompts given to the engine. outputs[i] belongs to prompts[i]; None = no output."""
+    """N prompts given to the engine. outputs[i] belongs to prompts[i]; None = no output, a BadImage = none to come."""
 
     prompts: Sequence[Prompt]
     outputs: list = field(default_factory=list)
@@ -47,12 +49,11 @@ class Feeder:
 
         self._replace = replace
         engine = llm.llm_engine
+        self._inputs, self._tasks = engine.input_processor, engine.get_supported_tasks()
         self.core = engine.engine_core
         one = {"type": "token", "prompt_token_ids": [0]}
         # vLLM's own request, with every field that this release fills in; the pairs' requests differ in id and tokens.
-        self._first = engine.input_processor.process_inputs(
-            "0", one, PoolingParams(task=task), engine.get_supported_tasks()
-        )
+        self._first = engine.input_processor.process_inputs("0", one, PoolingParams(task=task), self._tasks)
         self._segment = segment_of(vllm_version())
         self._params: dict[int | None, Any] = {None: self._first.pooling_params}
         self._where: dict[str, tuple[Batch, int, int]] = {}
@@ -76,13 +77,42 @@ class Feeder:
         batch = Batch(prompts, [None] * len(prompts), len(prompts))
         for index, prompt in enumerate(prompts):
             name = str(next(self._numbers))
-            self._where[name] = batch, index, len(prompt.ids)
-            self._n_tokens += len(prompt.ids)
-            params = self._params.get(prompt.n_first) or self._params_for(prompt.n_first)
-            self.core.add_request(
-                self._replace(self._first, request_id=name, prompt_token_ids=prompt.ids, pooling_params=params)
-            )
+            n_tokens = len(prompt.ids) + prompt.n_images
+            self._where[name] = batch, index, n_tokens
+            self._n_tokens += n_tokens
+            try:
+                self.core.add_request(self._request(name, prompt))
+            except BadImage as exc:
+                del self._where[name]
+                batch.outputs[index], batch.n_left = exc, batch.n_left - 1
+                self._n_tokens -= n_tokens
         return batch
+
+    def _request(self, name: str, prompt: Prompt) -> Any:
+        if prompt.images:
+            return self._with_images(name, prompt)
+        params = self._params.get(prompt.n_first) or self._params_for(prompt.n_first)
+        return self._replace(self._first, request_id=name, prompt_token_ids=prompt.ids, pooling_params=params)
+
+    def _with_images(self, name: str, prompt: Prompt) -> Any:
+        """A request whose images vLLM reads, resizes and puts into the prompt, as its server does.
+
+        Source: CrossEncoderIOProcessor.render() of vLLM 0.32.
+
+        Raises:
+            BadImage: an image cannot be decoded.
+        """
+        from vllm.multimodal.media.image import ImageMediaIO
+
+        images = []
+        for data in prompt.images:
+            try:
+                images.append(ImageMediaIO().load_bytes(data))
+            except Exception as exc:  # Pillow's plugins raise many kinds
+                raise BadImage(f"the image cannot be decoded ({' '.join(str(exc).split())[:100]})") from exc
+        asked: Any = {"prompt_token_ids": prompt.ids, "multi_modal_data": {"image": images}}
+        found = self._inputs.renderer.process_for_engine(asked, time.time())
+        return self._inputs.process_inputs(name, found, self._first.pooling_params, self._tasks)
 
     def step(self) -> None:
         """Wait for the engine's next outputs and put them into their batches."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rerank_kit.models.images import BadImage, parts_of
 from rerank_kit.models.pair import Pair
 from rerank_kit.offline.feeding import ahead
 from rerank_kit.offline.records import (
@@ -54,21 +55,31 @@ def as_pair(row: dict | Broken, number: int) -> Pair | dict:
     """A record as a Pair, or as the output line that reports what is wrong with it."""
     if isinstance(row, Broken):
         return {"line": number, "error": row.reason}
-    reason = None
+    reason: str | None = None
+    texts: dict[str, Any] = {}
+    images: dict[str, str | None] = {}
     for name in ("query", "document"):
-        if not isinstance(row.get(name), str):
+        texts[name], images[name] = row.get(name), None
+        if isinstance(row.get(name), dict):
+            try:
+                texts[name], urls = parts_of(row[name]) or (None, [])
+                images[name] = urls[0] if urls else None
+            except BadImage as exc:
+                reason = reason or f"{name}: {exc}"
+        if not isinstance(texts[name], str):
             reason = reason or f"field {name!r} is missing or not a text"
     if not isinstance(row.get("instruction"), str | None):
         reason = reason or "field 'instruction' is not a text"
     try:
         if not reason:
-            "".join((row["query"], row["document"], row.get("instruction") or "")).encode()
+            "".join((*texts.values(), row.get("instruction") or "")).encode()
     except UnicodeEncodeError:
         reason = "a lone surrogate is not text"
     if reason:
         return {"line": number, "error": reason, **({"id": row["id"]} if "id" in row else {})}
     extra = (("id", row["id"]),) if "id" in row else ()
-    return Pair(row["query"], row["document"], row.get("instruction"), number, extra)
+    shown = images["query"], images["document"]
+    return Pair(texts["query"], texts["document"], row.get("instruction"), number, extra, shown)
 
 
 @dataclass(frozen=True)
@@ -130,7 +141,8 @@ def read_chunks(path: Path, skip: int, size: int = CHUNK) -> Iterator[list[Pair 
         if n_seen <= skip:
             continue
         chunk.append(pair := as_pair(record, number))
-        n_chars += len(pair.query) + len(pair.document) if isinstance(pair, Pair) else 0
+        if isinstance(pair, Pair):
+            n_chars += len(pair.query) + len(pair.document) + sum(len(url) for url in pair.images if url)
         if len(chunk) == size or n_chars > CHUNK_CHARS:
             yield chunk
             chunk, n_chars = [], 0

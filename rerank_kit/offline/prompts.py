@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from rerank_kit.engine.choices import fastokens_agrees
 from rerank_kit.engine.plan import Plan
 from rerank_kit.models.fitting import Fitter, after_marks, document_first, tail_ids
+from rerank_kit.models.images import WRAPPED, beside, plain_macro
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.served_folder import make_adapted
 from rerank_kit.settings import ConfigError, passed_on_env
@@ -31,6 +33,8 @@ class Prompt:
     ids: list[int]
     cut: bool = False
     n_first: int | None = None  # BERT: tokens of the first segment
+    images: tuple[bytes, ...] = ()  # in the order of their marks in ids
+    n_images: int = 0  # tokens that the images add to ids
 
 
 class PairEncoder:
@@ -50,13 +54,14 @@ class PairEncoder:
         self._ids_of = _fast_ids(plan, self.tokenizer) if self.template is not None else None
         self._plain: Callable[[str], str] | None = None
         if self.template is not None:
-            self._plain = _plain_macro(self.template)
+            self._plain = plain_macro(self.template)
         # Queries and instructions repeat often, documents rarely.
         self._plain_again = lru_cache(4096)(self._plain) if self._plain else str
         self._last_suffix: tuple[tuple[str, str | None], list[int]] | None = None
         self._document_first = self.template is not None and document_first(
             self.render_by_jinja(Pair(MARKS["query"], MARKS["document"])), MARKS["document"], MARKS["query"]
         )
+        self._fitter: Fitter | None = None
         self._frames: dict[bool, list[str] | None] = {}
 
     def encode(self, pairs: list[Pair]) -> list[Prompt]:
@@ -90,6 +95,27 @@ class PairEncoder:
         assert self.late is not None
         all_ids = self._ids([self.late.text(*text) for text in texts])
         return [Prompt(*self.late.prompt(ids, is_query)) for ids, (_, is_query) in zip(all_ids, texts, strict=True)]
+
+    def encode_beside(self, pair: Pair, images: list[tuple[int, bytes, int]], mark: str) -> Prompt:
+        """Token ids of a pair with images; the texts are cut to what the images leave.
+
+        Args:
+            images: (0 for the query or 1 for the document, bytes, tokens) of each.
+            mark: what the prompt has in an image's place, before the text.
+
+        Raises:
+            BadImage: the images leave no room for the prompt.
+        """
+        assert self._plain is not None
+        if self._fitter is None:
+            self._fitter = Fitter(self.tokenizer, self.template, self.max_length)
+        fitter = beside(self._fitter, sum(n + WRAPPED for _, _, n in images))
+        query, document, cut = fitter.fit(pair.query, pair.document, pair.instruction)
+        texts = [self._plain(query), self._plain(document)]
+        for side, _, _ in images:
+            texts[side] = mark + texts[side]
+        ids = self._ids([self.render_by_jinja(replace(pair, query=texts[0], document=texts[1]), images=True)])[0]
+        return Prompt(ids, cut, None, tuple(data for _, data, _ in images), sum(n - 1 for _, _, n in images))
 
     def first_tokens(self, texts: list[str], n_tokens: int) -> list[str]:
         """Each text, cut to its first n tokens.
@@ -137,9 +163,9 @@ class PairEncoder:
             out.append("".join(filled))
         return out
 
-    def render_by_jinja(self, pair: Pair) -> str:
+    def render_by_jinja(self, pair: Pair, **more: Any) -> str:
         chat = [{"role": "query", "content": pair.query}, {"role": "document", "content": pair.document}]
-        more = {"instruction": pair.instruction} if pair.instruction else {}
+        more |= {"instruction": pair.instruction} if pair.instruction else {}
         return self.tokenizer.apply_chat_template(chat, chat_template=self.template, tokenize=False, **more)
 
     def _frame(self, with_instruction: bool) -> list[str] | None:
@@ -260,16 +286,3 @@ def _fast_ids(plan: Plan, tokenizer) -> Callable[[list[str]], list[list[int]]] |
         return [list(e.ids) for e in fast.encode_batch(texts)]
 
     return ids_of
-
-
-def _plain_macro(template: str) -> Callable[[str], str] | None:
-    """The template's macro `plain`, which neutralises control tokens; None where it has none."""
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    # Behind the macro a checkpoint's own template may follow, which need not render without a pair.
-    front, end, _ = template.partition("{%- endmacro -%}")
-    if not end:
-        return None
-    # The environment of transformers' apply_chat_template(); _find_frame() compares the two.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    return getattr(environment.from_string(front + end).make_module({"messages": []}), "plain", None)

@@ -4,15 +4,18 @@ import math
 import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rerank_kit.engine.plan import Plan
 from rerank_kit.models.fitting import Fitter, late_fitter
+from rerank_kit.models.images import BadImage
 from rerank_kit.models.late import Late, maxsim
 from rerank_kit.models.pair import Pair
+from rerank_kit.offline import images
 from rerank_kit.offline.feeding import Batch, Feeder, ahead
 from rerank_kit.offline.files import CHUNK, Result
+from rerank_kit.offline.images import PairImages
 from rerank_kit.offline.prompts import PairEncoder, Prompt
 
 
@@ -25,12 +28,14 @@ class Prepared:
     needs: Sequence[tuple[int, ...]]  # needs[i] = indices of the prompts that its score comes from
     prompts: list[Prompt]
     cut: set[int]  # indices of pairs that were cut before the prompts were made
+    errors: dict[int, str] = field(default_factory=dict)  # by the index of a pair that is not scored
 
 
 class OfflineReranker:
     """vllm.LLM with a plan's arguments. Loads the model when it is made."""
 
     late: Late | None = None
+    _images: PairImages | None = None
 
     def __init__(self, plan: Plan):
         os.environ.update(plan.env)  # before vllm is imported: it reads its settings then
@@ -48,6 +53,8 @@ class OfflineReranker:
         # model has a vector for each token.
         self.chunk = 4096 if self.embeds else CHUNK // 2 if self.late else CHUNK
         self.encoder = PairEncoder(plan)
+        if plan.images:
+            self.chunk = images.CHUNK
         self.fitter = None
         if plan.cfg.long_documents == "chunk":
             length = plan.engine["max_model_len"]
@@ -68,7 +75,7 @@ class OfflineReranker:
         owners, scored = [], []
         shorter, cut = self._within_limits(pairs)
         for index, pair in enumerate(shorter):
-            if not self._takes(pair):
+            if not self._takes(pair) or any(pair.images):
                 continue
             parts = [pair]
             if self.fitter:
@@ -77,17 +84,31 @@ class OfflineReranker:
                 cut |= {index} if is_cut else set()
             owners += [index] * len(parts)
             scored += parts
+        shown = [i for i, pair in enumerate(shorter) if any(pair.images) and self._takes(pair)]
+        beside = dict(zip(shown, self._encode_images([shorter[i] for i in shown]), strict=True))
+        errors = {index: str(prompt) for index, prompt in beside.items() if isinstance(prompt, BadImage)}
         if self.late:
             sides = list(dict.fromkeys(side for p in scored for side in ((p.query, True), (p.document, False))))
             at = {side: i for i, side in enumerate(sides)}
             both = [(at[pair.query, True], at[pair.document, False]) for pair in scored]
-            return Prepared(len(pairs), owners, both, self.encoder.encode_sides(sides) if sides else [], cut)
+            return Prepared(len(pairs), owners, both, self.encoder.encode_sides(sides) if sides else [], cut, errors)
         if not self.embeds:
-            return Prepared(len(pairs), owners, [(i,) for i in range(len(scored))], self.encoder.encode(scored), cut)
+            prompts = self.encoder.encode(scored)
+            for index, prompt in beside.items():
+                if not isinstance(prompt, BadImage):
+                    owners.append(index)
+                    prompts.append(prompt)
+            return Prepared(len(pairs), owners, [(i,) for i in range(len(prompts))], prompts, cut, errors)
         texts = list(dict.fromkeys(text for pair in scored for text in (pair.query, pair.document)))
         where = {text: i for i, text in enumerate(texts)}
         needs = [(where[pair.query], where[pair.document]) for pair in scored]
-        return Prepared(len(pairs), owners, needs, self.encoder.encode_texts(texts) if texts else [], cut)
+        return Prepared(len(pairs), owners, needs, self.encoder.encode_texts(texts) if texts else [], cut, errors)
+
+    def _encode_images(self, pairs: list[Pair]) -> list[Prompt | BadImage]:
+        """Prompts of pairs with images; for one that is not scored, the reason."""
+        if pairs and self._images is None:
+            self._images = PairImages(self.plan, self.encoder)
+        return self._images.encode(pairs) if self._images and pairs else []
 
     def _within_limits(self, pairs: list[Pair]) -> tuple[list[Pair], set[int]]:
         """The pairs within MAX_TOKENS_PER_QUERY and MAX_TOKENS_PER_DOC, and the indices of those that were cut."""
@@ -139,11 +160,15 @@ class OfflineReranker:
         """Results of the pairs of one prepare(), in their order."""
         refused = Result(None, error=f"profile {self.plan.profile.name} takes no instruction")
         out = [refused] * prepared.n_pairs
+        for index, error in prepared.errors.items():
+            out[index] = Result(None, error=error)
         windows = Counter(prepared.owners)
         scores = self._scores(prepared, outputs)
         for owner, needs, score in zip(prepared.owners, prepared.needs, scores, strict=True):
             cut = any(prepared.prompts[i].cut for i in needs)
-            if cut and self.plan.cfg.long_documents == "error":
+            if isinstance(score, BadImage):
+                out[owner] = Result(None, error=str(score))
+            elif cut and self.plan.cfg.long_documents == "error":
                 limit = self.encoder.max_length
                 out[owner] = Result(None, error=f"longer than MAX_MODEL_LEN={limit} (LONG_DOCUMENTS=error)")
             elif not math.isfinite(score):
@@ -152,8 +177,8 @@ class OfflineReranker:
                 out[owner] = Result(score, cut or owner in prepared.cut, windows=windows[owner])
         return out
 
-    def _scores(self, prepared: Prepared, outputs: list) -> list[float]:
-        """One score for each of prepared.needs: the head's output, the cosine of two embeddings, or MaxSim."""
+    def _scores(self, prepared: Prepared, outputs: list) -> list[Any]:
+        """One score for each of prepared.needs: the head's, the cosine of two embeddings, MaxSim, or a BadImage."""
         import torch
 
         needs = prepared.needs
@@ -164,9 +189,11 @@ class OfflineReranker:
         if self.late:
             skip = self.late.skip
             return [maxsim(outputs[q], outputs[d], prepared.prompts[d].ids, skip).item() for q, d in needs]
-        values = torch.stack(outputs).float()
         if not self.embeds:
-            return values[:, 0].tolist()
+            good = [output for output in outputs if not isinstance(output, BadImage)]
+            scores = iter(torch.stack(good).float()[:, 0].tolist() if good else ())
+            return [output if isinstance(output, BadImage) else next(scores) for output in outputs]
+        values = torch.stack(outputs).float()
         first, second = (values[torch.tensor(side)] for side in zip(*needs, strict=True))
         return torch.cosine_similarity(first, second, dim=1).tolist()
 

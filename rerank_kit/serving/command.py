@@ -46,6 +46,8 @@ def serve_args(plan: Plan, group: int = 0, rpc_port: int | str = "FREE_PORT") ->
         flag = "--" + key.replace("_", "-")
         if value is True:
             args.append(flag)
+        elif isinstance(value, list):
+            args += [flag, *value]
         else:
             args += [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
     if plan.engines > 1:

@@ -83,7 +83,7 @@ def test_admission_counts_after_the_whole_body(monkeypatch):
     [
         (RERANK, {"query": "q", "documents": ["a"] * 7}, 7),
         (RERANK, {"query": "q", "documents": "a"}, 1),
-        (RERANK, {"query": "q", "documents": {"content": []}}, 1),
+        (RERANK, {"query": "q", "documents": {"content": [{"type": "text", "text": "a"}]}}, 1),
         (RERANK, {"queries": ["q"] * 3, "documents": ["a"] * 4}, 12),
         ("/rerank", {"query": "q", "texts": ["a"] * 4}, 4),
         ("/v1/ranking", {"query": {"text": "q"}, "passages": [{"text": "a"}] * 4}, 4),

@@ -165,9 +165,10 @@ def test_objects_with_text_are_texts():
     assert sent_on("/score", {"query": {"text": "q"}, "items": {"text": "a"}})[1] == {"queries": "q", "items": "a"}
 
 
-def test_media_is_vllms():
-    body = {"query": "q", "documents": [{"content": [{"type": "text", "text": "a"}]}], "mm_processor_kwargs": {"a": 1}}
-    assert sent_on(RERANK, body)[1] == body
+def test_content_parts_of_text_are_a_text():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    body = {"query": {"content": parts[:1]}, "documents": [{"content": parts}, "c"]}
+    assert sent_on(RERANK, body)[1] == {"query": "a", "documents": ["a\nb", "c"]}
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,8 @@ def test_media_is_vllms():
         ({"text": "a", "id": 3}, "the key 'id' was not expected"),
         ({"title": "t"}, "no text under 'text'"),
         ({"text": None}, "no text under 'text'"),
-        ({"image": "http://x/y.png"}, "no text under 'text'"),
+        ({"image": "http://x/y.png"}, "holds an image (key image), and this service scores texts only"),
+        ({"content": []}, "with one part or more"),
         ({}, "no text under 'text'"),
     ],
 )

@@ -426,7 +426,11 @@ def test_character_cap(monkeypatch, payload):
 def test_character_cap_spares_images(monkeypatch):
     monkeypatch.setenv("GUARD_MAX_CHARS_PER_FIELD", "10")
     part = {"type": "image_url", "image_url": {"url": "data:" + "x" * 100}}
-    assert one(Guard(Inner()), RERANK, {"query": "q", "documents": [{"content": [part]}]}).status == 200
+    for document in ({"content": [part]}, {"image": part["image_url"]["url"]}):
+        answer = one(Guard(Inner()), RERANK, {"query": "q", "documents": [document]})
+        assert "holds an image" in answer.message, "the image itself is what is refused, by a service of texts"
+    body = {"query": "q", "documents": [{"image": "x" * 11}], "rank_fields": ["image"]}
+    assert "rank_fields: image is a key of images" in one(Guard(Inner()), RERANK, body).message
 
 
 # ---- metrics, log, settings ----

@@ -9,7 +9,7 @@ import tiny_models
 from conftest import Later
 
 from rerank_kit.engine.machine import Machine
-from rerank_kit.engine.plan import plan_service
+from rerank_kit.engine.plan import plan_service, version_id
 from rerank_kit.models.card_prompts import qwen3_vl_prompt_ids
 from rerank_kit.models.checkpoint import read_checkpoint
 from rerank_kit.models.given import for_reference
@@ -17,7 +17,7 @@ from rerank_kit.models.opened import opened
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.profiles import all_profiles, find_profile
 from rerank_kit.models.reference import reference_scores
-from rerank_kit.serving.command import server_commands
+from rerank_kit.serving.command import serve_args, server_commands
 from rerank_kit.settings import ConfigError, get_config
 
 plain_encoders, torch, transformers = (Later(name) for name in ("plain_encoders", "torch", "transformers"))
@@ -109,13 +109,49 @@ def test_qwen3_vl_is_refused_where_vllm_cannot_import_it(tmp_path, monkeypatch):
         plan_service(get_config(), folder, CPU)
     monkeypatch.setattr("rerank_kit.models.opened.find_spec", lambda name: object())
     plan = plan_service(get_config(), folder, CPU)
-    assert plan.engine["limit_mm_per_prompt"] == {"image": 0, "video": 0}
+    assert plan.engine["limit_mm_per_prompt"] == {"image": 2, "video": 0}
+    assert plan.engine["mm_processor_cache_gb"] == 1
+    assert plan.engine["mm_processor_kwargs"] == {"min_pixels": 4096, "max_pixels": 1310720}
+    assert json.loads(plan.env["GUARD_IMAGES"]) == plan.profile.images
+    assert plan.env["VLLM_MAX_IMAGE_PIXELS"] == "25000000" == plan.env["GUARD_MAX_IMAGE_PIXELS"]
+    command = " ".join(serve_args(plan))
+    assert '--limit-mm-per-prompt {"image": 2, "video": 0}' in command
+    assert "--allowed-media-domains images.invalid --" in command, "vLLM fetches nothing"
     assert plan.engine["max_model_len"] == 2048, "the sizes of the text model count"
     assert "text_config" not in plan.engine["hf_overrides"]
     untied = tiny_hub_models.qwen3_vl_reranker(tmp_path / "Qwen3-VL-Reranker-8B", tied=False)
     overrides = plan_service(get_config(), untied, CPU).engine["hf_overrides"]
     assert overrides["text_config"] == {"tie_word_embeddings": False}
     assert "text_config" not in plan.profile.hf_overrides, "the profile itself stays as it is"
+
+
+def test_images_are_off_where_they_cannot_be_served(tmp_path, monkeypatch):
+    monkeypatch.setattr("rerank_kit.models.opened.find_spec", lambda name: object())
+    folder = tiny_hub_models.qwen3_vl_reranker(tmp_path / "Qwen3-VL-Reranker-2B")
+    template = tmp_path / "own.jinja"
+    template.write_text('{{ messages[0]["content"] }} {{ messages[1]["content"] }}')
+    versions = {version_id(plan_service(get_config(), folder, CPU))}
+    for settings, why in (
+        ({"max_images_per_call": 0}, "MAX_IMAGES_PER_CALL=0"),
+        ({"guard": 0}, "GUARD=0"),
+        ({"template": str(template)}, "the prompt is not the profile's own"),
+    ):
+        plan = plan_service(get_config(**settings), folder, CPU)
+        assert plan.engine["limit_mm_per_prompt"] == {"image": 0, "video": 0}
+        assert "mm_processor_kwargs" not in plan.engine and "GUARD_IMAGES" not in plan.env
+        assert why in plan.why["images"] and not plan.images
+        assert plan.engine["allowed_media_domains"] == ["images.invalid"]
+        versions.add(version_id(plan))
+    assert len(versions) >= 3, "images and the prompt decide scores"
+    with pytest.raises(ConfigError, match="IMAGE_HOSTS: 'http://a' is no host name"):
+        plan_service(get_config(image_hosts="b,http://a"), folder, CPU)
+
+
+def test_a_service_of_texts_knows_which_profiles_take_images(tmp_path):
+    folder = tiny_models.qwen3_reranker(tmp_path / "Qwen3-Reranker-0.6B")
+    plan = plan_service(get_config(), folder, CPU)
+    assert plan.env["GUARD_IMAGE_PROFILES"] == "qwen3_vl_reranker" and "GUARD_IMAGES" not in plan.env
+    assert "allowed_media_domains" not in plan.engine
 
 
 def test_qwen3_vl_template_and_cut_are_those_of_the_model_card(tmp_path):

@@ -21,6 +21,7 @@ from rerank_kit.engine.plan import plan_service
 from rerank_kit.models import library, reference
 from rerank_kit.models.card_prompts import qwen3_prompt_ids
 from rerank_kit.models.checkpoint import Checkpoint
+from rerank_kit.models.images import BadImage
 from rerank_kit.models.pair import Pair
 from rerank_kit.models.profiles import load_profiles
 from rerank_kit.offline import files
@@ -609,3 +610,23 @@ def test_check_compares_logits_alike_with_recipe_and_library(dtype, score, wante
     assert vllm_usage_tiny.check(plan, reranker, [None]) is agrees
     said = capsys.readouterr().out
     assert (f"in float32 {'and' if agrees else 'DIFFERS from'} vLLM in {dtype}") in said
+
+
+def test_a_pair_whose_image_is_not_scored_has_a_reason_and_the_others_have_scores():
+    reranker = without_engine("truncate")
+    reranker.plan.images, reranker.plan.why = False, {}
+    reranker.plan.profile.images = {}
+    shown = Pair("q", "", images=(None, "data:image/png;base64,AAAA"))
+    results = reranker.score([Pair("q", "b"), shown, Pair("q", "d"), shown])
+    assert [r.score is None for r in results] == [False, True, False, True]
+    assert "profile cross_encoder takes none here" in results[1].error
+    assert [r.score for r in results[::2]] == [
+        r.score for r in without_engine("").score([Pair("q", "b"), Pair("q", "d")])
+    ]
+
+
+def test_an_image_that_the_engine_cannot_read_fails_its_pair_alone():
+    reranker = without_engine("truncate")
+    prepared = reranker.prepare([Pair("q", "b"), Pair("q", "c"), Pair("q", "d")])
+    found = reranker._results(prepared, [torch.tensor([0.5]), BadImage("no image"), torch.tensor([0.25])])
+    assert [(r.score, r.error) for r in found] == [(0.5, None), (None, "no image"), (0.25, None)]

@@ -209,6 +209,13 @@ def qwen3_vl_reranker(folder: Path, *, tied: bool = True) -> Path:
     if not tied:  # the 8B model says so at the top alone
         del saved["text_config"]["tie_word_embeddings"]
     (folder / "config.json").write_text(json.dumps({**saved, "transformers_version": "4.57.0.dev0"}))
+    both = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "processor_class": "Qwen3VLProcessor"}
+    both |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    pixels = {"longest_edge": 16777216, "shortest_edge": 65536}
+    kind = {"image_processor_type": "Qwen2VLImageProcessorFast", "size": pixels}
+    (folder / "preprocessor_config.json").write_text(json.dumps(both | kind))
+    kind = {"video_processor_type": "Qwen3VLVideoProcessor", "size": {"longest_edge": 25165824, "shortest_edge": 4096}}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(both | kind))
     return folder
 
 
