@@ -9,9 +9,9 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rerank_kit.models.card_prompts import VL_INSTRUCTION
 from rerank_kit.models.images import data_of
 from rerank_kit.models.pair import Pair
-from rerank_kit.models.card_prompts import VL_INSTRUCTION
 
 FACTOR, MIN_PIXELS, MAX_PIXELS = 32, 4 * 32 * 32, 1280 * 32 * 32
 SYSTEM = "Judge whether the Document meets the requirements based on the Query and the Instruct provided. Note that "
