@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rerank_kit.guard.long_bodies import top_n_of
 
@@ -58,7 +58,7 @@ class ResultCache:
         documents, top_n = payload.get("documents"), top_n_of(payload)
         is_score = inner_path.endswith("/score")
         queries = payload.get("queries") if is_score else payload.get("query")
-        many = queries if isinstance(queries, list) else [queries]
+        many: list[Any] = queries if isinstance(queries, list) else [queries]
         if (
             not isinstance(documents, list)
             or not documents
