@@ -283,7 +283,8 @@ def test_a_server_that_repeats_the_password_is_not_quoted(caplog):
         async def serve(reader, writer):
             while data := await reader.read(1000):
                 arguments = b" ".join(re.findall(rb"[^\r\n*$]+", data))
-                writer.write(b"-ERR no such thing as %b, args beginning with: %b\r\n" % (arguments, arguments))
+                short = arguments[:-4]  # as Redis itself shortens them
+                writer.write(b"-ERR no such thing as %b, with args beginning with: %b\r\n" % (arguments, short))
             writer.close()
 
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
@@ -296,7 +297,7 @@ def test_a_server_that_repeats_the_password_is_not_quoted(caplog):
 
     asyncio.run(case())
     (line,) = lines_of(caplog)
-    assert "ResponseError: no such thing as" in line and "***" in line and PASSWORD not in line
+    assert "ResponseError: no such thing as" in line and "***" in line and PASSWORD[:4] not in line
 
 
 def test_a_full_redis_is_still_read(tmp_path, caplog):
