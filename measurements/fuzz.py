@@ -315,7 +315,7 @@ class Sender:
         self.address = urlsplit(url)
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.seen: Counter = Counter()
-        self.kinds: Counter = Counter()  # of the generated bodies
+        self.kinds: Counter = Counter()  # of all bodies but the broken requests
         self.slowest = 0.0, b""
         self.connection = None
 
@@ -431,6 +431,7 @@ def fuzz(url: str, n_bodies: int, number: int, key: str = "", say=lambda text: N
         before = sender.scores()
         for path, kind, data in horrors():
             try:
+                sender.kinds.update(kinds_of(path, kind, data))
                 sender.judge(path, kind, data)
             except Wrong as exc:
                 raise Wrong(f"{exc}\nfor {path} {kind!r} {data[:300]!r} ({len(data)} bytes)") from None

@@ -116,8 +116,10 @@ def main() -> None:
     more = {"device": "cpu", "model_kwargs": {"dtype": torch.float32}, "local_files_only": True}
     if asked["late"]:
         model = sentence_transformers.MultiVectorEncoder(asked["model"], **more)
-        queries, documents = zip(*asked["pairs"], strict=True)
-        vectors = model.encode_query(list(queries)), model.encode_document(list(documents))
+        # PyLate 1.6.0, which trains these models, takes away the spaces at a text's edges (as sentence-transformers 5.3
+        # does for it); 6.2 by itself keeps them.
+        queries, documents = ([text.strip() for text in side] for side in zip(*asked["pairs"], strict=True))
+        vectors = model.encode_query(queries), model.encode_document(documents)
         scores = model.similarity_pairwise(*vectors)
     elif asked["embeds"]:
         model = sentence_transformers.SentenceTransformer(asked["model"], **more)

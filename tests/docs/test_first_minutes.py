@@ -44,7 +44,7 @@ def runnable(name: str) -> list[Block]:
     return [block for block in blocks(name) if not block.needs]
 
 
-def paste(demo, text: str, timeout_s: float = 200) -> subprocess.CompletedProcess:
+def paste(demo, text: str, timeout_s: float = 500) -> subprocess.CompletedProcess:
     """Type a text into a new shell in the kit's folder; a command that fails ends it."""
     text = "set -e\n" + text.replace("11438", str(demo.port))
     shell = {"cwd": demo.folder, "env": demo.env, "timeout": timeout_s}
@@ -89,7 +89,7 @@ def test_demo_ranks_with_the_shipped_model(demo):
 
 
 @pytest.mark.server
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", READMES)
 def test_each_block_alone(demo, name):
     done_before = {b.code for b in runnable(READMES[0])} if name != READMES[0] else set()

@@ -12,7 +12,7 @@ from rerank_kit.client.calls import rerank
 @pytest.mark.parametrize(
     "n_bodies",
     [
-        pytest.param(400, marks=pytest.mark.timeout(300)),
+        pytest.param(600, marks=pytest.mark.timeout(300)),
         pytest.param(20_000, marks=[pytest.mark.soak, pytest.mark.timeout(3600)]),
     ],
 )

@@ -216,7 +216,7 @@ def test_it_survives_the_terminal_that_started_it(kit):
     env = kit_environment(**kit.settings)
     with subprocess.Popen(command, env=env, stdin=slave, stdout=slave, stderr=slave, start_new_session=True) as start:
         os.close(slave)
-        until(kit.pid_file.exists)
+        until(lambda: kit.pid_file.exists() and kit.pid_file.read_text())  # an earlier end of `start` ends it too
         os.killpg(start.pid, signal.SIGHUP)  # what a closing terminal sends to its foreground group
         os.close(master)
     until(has(kit, state="ready"))
