@@ -38,7 +38,8 @@ logger = logging.getLogger("vllm.rerank_guard")  # below "vllm": its handler and
 def code_id() -> bytes:
     """A hash of the code that cuts texts and reads fields: scores in Redis outlive an update of the kit."""
     here = Path(__file__).parent
-    files = [*sorted(here.glob("*.py")), here.parent / "models" / "fitting.py"]
+    models = here.parent / "models"
+    files = [*sorted(here.glob("*.py")), models / "fitting.py", models / "late.py"]
     return hashlib.blake2b(b"\0".join(file.read_bytes() for file in files), digest_size=8).digest()
 
 
