@@ -19,7 +19,9 @@ MAX_LENGTH = 300
 
 def encoder_of(folder, template, max_length=MAX_LENGTH):
     engine = {"model": str(folder), "max_model_len": max_length}
-    plan = SimpleNamespace(checkpoint=SimpleNamespace(path=folder), profile=None, template=template, engine=engine)
+    plan = SimpleNamespace(
+        checkpoint=SimpleNamespace(path=folder), profile=SimpleNamespace(late=None), template=template, engine=engine
+    )
     return PairEncoder(plan)
 
 

@@ -59,7 +59,7 @@ class Reranker(OfflineReranker):
             raise ConfigError("no room on the GPU")
         if plan.slow == "start":
             time.sleep(20)
-        self.plan, self.embeds, self.fitter, self.chunk = plan, False, None, 4
+        self.plan, self.embeds, self.late, self.fitter, self.chunk = plan, False, None, None, 4
         self.encoder = SimpleNamespace(encode=self.encode, max_length=99, first_tokens=lambda texts, n: texts)
         self.feeder = SlowEngine()
         if plan.child:
@@ -80,8 +80,8 @@ class Reranker(OfflineReranker):
         time.sleep(0.002)
         return [Prompt([len(pair.document)], False) for pair in pairs]
 
-    def _scores(self, needs, outputs):
-        return [outputs[i] for (i,) in needs]  # without torch, whose import takes seconds in each process
+    def _scores(self, prepared, outputs):
+        return [outputs[i] for (i,) in prepared.needs]  # without torch, whose import takes seconds in each process
 
     def __exit__(self, *_):
         if self.plan.marks:
