@@ -361,7 +361,7 @@ def without_engine(long_documents="truncate", instruction=True, **limits):
     reranker = object.__new__(offline_reranker.OfflineReranker)
     profile = SimpleNamespace(instruction=instruction, name="cross_encoder")
     cfg = get_config(long_documents=long_documents, **limits)
-    reranker.plan, reranker.embeds = SimpleNamespace(profile=profile, cfg=cfg), False
+    reranker.plan, reranker.embeds, reranker.late = SimpleNamespace(profile=profile, cfg=cfg), False, None
     reranker.fitter = Windows() if long_documents == "chunk" else None
     encode = lambda pairs: [Prompt([ord(p.document[-1]) - ord("a")], len(p.document) > 4) for p in pairs]  # noqa: E731
     first = lambda texts, n: [text[:n] for text in texts]  # noqa: E731

@@ -59,7 +59,7 @@ class Reranker(OfflineReranker):
             raise ConfigError("no room on the GPU")
         if plan.slow == "start":
             time.sleep(20)
-        self.plan, self.embeds, self.fitter, self.chunk = plan, False, None, 4
+        self.plan, self.embeds, self.late, self.fitter, self.chunk = plan, False, None, None, 4
         self.encoder = SimpleNamespace(encode=self.encode, max_length=99, first_tokens=lambda texts, n: texts)
         self.feeder = SlowEngine()
         if plan.child:
