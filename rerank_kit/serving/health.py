@@ -6,6 +6,7 @@ reports the complete state.
 
 import http.client
 import json
+import os
 import random
 import re
 import secrets
@@ -273,6 +274,16 @@ def _keep_times(cfg: EnvConfig, spent: dict[str, float]) -> None:
         _times_file(cfg).write_text(json.dumps({name: round(seconds, 1) for name, seconds in spent.items()}), "utf-8")
 
 
+def _say(text: str, stream: str = "stderr") -> None:
+    """Print a line. A terminal or reader that is gone must not look like a start that failed: that ends the service."""
+    try:
+        print(text, file=getattr(sys, stream), flush=True)
+    except OSError:
+        setattr(
+            sys, stream, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        )  # also for what Python itself writes at its end
+
+
 def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
     """Wait until a probe is scored, the process dies, or timeout_s is over; progress goes to stderr.
 
@@ -290,18 +301,18 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
         waited = time.monotonic() - begin
         if not is_alive(pid):
             if log.is_file() and _leader_pid(cfg) != pid:  # a supervisor removes its PID file only after a stop
-                print(f"[ERR] stopped by another command after {waited:.0f} s", file=sys.stderr)
+                _say(f"[ERR] stopped by another command after {waited:.0f} s")
                 return DIED
             cause = _why_it_failed(cfg, pid)
             cause = cause or (root_cause(read_log(log)) if log.is_file() else "see the server's own output")
-            print(f"[ERR] died after {waited:.0f} s: {cause}", file=sys.stderr)
+            _say(f"[ERR] died after {waited:.0f} s: {cause}")
             return DIED
         now = phase(read_log(log)) if log.is_file() else "loading"
         if is_headless(cfg) and not log.is_file():
-            print(f"{describe_node(cfg)} is started; its own output shows when it has registered at the head")
+            _say(f"{describe_node(cfg)} is started; its own output shows when it has registered at the head", "stdout")
             return READY
         if is_headless(cfg) and supervised_state(cfg, pid) == "ready":
-            print(f"ready after {waited:.0f} s: {describe_node(cfg)} is registered at the head")
+            _say(f"ready after {waited:.0f} s: {describe_node(cfg)} is registered at the head", "stdout")
             return READY
         open_now = not is_headless(cfg) and listens(cfg)
         now = "first scores" if open_now else now
@@ -313,7 +324,7 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
             if last in (None, BUSY) and (unready := not_ready(cfg)):
                 last = unready
                 if WRONG_SCORES in last and supervised_state(cfg, pid) is None:  # `run`: nobody else ends the wait
-                    print(f"[ERR] it answers after {waited:.0f} s, but {last}", file=sys.stderr)
+                    _say(f"[ERR] it answers after {waited:.0f} s, but {last}")
                     return DIED
             answered = answered or (time.monotonic() if last in (None, BUSY) else 0.0)
             # The supervisor must have seen the score too, because it takes an earlier death for a failed start. If it
@@ -323,16 +334,16 @@ def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
             if last in (None, BUSY) and seen:
                 spent[now] += time.monotonic() - looked
                 parts = ", ".join(f"{name} {seconds:.0f}" for name, seconds in spent.items() if seconds >= 0.5)
-                print(f"ready after {time.monotonic() - begin:.0f} s" + (f" ({parts})" if parts else ""))
+                _say(f"ready after {time.monotonic() - begin:.0f} s" + (f" ({parts})" if parts else ""), "stdout")
                 if log.is_file() and "importing vLLM" in spent:  # a whole start, not a second wait
                     _keep_times(cfg, spent)
                 return READY
         if now != shown or waited - shown_at >= 15:
             hint = f" ({usual[now]})" if now in usual and now != shown else ""
-            print(f"... {waited:4.0f} s  {now}{hint}", file=sys.stderr)
+            _say(f"... {waited:4.0f} s  {now}{hint}")
             shown, shown_at = now, waited
         if waited >= timeout_s:
-            print(f"[WARN] still {now} after {waited:.0f} s ({last})", file=sys.stderr)
+            _say(f"[WARN] still {now} after {waited:.0f} s ({last})")
             return LOADING
         # What is over soon is seen soon. Later a look at the log and a score must not cost the loading server much.
         time.sleep(min(0.5, 0.1 + waited / 20))

@@ -209,16 +209,22 @@ def test_an_end_in_the_foreground_is_not_explained_by_an_old_log():
     assert supervisor.describe_end(signal.SIGKILL) == "killed by signal 9 (SIGKILL)"
 
 
-def test_it_survives_the_terminal_that_started_it(kit):
-    """start in a terminal that is closed while the server still loads and again when it runs."""
+@pytest.mark.parametrize("nohup", [False, True])
+def test_it_survives_the_terminal_that_started_it(kit, nohup):
+    """start in a terminal that is closed while the server still loads; nohup: start goes on, and nobody reads it."""
+    loads = kit.root / "loads"
+    loads.touch()
     command = ["dash", str(KIT / "start_rerank.sh"), "start"]
+    if nohup:  # the program of this name would have the output go to a file
+        command = ["sh", "-c", """trap '' HUP; exec "$@\"""", "sh", *command]
     master, slave = os.openpty()
-    env = kit_environment(**kit.settings)
+    env = kit_environment(**kit.settings, FAKE_LOADS=loads)
     with subprocess.Popen(command, env=env, stdin=slave, stdout=slave, stderr=slave, start_new_session=True) as start:
         os.close(slave)
         until(lambda: kit.pid_file.exists() and kit.pid_file.read_text())  # an earlier end of `start` ends it too
         os.killpg(start.pid, signal.SIGHUP)  # what a closing terminal sends to its foreground group
         os.close(master)
+        loads.unlink()
     until(has(kit, state="ready"))
     assert kit("status").returncode == 0
 
