@@ -111,6 +111,7 @@ def test_rows_have_the_gpu_of_nvidia_smi(tmp_path, capsys, monkeypatch):
     assert row["client_limited"] or "96 % of the time" in row["verdict"]
 
 
+@pytest.mark.timing
 def test_server_processes_are_found_by_port_and_measured(tmp_path, capsys):
     service, shares = Service(), []
     for argv in (["--cpu-ms", "20"], ["--delay-ms", "20"]):
