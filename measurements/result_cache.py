@@ -7,7 +7,8 @@ other, 32 documents of 60 words a call: first calls that were made before, then 
 is all four; medians and ratios are over the turns, so that other load of the machine affects both services. Last, a
 single client sends each new call to both services in turn, and the median times of the two are compared.
 --redis: scores are kept in a redis-server alone, which is started on the way, and not in the process.
-Exit code 1 where known calls are less than 10 times as fast, or unknown ones cost more than 2 %.
+Exit code 1 where known calls are less than 10 times as fast, or a new call of the single client takes more than 2 %
+longer; the rates of new calls by several clients spread too far to tell 2 %.
 """
 
 import argparse
@@ -130,7 +131,7 @@ def report(rates: dict, alone: dict, args: argparse.Namespace) -> int:
         )
     cost = alone["with"] / alone["without"] - 1
     print(f"one client, {args.alone} new calls to each: {alone['without']:.2f} and {alone['with']:.2f} ms, {cost:+.1%}")
-    return int(ratios["seen before"] < 10 or min(cost, 1 - ratios["never seen"]) > 0.02)
+    return int(ratios["seen before"] < 10 or cost > 0.02)
 
 
 def main() -> int:

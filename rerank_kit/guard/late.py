@@ -20,7 +20,7 @@ from rerank_kit.models.late import Late, maxsim
 IDS = "rerank_kit.late"  # the key of a scope under which the tokens of a call's texts lie
 
 
-def rules() -> Late | None:
+def late_rules() -> Late | None:
     """The rules of the served model; None where it is no late interaction model."""
     text = os.environ.get("GUARD_LATE", "")
     if not text:

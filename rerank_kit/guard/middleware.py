@@ -29,7 +29,7 @@ from rerank_kit.guard.counts import Counts
 from rerank_kit.guard.deadline import deadline_s, late
 from rerank_kit.guard.health import Health
 from rerank_kit.guard.images import Images
-from rerank_kit.guard.late import LateTexts, rules
+from rerank_kit.guard.late import LateTexts, late_rules
 from rerank_kit.guard.listwise import Lists
 from rerank_kit.guard.long_bodies import LIMITS, as_int
 from rerank_kit.guard.long_documents import LongDocuments, served_length
@@ -83,8 +83,8 @@ class Guard:
         logging.getLogger(SCORE_LOGGER).addFilter(_once(SCORE_WARNING))
         upgrades.read_bodies()
         self.listwise = _setting("LISTWISE") == 1
-        late = rules()
-        kind = Lists if self.listwise else functools.partial(LateTexts, late) if late else LongDocuments
+        of_late = late_rules()
+        kind = Lists if self.listwise else functools.partial(LateTexts, of_late) if of_late else LongDocuments
         self.long = kind(self.limits.max_docs, self.encode, self._take_windows)
         self.health = Health(counts, _setting("HEALTH_TIMEOUT_S", float), self.long.prepare)
         self._make_cache()

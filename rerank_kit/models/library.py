@@ -31,7 +31,7 @@ class NotComparable(Exception):
 
 
 def library_scores(checkpoint: Checkpoint, profile: Profile, pairs: list[Pair], instruction: str | None) -> list[float]:
-    """Scores of N pairs by CrossEncoder or SentenceTransformer in float32 on the CPU.
+    """Scores of N pairs by CrossEncoder, SentenceTransformer or MultiVectorEncoder in float32 on the CPU.
 
     Args:
         profile: as settle() made it for this checkpoint.

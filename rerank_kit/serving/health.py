@@ -278,10 +278,8 @@ def _say(text: str, stream: str = "stderr") -> None:
     """Print a line. A terminal or reader that is gone must not look like a start that failed: that ends the service."""
     try:
         print(text, file=getattr(sys, stream), flush=True)
-    except OSError:
-        setattr(
-            sys, stream, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-        )  # also for what Python itself writes at its end
+    except OSError:  # from now on nowhere, what Python writes at its end too
+        setattr(sys, stream, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
 
 
 def wait(cfg: EnvConfig, pid: int, log: Path, timeout_s: float) -> int:
